@@ -1,0 +1,247 @@
+"""Which layers of a target can take part in merging: the walk, its order, and the reason for every layer left out."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+
+from .filters import FilterLayout, check_weight, filter_layout
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A convolution, Linear or tensor that a target holds, before anything is known about its weight."""
+
+    name: str
+    layer_id: int
+    holder: nn.Module | torch.Tensor
+
+
+class MergeLayer:
+    """One layer of a plan: where its filters are, and whether they are still there.
+
+    Attributes:
+        name: qualified module name, or its position in the iterable.
+        layer_id: the layer's word in the draw.
+        layout: where its filters lie.
+        shape: shape of the weight.
+        dtype: dtype of the weight.
+        device: device of the weight.
+    """
+
+    def __init__(self, candidate: Candidate, weight: torch.Tensor, layout: FilterLayout) -> None:
+        self.name, self.layer_id, self.layout = candidate.name, candidate.layer_id, layout
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        # Weak, because a cached plan must not keep its target alive, not even through a hook that refers back to it.
+        self._holder = weakref.ref(candidate.holder)
+        self._reference = weakref.ref(weight)
+        self._pointer, self._stride = weight.data_ptr(), weight.stride()
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """The layer's weight as it is now; None if it is gone."""
+        holder = self._holder()
+        return holder._parameters.get("weight") if isinstance(holder, nn.Module) else holder
+
+    def is_current(self) -> bool:
+        """Whether the weight is the same object at the same address with the same dtype, shape and strides."""
+        weight = self.weight
+        return (
+            weight is not None
+            and weight is self._reference()  # first: a tensor put in its place may have no address to ask for
+            and weight.data_ptr() == self._pointer
+            and weight.dtype is self.dtype
+            and weight.shape == self.shape
+            and weight.stride() == self._stride
+            and (weight.is_leaf or not weight.requires_grad)
+        )
+
+
+def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """Convolutions of ``model`` in module order (and its Linears), each weight once, and what was left out as tied.
+
+    Convolutions are numbered first, so that asking for Linears does not renumber them.
+    """
+    wrapped = isinstance(unwrap_compiled(model), (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
+    prefix = "module." if wrapped else ""
+    found: list[tuple[str, nn.Module]] = []
+    sharing = SharedWeights()
+    for path, module in model.named_modules():
+        if not is_mergeable_module(module) or (isinstance(module, nn.Linear) and not include_linear):
+            continue
+        name = ".".join(part for part in path.split(".") if part != "_orig_mod")
+        name = f"{name}.".removeprefix(prefix).removesuffix(".") or type(module).__name__
+        if not sharing.is_tied(name, module):
+            found.append((name, module))
+    convolutions = sum(not isinstance(module, nn.Linear) for _, module in found)
+    next_id = {False: 0, True: convolutions}
+    candidates = []
+    for name, module in found:
+        is_linear = isinstance(module, nn.Linear)
+        candidates.append(Candidate(name, next_id[is_linear], module))
+        next_id[is_linear] += 1
+    return candidates, sharing.tied
+
+
+class SharedWeights:
+    """Tells the first holder of a weight from those that share it, which go with it."""
+
+    def __init__(self) -> None:
+        self.tied: list[tuple[str, str]] = []
+        self._first_name: dict[int, str] = {}
+
+    def is_tied(self, name: str, holder: nn.Module | torch.Tensor) -> bool:
+        """Whether an earlier holder has the same weight; ``tied`` then gets its name and the reason."""
+        weight = holder._parameters.get("weight") if isinstance(holder, nn.Module) else holder
+        if weight is None:
+            return False
+        first = self._first_name.setdefault(id(weight), name)
+        if first != name:
+            self.tied.append((name, f"shares its weight with {first} and goes with it"))
+        return first != name
+
+
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` returned a wrapper of; other modules as they are."""
+    while type(module).__name__ == "OptimizedModule":
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    return module
+
+
+def is_mergeable_module(module: nn.Module) -> bool:
+    """Whether ``module`` is a (transposed) convolution or a Linear."""
+    return isinstance(module, (_ConvNd, nn.Linear))
+
+
+def count_to_skip(skip_first: float, candidates: int) -> int:
+    """How many of the first candidates ``skip_first`` leaves out: that many, or that share but never all of them."""
+    if isinstance(skip_first, numbers.Integral):
+        return min(int(skip_first), candidates)
+    return min(math.floor(skip_first * candidates + 0.5), max(candidates - 1, 0))
+
+
+def split_excluded(
+    candidates: Sequence[Candidate], tied: Sequence[tuple[str, str]], skip_first: float, exclude: Sequence[str]
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """Candidates of a model that stay, and ``(name, reason)`` of those that ``skip_first`` and ``exclude`` leave out.
+
+    Raises:
+        ValueError: a pattern of ``exclude`` matches no candidate.
+    """
+    for pattern in exclude:
+        every_name = [c.name for c in candidates] + [name for name, _ in tied]
+        if not any(fnmatchcase(name, pattern) for name in every_name):
+            names = ", ".join(every_name) or "none"
+            raise ValueError(f"exclude pattern {pattern!r} matches no candidate layer; the candidates are: {names}")
+    shallow = count_to_skip(skip_first, len(candidates))
+    kept: list[Candidate] = []
+    left_out: list[tuple[str, str]] = []
+    for index, candidate in enumerate(candidates):
+        excluded_by = next((p for p in exclude if fnmatchcase(candidate.name, p)), None)
+        if index < shallow:
+            left_out.append((candidate.name, f"among the first {shallow} (skip_first={skip_first})"))
+        elif excluded_by is not None:
+            left_out.append((candidate.name, f"excluded by {excluded_by!r}"))
+        else:
+            kept.append(candidate)
+    return kept, left_out
+
+
+def examine(candidates: Iterable[Candidate]) -> tuple[list[MergeLayer], list[tuple[str, str]]]:
+    """Check every candidate's weight; returns the layers to merge and those with nothing to pair.
+
+    Raises:
+        TypeError: a weight's type, layout or dtype cannot be merged.
+        ValueError: a weight cannot be rewritten in place, is computed by a parametrisation, or overlaps another one,
+            or the weights are on several devices.
+    """
+    layers: list[MergeLayer] = []
+    left_out: list[tuple[str, str]] = []
+    spans: list[tuple[int, int, str]] = []
+    for candidate in candidates:
+        weight, layout = _weight_and_layout(candidate)
+        if layout.group_size < 2:
+            reason = "one filter per group, nothing to pair it with" if layout.filters > 1 else "has a single filter"
+            left_out.append((candidate.name, reason))
+            continue
+        layer = MergeLayer(candidate, weight, layout)
+        if layers and layer.device != layers[0].device:
+            raise ValueError(
+                f"{layer.name}: the weight is on {layer.device}, but {layers[0].name} is on {layers[0].device}; "
+                "call merge_ once per device"
+            )
+        layers.append(layer)
+        start = weight.data_ptr()
+        spans.append((start, start + weight.numel() * weight.element_size(), layer.name))
+    spans.sort()
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(f"{other}: the weight shares memory with that of {name}; merge only one of the two")
+    return layers, left_out
+
+
+def _weight_and_layout(candidate: Candidate) -> tuple[torch.Tensor, FilterLayout]:
+    holder, name = candidate.holder, candidate.name
+    if isinstance(holder, torch.Tensor):
+        weight = check_weight(holder, name)
+        return weight, filter_layout(weight, name)
+    if "weight" not in holder._parameters or hasattr(type(holder), "weight"):
+        raise ValueError(
+            f"{name}: the weight is computed at every forward pass{_computed_by(holder)}, so a merge of it would be "
+            "lost; remove that (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove, ...) "
+            "or leave the layer out with exclude="
+        )
+    weight = check_weight(holder._parameters["weight"], name)
+    if isinstance(holder, _ConvNd):
+        expected = 2 + len(holder.kernel_size)
+        if weight.dim() != expected:
+            raise ValueError(
+                f"{name}: the weight of this {type(holder).__name__} has {weight.dim()} dimensions instead of "
+                f"{expected}, a shard of a flattened weight perhaps; merge inside "
+                "FullyShardedDataParallel.summon_full_params(model, writeback=True)"
+            )
+        return weight, filter_layout(weight, name, groups=holder.groups, transposed=holder.transposed)
+    return weight, filter_layout(weight, name)
+
+
+def _computed_by(module: nn.Module) -> str:
+    if parametrize.is_parametrized(module, "weight"):
+        names = [type(p).__name__ for p in module.parametrizations["weight"]]  # type: ignore[index, union-attr]
+        return f" by the parametrization {', '.join(names)}"
+    hooks = sorted({type(hook).__name__ for hook in module._forward_pre_hooks.values()})
+    return f" by {', '.join(hooks)}" if hooks else ""
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise where FSDP2 owns a module: inside a forward pass its unsharded weights look plain, and a merge is lost.
+
+    Raises:
+        ValueError: ``model`` or one of its modules is an FSDPModule.
+    """
+    for name, module in model.named_modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            raise ValueError(
+                f"{name or type(module).__name__}: the module is sharded by fully_shard, whose weights are DTensors "
+                "or, between unshard() and reshard(), copies that are thrown away; merge before sharding"
+            )
+
+
+def describe_modules(model: nn.Module) -> str:
+    """Classes of the leaf modules of ``model`` with their counts, for errors."""
+    leaves = Counter(
+        kind.__name__ if kind.__module__.startswith("torch.nn.modules.") else f"{kind.__module__}.{kind.__name__}"
+        for kind in (type(m) for m in model.modules() if not m._modules)
+    )
+    return ", ".join(f"{count} {name}" for name, count in sorted(leaves.items()))

@@ -1,0 +1,273 @@
+"""Images for the demo: scikit-learn's digits, or a file in MedMNIST format, checked before anything is trained."""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+MIN_SIDE, MAX_SIDE = 16, 28  # three poolings leave 2x2 of 16; a step at 28 takes 2.5 times as long as at 16
+VOLUME_SIDE = 16  # a step takes 0.1 s on one core; at 28 it takes 0.9 s
+VOLUME_COST = 3  # a volume counts as this many images where their number is limited
+CHUNK = 256  # images turned to float at a time: 2000 RGB images of 224x224 would take 1.2 GB at once
+DIGITS_TRAIN = 1000
+DIGITS_SEED = 0  # the split is part of the data set: --seed does not change it
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images or volumes of one data set, ready for the net.
+
+    Attributes:
+        name: what to call the data set in the output.
+        details: how many images there are, of what kind, and what was done to them.
+        train_x: ``(N, channels, [depth,] height, width)`` float32, zero mean and unit variance over the training
+            images.
+        train_y: ``(N,)`` int64; of a multi-label set ``(N, classes)`` float32, 0 or 1.
+        test_x: as ``train_x``, scaled by the same numbers.
+        test_y: as ``train_y``.
+        classes: number of classes, or of the labels that every image of a multi-label set has.
+    """
+
+    name: str
+    details: str
+    train_x: torch.Tensor
+    train_y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+    classes: int
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether every image has several labels, each 0 or 1, instead of one class."""
+        return self.train_y.ndim == 2
+
+    @property
+    def labels_each(self) -> int:
+        """Labels that the net predicts for every image."""
+        return self.classes if self.multi_label else 1
+
+    @property
+    def dims(self) -> int:
+        """2 for images, 3 for volumes."""
+        return self.train_x.ndim - 2
+
+    @property
+    def noun(self) -> str:
+        """What to call the images in the output."""
+        return "volumes" if self.dims == 3 else "images"
+
+    @property
+    def measure(self) -> str:
+        """What to call the share of right answers in the output."""
+        return "label accuracy" if self.multi_label else "accuracy"
+
+
+def require(module: str, package: str) -> Any:
+    """Import a module of the optional extra ``demo``.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SystemExit(f"the demo needs {package} ({error}): pip install 'inmerge_fast[demo]'") from error
+
+
+def load_digits() -> ImageSet:
+    """Handwritten digits that come with scikit-learn: 1797 grey images of 8x8 pixels, 10 classes."""
+    digits = require("sklearn.datasets", "scikit-learn").load_digits()
+    order = np.random.default_rng(DIGITS_SEED).permutation(len(digits.target))
+    train, test = order[:DIGITS_TRAIN], order[DIGITS_TRAIN:]
+    images = digits.images.astype(np.float32)
+    return _image_set(
+        "scikit-learn digits", images[train], digits.target[train], images[test], digits.target[test], 10, []
+    )
+
+
+def load_npz(path: str | Path, *, max_train: int, max_test: int, seed: int) -> ImageSet:
+    """Read a file in MedMNIST format.
+
+    Args:
+        path: an npz archive with ``{train,val,test}_images``, uint8 ``(N, H, W)``, ``(N, H, W, 3)`` or, for volumes,
+            ``(N, D, H, W)``, and ``{train,val,test}_labels``, integers: classes ``(N, 1)`` or ``(N,)``, or several
+            labels ``(N, K)``, each 0 or 1.
+        max_train: use a random choice of this many training images if there are more, and of a third as many volumes.
+        max_test: the same for test images.
+        seed: seed of that choice.
+
+    Raises:
+        ValueError: the file is missing, or is not such a file; the message names it and says why.
+    """
+    arrays = _read_arrays(Path(path))
+    for split in SPLITS:
+        _check_split(path, split, arrays[f"{split}_images"], arrays[f"{split}_labels"])
+        if arrays[f"{split}_labels"].shape[1:] == (1,):
+            arrays[f"{split}_labels"] = arrays[f"{split}_labels"][:, 0]
+        for kind in ("images", "labels"):
+            one, first = arrays[f"{split}_{kind}"], arrays[f"train_{kind}"]
+            if one.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"{path}: {split}_{kind} and train_{kind} differ in shape: {one.shape} and {first.shape}"
+                )
+    if arrays["train_labels"].ndim == 1:
+        _check_classes(path, arrays)
+        classes = int(arrays["train_labels"].max()) + 1  # the images chosen below may lack a rare one
+    else:
+        _check_multi_label(path, arrays)
+        classes = arrays["train_labels"].shape[1]
+
+    rng, notes, chosen = np.random.default_rng(seed), [], {}
+    noun, cost = ("volumes", VOLUME_COST) if _is_volumes(arrays["train_images"]) else ("images", 1)
+    for split, word, most in (("train", "training", max_train // cost), ("test", "test", max_test // cost)):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if len(images) > most:
+            kept = np.sort(rng.permutation(len(images))[:most])
+            notes.append(f"a random {most} of the {len(images)} {word} {noun} are used, to stay within two minutes")
+            images, labels = images[kept], labels[kept]
+        chosen[split] = images, labels
+    notes.append(f"the validation {noun} are not used")
+    return _image_set(Path(path).name, *chosen["train"], *chosen["test"], classes, notes)
+
+
+def _read_arrays(path: Path) -> dict[str, npt.NDArray]:
+    keys = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
+    try:
+        file = path.open("rb")  # np.load leaves the file open if it fails
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    with file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: is not an npz archive") from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError(f"{path}: is a single array, not an npz archive")
+        missing = [key for key in keys if key not in archive]
+        if missing:
+            found = ", ".join(sorted(archive)) or "nothing"
+            raise ValueError(f"{path}: not in MedMNIST format: {', '.join(missing)} missing; it holds {found}")
+        try:
+            return {key: archive[key] for key in keys}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: damaged, or holds arrays that are not plain numbers: {error}") from error
+
+
+def _check_split(path: str | Path, split: str, images: npt.NDArray, labels: npt.NDArray) -> None:
+    if images.dtype != np.uint8:
+        raise ValueError(f"{path}: {split}_images must be uint8, got {images.dtype}")
+    # 1, 2 or 4 at the end are grey, two or RGBA channels rather than the width of a volume.
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] in (1, 2, 4)):
+        raise ValueError(
+            f"{path}: {split}_images must have shape (N, H, W), (N, H, W, 3) or (N, D, H, W), got {images.shape}"
+        )
+    if 0 in images.shape:
+        raise ValueError(f"{path}: {split}_images is empty: its shape is {images.shape}")
+    if labels.ndim not in (1, 2) or 0 in labels.shape[1:]:
+        raise ValueError(f"{path}: {split}_labels must have shape (N, 1) or, multi-label, (N, K), got {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{path}: {split}_labels must be integers, got {labels.dtype}")
+    if len(images) != len(labels):
+        raise ValueError(f"{path}: {len(images)} {split}_images but {len(labels)} {split}_labels")
+
+
+def _check_classes(path: str | Path, arrays: Mapping[str, npt.NDArray]) -> None:
+    known = np.unique(arrays["train_labels"])
+    top = len(known) - 1
+    if known[0] != 0 or known[-1] != top:
+        raise ValueError(
+            f"{path}: train_labels out of range: {len(known)} classes must be numbered 0 to {top}, "
+            f"but the labels lie between {known[0]} and {known[-1]}"
+        )
+    if top == 0:
+        raise ValueError(f"{path}: train_labels holds one class only; there is nothing to learn")
+    for split in ("val", "test"):
+        labels = arrays[f"{split}_labels"]
+        if labels.min() < 0 or labels.max() > top:
+            raise ValueError(
+                f"{path}: {split}_labels out of range: between {labels.min()} and {labels.max()}, "
+                f"but train_labels has classes 0 to {top}"
+            )
+
+
+def _check_multi_label(path: str | Path, arrays: Mapping[str, npt.NDArray]) -> None:
+    for split in SPLITS:
+        labels = arrays[f"{split}_labels"]
+        if labels.min() < 0 or labels.max() > 1:
+            raise ValueError(
+                f"{path}: {split}_labels out of range: several labels per image, shape {labels.shape}, must each be 0 "
+                f"or 1, but they lie between {labels.min()} and {labels.max()}"
+            )
+    if (arrays["train_labels"] == arrays["train_labels"][0]).all():
+        raise ValueError(f"{path}: train_labels are the same for every image; there is nothing to learn")
+
+
+def _is_volumes(images: npt.NDArray) -> bool:
+    return images.ndim == 4 and images.shape[-1] != 3
+
+
+def _image_set(
+    name: str,
+    train_images: npt.NDArray,
+    train_labels: npt.NDArray,
+    test_images: npt.NDArray,
+    test_labels: npt.NDArray,
+    classes: int,
+    notes: list[str],
+) -> ImageSet:
+    noun, most = ("volumes", VOLUME_SIDE) if _is_volumes(train_images) else ("images", MAX_SIDE)
+    sides = train_images.shape[1:] if noun == "volumes" else train_images.shape[1:3]
+    size = tuple(min(max(side, MIN_SIDE), most) for side in sides)
+    resized = "" if size == sides else f", resized to {'x'.join(map(str, size))}"
+    train_x, test_x = (_channels_first(images, size) for images in (train_images, test_images))
+    mean, spread = train_x.mean(), train_x.std().clamp(min=1e-6)
+    kind = "grey" if train_x.shape[1] == 1 else "RGB"
+    counts = f"{len(train_x)} training and {len(test_x)} test {noun}, {classes} "
+    counts += "classes" if train_labels.ndim == 1 else f"labels per {noun[:-1]}"
+    label_type = "int64" if train_labels.ndim == 1 else "float32"
+    if train_labels.ndim == 2:
+        # Most labels are rare: without this number an accuracy of 95 % looks like a good one.
+        blind = 100 * (test_labels == (train_labels.mean(axis=0) > 0.5)).mean()
+        notes = [f"answering each label with its commoner value gives a label accuracy of {blind:.2f} %", *notes]
+    return ImageSet(
+        name=name,
+        details="; ".join([f"{counts}, {'x'.join(map(str, sides))} {kind}{resized}", *notes]),
+        train_x=(train_x - mean) / spread,
+        train_y=torch.from_numpy(train_labels.astype(label_type)),
+        test_x=(test_x - mean) / spread,
+        test_y=torch.from_numpy(test_labels.astype(label_type)),
+        classes=classes,
+    )
+
+
+def _channels_first(images: npt.NDArray, size: tuple[int, ...]) -> torch.Tensor:
+    chunks = []
+    for start in range(0, len(images), CHUNK):
+        x = torch.from_numpy(images[start : start + CHUNK].astype(np.float32))
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 and not _is_volumes(images) else x[:, None]
+        chunks.append(x if x.shape[2:] == size else _resize(x, size))
+    return torch.cat(chunks).contiguous()
+
+
+def _resize(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    bilinear = partial(nn.functional.interpolate, mode="bilinear", antialias=True)
+    if len(size) == 2:
+        return bilinear(x, size=size)
+    # Trilinear in two steps, as PyTorch has no antialiasing in 3D: the slices (as channels), then the depth.
+    depth, height, width = size
+    x = bilinear(x[:, 0], size=(height, width))
+    return bilinear(x.flatten(2)[:, None], size=(depth, height * width)).reshape(-1, 1, depth, height, width)

@@ -1,0 +1,245 @@
+"""The demo's net and its training loop, with merging before the forward pass of every training step."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import MergeStats, NoEffectWarning, merge_
+from .demo_data import ImageSet, require
+
+WIDTHS = (16, 16, 32, 32, 64, 64, 128, 128)
+POOLED = (2, 4, 6)  # convolutions that a pooling follows
+# Convolution, normalisation, pooling and average of the net, by the dimensions of its images.
+MODULES: dict[int, tuple[Any, Any, Any, Any]] = {
+    2: (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
+    3: (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d),
+}
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+EVAL_BATCH = 100  # of volumes, 500 take twice as long: the activations do not fit in the caches
+DRY_RUNS = 32
+
+
+@dataclass(frozen=True)
+class MergeSetting:
+    """Arguments of ``merge_`` that an arm uses at every step."""
+
+    alpha: float
+    prob: float
+    threshold: float
+
+    def __str__(self) -> str:
+        return f"alpha={self.alpha:g}, prob={self.prob:g}, threshold={self.threshold:.4g}"
+
+
+@dataclass
+class LayerCount:
+    """One layer's sampled pairs and merged filters over a whole training, and the largest similarity sampled."""
+
+    filters: int
+    sampled: int = 0
+    merged: int = 0
+    max_similarity: float = -math.inf
+
+
+@dataclass
+class History:
+    """What a training did.
+
+    Attributes:
+        loss: mean training loss of each epoch.
+        accuracy: share of test images judged right after each epoch; in a multi-label set, share of their labels.
+        merged: filters merged in each epoch.
+        layers: counts by layer, empty without merging.
+        merge_ms: median time of a ``merge_`` call, NaN without merging.
+        step_ms: median time of a training step, merging included.
+        calls: ``merge_`` calls made.
+        notices: texts of the ``NoEffectWarning`` that ``merge_`` raised.
+        right: int64 ``(test images,)``, how many labels of each image were judged right at the end.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    merged: list[int] = field(default_factory=list)
+    layers: dict[str, LayerCount] = field(default_factory=dict)
+    merge_ms: float = math.nan
+    step_ms: float = math.nan
+    calls: int = 0
+    notices: list[str] = field(default_factory=list)
+    right: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def count(self, stats: MergeStats) -> None:
+        """Add one call of ``merge_`` to the last epoch."""
+        self.calls += 1
+        self.merged[-1] += stats.merged
+        for layer in stats.layers:
+            total = self.layers.setdefault(layer.name, LayerCount(layer.filters))
+            total.sampled += layer.sampled
+            total.merged += layer.merged
+            if layer.max_similarity > total.max_similarity:  # false for the NaN of a layer without samples
+                total.max_similarity = layer.max_similarity
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Similarities in a net, from dry runs in which every filter looks at one partner.
+
+    Attributes:
+        mean: mean of all pairs.
+        largest: the largest of each run, by layer.
+    """
+
+    mean: float
+    largest: dict[str, list[float]]
+
+
+def measure_similarities(net: nn.Module, seed: int) -> Similarities:
+    """Sample the similarities in ``net``, without changing it."""
+    means: list[float] = []
+    largest: dict[str, list[float]] = {}
+    for step in range(DRY_RUNS):
+        stats = merge_(net, prob=1.0, dry_run=True, seed=seed, step=step)
+        means.append(stats.mean_similarity)
+        for layer in stats.layers:
+            largest.setdefault(layer.name, []).append(layer.max_similarity)
+    return Similarities(fmean(means), largest)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs ``first_epoch`` to ``first_epoch + epochs`` of a run; the learning rate falls from high to low (cosine).
+
+    Data order and draws depend on the seed and the epoch alone, so trainings with the same schedule share them.
+    """
+
+    first_epoch: int
+    epochs: int
+    high: float
+    low: float
+    batch_size: int
+    seed: int
+
+    def rate(self, progress: float) -> float:
+        """Learning rate at a share of the way."""
+        return self.low + (self.high - self.low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def batches(self, images: int) -> int:
+        """Steps per epoch. A last batch that is not full is left out; the order is a new one in every epoch."""
+        return max(1, images // self.batch_size)
+
+
+def build_net(channels: int, classes: int, seed: int, dims: int = 2) -> nn.Sequential:
+    """A VGG-like net of eight 3x3 or, with three dimensions, 3x3x3 convolutions with batch norm."""
+    torch.manual_seed(seed)
+    Conv, Norm, Pool, Average = MODULES[dims]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for index, width in enumerate(WIDTHS, start=1):
+        conv = Conv(channels, width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight)
+        layers[f"conv{index}"], layers[f"bn{index}"], layers[f"relu{index}"] = conv, Norm(width), nn.ReLU()
+        if index in POOLED:
+            layers[f"pool{index}"] = Pool(2)
+        channels = width
+    layers["average"], layers["flatten"] = Average(1), nn.Flatten()
+    layers["head"] = nn.Linear(channels, classes)
+    return nn.Sequential(layers)
+
+
+def train(net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSetting | None, label: str) -> History:
+    """Train ``net`` in place, merging at every step if there is a setting, and test it after every epoch."""
+    history = History()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoEffectWarning)
+        _run_epochs(net, data, schedule, setting, label, history)
+    for warning in caught:
+        if issubclass(warning.category, NoEffectWarning):
+            history.notices.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return history
+
+
+def _run_epochs(
+    net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSetting | None, label: str, history: History
+) -> None:
+    device, size = data.train_x.device, schedule.batch_size
+    functional = nn.functional
+    loss_of = functional.binary_cross_entropy_with_logits if data.multi_label else functional.cross_entropy
+    batches = schedule.batches(len(data.train_x))
+    steps = schedule.epochs * batches
+    optimizer = torch.optim.SGD(net.parameters(), lr=schedule.high, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    merge_times, step_times = [], []
+    # A log file gets a line every 10 seconds instead of ten a second.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with require("tqdm", "tqdm").tqdm(total=steps, desc=label, unit=" steps", mininterval=interval) as bar:
+        for epoch in range(schedule.epochs):
+            number = schedule.first_epoch + epoch
+            order = np.random.default_rng([schedule.seed, number]).permutation(len(data.train_x))
+            shuffled = torch.from_numpy(order).to(device)
+            history.merged.append(0)
+            losses = []
+            net.train()
+            for batch in range(batches):
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.rate((epoch * batches + batch) / steps)
+                chosen = shuffled[batch * size : (batch + 1) * size]
+                start = merge_end = _now(device)
+                stats = None
+                if setting is not None:
+                    stats = merge_(
+                        net,
+                        alpha=setting.alpha,
+                        prob=setting.prob,
+                        threshold=setting.threshold,
+                        seed=schedule.seed,
+                        step=number * batches + batch,
+                    )
+                    merge_end = _now(device)
+                loss = loss_of(net(data.train_x[chosen]), data.train_y[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step_times.append(_now(device) - start)
+                losses.append(loss.item())
+                if stats is not None:
+                    merge_times.append(merge_end - start)
+                    history.count(stats)
+                bar.update()
+            history.right = evaluate(net, data)
+            history.loss.append(sum(losses) / len(losses))
+            history.accuracy.append(history.right.float().mean().item() / data.labels_each)
+            bar.set_postfix_str(f"loss {history.loss[-1]:.4f}, test {100 * history.accuracy[-1]:.2f} %", refresh=False)
+    # Medians: the first call of an arm finds the layers and, on a GPU, compiles.
+    history.step_ms = 1000 * median(step_times)
+    if merge_times:
+        history.merge_ms = 1000 * median(merge_times)
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, data: ImageSet) -> torch.Tensor:
+    """How many labels of each test image the net judges right, int64 ``(test images,)`` on the CPU.
+
+    In a multi-label set the net predicts a label if its probability is above 0.5, that is, if its logit is above 0.
+    """
+    net.eval()
+    right = []
+    for x, y in zip(data.test_x.split(EVAL_BATCH), data.test_y.split(EVAL_BATCH), strict=True):
+        output = net(x)
+        right.append(((output > 0) == (y > 0)).sum(1) if data.multi_label else (output.argmax(1) == y).long())
+    return torch.cat(right).cpu()

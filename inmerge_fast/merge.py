@@ -1,0 +1,242 @@
+"""``merge_``: in-model merging of a target's filters, in place."""
+
+from __future__ import annotations
+
+import numbers
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# torch.compiler.disable, applied at the first call: at import it would pull in Dynamo and Triton (2 s).
+from torch._compile import _disable_dynamo
+
+from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
+from .eager import merge_layer_
+from .filters import check_outside_transforms
+from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
+from .stats import MergeStats, SampledPairs
+
+
+@_disable_dynamo  # Inductor can lose a partial in-place write to a weight inside a compiled region
+def merge_(
+    target: Target | MergePlan,
+    *,
+    alpha: float = 0.8,
+    prob: float = 0.3,
+    threshold: float = 0.3,
+    skip_first: float = DEFAULT_SKIP_FIRST,
+    exclude: str | Sequence[str] = (),
+    include_linear: bool = False,
+    seed: int | None = None,
+    step: int | None = None,
+    layer: int = 0,
+    generator: torch.Generator | None = None,
+    dry_run: bool = False,
+) -> MergeStats:
+    r"""Merge similar filters of ``target`` in place: one step of in-model merging (arXiv 2502.20516, eq. (1)-(4)).
+
+    Each filter :math:`K_i` looks, with probability ``prob``, at one random other filter :math:`K_j` of its layer. If
+    their cosine similarity is above ``threshold``, :math:`K_i \leftarrow \alpha K_i + (1 - \alpha) K_j`. Partners are
+    read as they were before the call. Biases, normalisation layers and optimizer state are not touched.
+
+    Call it between training steps, never between a forward pass and its backward pass: backward then raises wherever
+    autograd saved the weight, but activation checkpointing recomputes with the merged weight and cannot notice.
+
+    Args:
+        target: a convolution (``Conv1d``-``Conv3d``, ``ConvTranspose1d``-``3d``), a ``Linear`` (its rows), a weight
+            tensor of shape ``(N, ...)`` (its filters along dim 0), an iterable of those, a whole model (its
+            convolutions in module order, a shared weight once), or a :class:`MergePlan`. Weights are float32,
+            bfloat16, float16 (computed in float32) or float64, contiguous or channels_last, on one device.
+        alpha: share of itself that a merged filter keeps, in [0, 1].
+        prob: probability that a filter looks at a partner, in [0, 1].
+        threshold: cosine similarity that a pair must exceed, in [-1, 1]; at exactly -1 every sampled pair of finite
+            filters merges. Filters with NaN or Inf never merge and are never read.
+        skip_first: how many of a model's first candidate layers (depthwise ones included) to leave out: an int that
+            many, a float in [0, 1) that share of them, but never all. 0.6 is 10 of VGG19's 16, as in the paper; 10
+            reproduces the paper elsewhere.
+        exclude: name pattern or patterns (``fnmatch``, e.g. ``"*.downsample.0"``) of a model's layers to leave out.
+        include_linear: whether a model's ``Linear`` layers take part too.
+        seed: seed of the draw, ``0 <= seed < 2**64``; given together with ``step``. The same pair gives the same
+            decisions on every device, dtype and rank. Without it a seed is drawn from ``generator``.
+        step: counter of the draw, ``0 <= step < 2**63``: the training step.
+        layer: for a single layer with ``seed`` and ``step``: its id in the draw, ``0 <= layer < 2**31``. Layers merged
+            one by one need different ids, or same-shaped ones share their draw::
+
+                for index, conv in enumerate(convs):
+                    inmerge_fast.merge_(conv, seed=0, step=step, layer=index)
+
+        generator: CPU generator for the seed; the default one, which ``torch.manual_seed`` governs, if None.
+        dry_run: draw, measure and count, but write nothing.
+
+    Returns:
+        What was sampled, measured and merged, read from the device only when looked at.
+
+    Raises:
+        TypeError: an argument or a weight has the wrong type.
+        ValueError: an argument is out of range, no layer can be merged, or a weight cannot be rewritten in place
+            (parametrised, sharded, not dense, ...). Nothing has been written to any layer then.
+
+    Example::
+
+        for step, (x, y) in enumerate(loader):
+            inmerge_fast.merge_(model, threshold=0.1, seed=0, step=step)
+            loss(model(x), y).backward()
+            ...
+    """
+    check_outside_transforms()
+    _check_shares(alpha=alpha, prob=prob, threshold=threshold)
+    for name, flag in (("include_linear", include_linear), ("dry_run", dry_run)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    check_word("layer", layer, MAX_LAYER)
+    _check_randomness(seed, step, generator)
+    plan = _plan_for(target, skip_first, exclude, include_linear, layer)
+    weights = plan.weights()
+    if seed is None or step is None:
+        seed, step = _draw_seed(generator), 0
+
+    path = plan.path
+    run = _run_kernels if path == "triton" else _run_eager
+    fetch = run(plan, weights, int(seed), int(step), float(prob), float(alpha), float(threshold), dry_run)
+    if not dry_run:
+        # Counted as a write even where nothing passes: asking an accelerator what passed would make the host wait.
+        torch.autograd.graph.increment_version(weights)
+        # Low-precision copies of weights that autocast keeps until its region ends predate the merge; also where
+        # autocast is off here but on around.
+        torch.clear_autocast_cache()
+    return MergeStats(
+        fetch,
+        plan.names,
+        plan.filters,
+        skipped=plan.skipped,
+        seed=int(seed),
+        step=int(step),
+        dry_run=dry_run,
+        path=path,
+    )
+
+
+def _run_kernels(
+    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float, threshold: float,
+    dry_run: bool,
+) -> Callable[[], SampledPairs]:  # fmt: skip
+    launcher = plan.launcher(weights)
+    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=threshold, dry_run=dry_run)
+    if not dry_run and coin_threshold(prob) > 0:
+        plan.effect.count_call(launcher.totals)
+    return results.fetch
+
+
+def _run_eager(
+    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float, threshold: float,
+    dry_run: bool,
+) -> Callable[[], SampledPairs]:  # fmt: skip
+    coin, partner = plan.draw(seed, step, prob)
+    counts, similarities, passes = [], [], []
+    for planned, weight, start, end in zip(plan.layers, weights, plan.row_start, plan.row_start[1:], strict=False):
+        sampled = coin[start:end].nonzero()[0]
+        similarity, passed = merge_layer_(
+            weight,
+            planned.layout,
+            sampled,
+            partner[start:end][sampled],
+            alpha=alpha,
+            threshold=threshold,
+            dry_run=dry_run,
+        )
+        counts.append(sampled.size)
+        similarities.append(similarity)
+        passes.append(passed)
+    similarity, passed = torch.cat(similarities), torch.cat(passes)
+    if not dry_run:
+        plan.effect.count_pairs(similarity, passed)
+    return lambda: SampledPairs(np.array(counts), similarity.cpu().double().numpy(), passed.cpu().numpy())
+
+
+def _check_shares(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        low = -1.0 if name == "threshold" else 0.0
+        if not low <= float(value) <= 1.0:  # NaN fails too
+            raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
+
+
+def _check_randomness(seed: object, step: object, generator: object) -> None:
+    if (seed is None) != (step is None):
+        missing = "step" if step is None else "seed"
+        raise ValueError(
+            f"seed and step belong together, but {missing} is missing: a seed alone would repeat the same draw at "
+            "every call; pass the training step, or neither"
+        )
+    if seed is not None:
+        check_word("seed", seed, MAX_SEED)
+        check_word("step", step, MAX_STEP)
+        if generator is not None:
+            raise ValueError("generator draws a seed where none is given; pass either it or seed and step")
+        return
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise ValueError(
+            "seed is None with more than one torch.distributed rank: every rank would draw its own and the replicas "
+            "would drift apart; pass the same seed and step on every rank"
+        )
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+        if generator.device.type != "cpu":
+            raise ValueError(f"generator must be a CPU generator (decisions are drawn there), got {generator.device}")
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    high, low = torch.randint(0, 2**32, (2,), generator=generator, device="cpu").tolist()
+    return (high << 32) | low
+
+
+# The latest plans, by the identity of their targets and the arguments that chose the layers. An entry goes when one of
+# its targets dies. Limited, because targets that differ at every call would fill the memory with plans.
+_plans: OrderedDict[tuple[Any, ...], tuple[MergePlan, tuple[weakref.ref[Any], ...]]] = OrderedDict()
+MAX_CACHED_PLANS = 64
+
+
+def _plan_for(
+    target: Target | MergePlan, skip_first: float, exclude: str | Sequence[str], include_linear: bool, layer: int
+) -> MergePlan:
+    patterns = check_selection(skip_first, exclude)
+    if isinstance(target, MergePlan):
+        if (skip_first, patterns, include_linear, layer) != (DEFAULT_SKIP_FIRST, (), False, 0):
+            raise ValueError("skip_first, exclude, include_linear and layer are set where a MergePlan is built")
+        if not target.is_current():
+            raise ValueError(
+                "the plan is out of date: a module or weight of its target was moved, replaced, added or removed; "
+                "build a new MergePlan, or pass the target itself"
+            )
+        return target
+    if isinstance(target, (nn.Module, torch.Tensor)):
+        owners: tuple[Any, ...] = (target,)
+    elif isinstance(target, Iterable) and not isinstance(target, (str, bytes)):
+        target = owners = tuple(target)  # an iterator could be read only once
+    else:
+        owners = ()
+    key = (type(target), tuple(map(id, owners)), type(skip_first), skip_first, patterns, include_linear, layer)
+    entry = _plans.get(key)
+    if entry is not None and entry[0].is_current():
+        _plans.move_to_end(key)
+        return entry[0]
+    plan = MergePlan(target, skip_first=skip_first, exclude=patterns, include_linear=include_linear, layer=layer)
+
+    def forget(_: object) -> None:
+        _plans.pop(key, None)
+
+    _plans[key] = (plan, tuple(weakref.ref(owner, forget) for owner in owners))
+    if len(_plans) > MAX_CACHED_PLANS:
+        _plans.popitem(last=False)
+    return plan

@@ -1,0 +1,26 @@
+"""From partners to readers: how many active rows read each row, and the list of active rows."""
+
+import triton
+import triton.language as tl
+
+from .tables import ACTIVE_ROWS
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _count_kernel(partner_ptr, readers_ptr, active_ptr, state_ptr, rows, BLOCK: tl.constexpr):
+    """Count the active readers of every row and compact the active rows into a list.
+
+    A row is active if its partner is not -1. ``readers`` must be zero (the draw zeroes it, one launch before), as must
+    the list's length in ``state``. The list's order depends on which program comes first, so nothing may depend on it.
+
+    Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row; stores 4 and adds 4 per active row.
+    Hazards: all writes to shared words are atomic; relaxed order is enough, the kernel boundary publishes them.
+    """
+    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    partner = tl.load(partner_ptr + i_row, mask=i_row < rows, other=-1)
+    m_active = partner >= 0
+    tl.atomic_add(readers_ptr + partner, 1, mask=m_active, sem="relaxed")
+    place = tl.cumsum(m_active.to(tl.int32), axis=0)
+    found = tl.sum(m_active.to(tl.int32), axis=0)
+    start = tl.atomic_add(state_ptr + ACTIVE_ROWS, found, sem="relaxed")
+    tl.store(active_ptr + start + place - 1, i_row, mask=m_active)

@@ -1,0 +1,67 @@
+"""The random draw on the GPU: Philox4x32-10, bit-identical with ``inmerge_fast/draw.py``, which states the contract."""
+
+import triton
+import triton.language as tl
+
+from .tables import COLUMNS, FIRST_ROW, GROUP_SIZE, LAYER_ID, NOT_SAMPLED, SAMPLED
+
+
+@triton.jit
+def philox_partner(seed, step_lo, step_hi, layer, i_filter, group_size, coin_threshold):
+    """Coin and partner (index within the layer) of filters ``i_filter`` of one layer, or of layers given per filter.
+
+    ``seed`` is the 64-bit key, ``step_lo`` and ``step_hi`` are the 32-bit words of the step, all else is int32. Of a
+    group of n filters the partner is ``floor(fraction * (n - 1))``, stepped over the filter itself, with the 64-bit
+    fraction ``r1 * 2**32 + r2``: a 96-bit product of which only the top word is wanted.
+    """
+    r0, r1, r2, _r3 = tl.philox(seed, i_filter, layer, step_lo, step_hi)
+    coin = (r0 >> 8).to(tl.int32) < coin_threshold
+    others = (group_size - 1).to(tl.uint32)
+    # Wrap-around is wanted here; plain * and + are overflow-checked in debug mode.
+    middle = tl.mul(r1, others, sanitize_overflow=False)
+    total = tl.add(middle, tl.umulhi(r2, others), sanitize_overflow=False)
+    place = (tl.umulhi(r1, others) + (total < middle).to(tl.uint32)).to(tl.int32)
+    own_place = i_filter % group_size
+    partner = i_filter - own_place + place + (place >= own_place).to(tl.int32)
+    return coin, partner
+
+
+@triton.jit(do_not_specialize=["seed", "step", "coin_threshold", "rows"])
+def _draw_kernel(
+    layer_ptr,
+    row_layer_ptr,
+    partner_ptr,
+    readers_ptr,
+    outcome_ptr,
+    seed_step_ptr,
+    seed: tl.uint64,  # annotated: an unannotated int takes the width of its value, and a seed of 2**31 another kernel
+    step: tl.int64,
+    coin_threshold,
+    rows,
+    BLOCK: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+):
+    """Partners of all rows of all layers: ``partner`` is a row number, or -1 where the coin says no.
+
+    Also what the next launches start from: ``readers`` zero, ``outcome`` SAMPLED or not. With IN_MEMORY the seed
+    and the step are read from ``seed_step`` (int64, ``(2,)``), so that a CUDA graph can be replayed with others.
+
+    Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row and the layer table (from cache), stores 9 bytes per row.
+    No hazard: every entry is written by one program and read by none.
+    """
+    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_row = i_row < rows
+    table = layer_ptr + tl.load(row_layer_ptr + i_row, mask=m_row, other=0).to(tl.int64) * COLUMNS
+    layer_id = tl.load(table + LAYER_ID, mask=m_row, other=0).to(tl.int32)
+    group_size = tl.load(table + GROUP_SIZE, mask=m_row, other=2).to(tl.int32)
+    first_row = tl.load(table + FIRST_ROW, mask=m_row, other=0).to(tl.int32)
+    if IN_MEMORY:
+        seed = tl.load(seed_step_ptr).to(tl.uint64)
+        step = tl.load(seed_step_ptr + 1)
+    step = step.to(tl.int64)  # the interpreter ignores the annotation, and >> 32 of 32 bits is undefined
+    step_lo = step.to(tl.int32)
+    step_hi = (step >> 32).to(tl.int32)
+    coin, partner = philox_partner(seed, step_lo, step_hi, layer_id, i_row - first_row, group_size, coin_threshold)
+    tl.store(partner_ptr + i_row, tl.where(coin, first_row + partner, -1), mask=m_row)
+    tl.store(readers_ptr + i_row, 0, mask=m_row)
+    tl.store(outcome_ptr + i_row, tl.where(coin, SAMPLED, NOT_SAMPLED).to(tl.int8), mask=m_row)

@@ -1,0 +1,43 @@
+"""What the kernels and the host agree on: columns of the layer table, state words, codes.
+
+The *layer table* is int64 ``(layers, COLUMNS)``. A *row* is a filter; rows of all layers are numbered through, and
+``row_layer`` (int32, ``(rows,)``) says which layer a row belongs to. The other tables have one entry per row.
+"""
+
+import triton.language as tl
+
+# Layer table.
+BASE = tl.constexpr(0)  # address of the weight
+ELEMENTS = tl.constexpr(1)  # D, elements per filter
+GROUP_SIZE = tl.constexpr(2)  # filters per group
+FIRST_ROW = tl.constexpr(3)
+LAYER_ID = tl.constexpr(4)  # the layer's word in the draw
+KIND = tl.constexpr(5)  # dtype code, plus STRIDED if its filters are strided or not 16-byte aligned
+GROUP_STRIDE = tl.constexpr(6)  # strides as in inmerge_fast.filters.FilterLayout, in elements
+FILTER_STRIDE = tl.constexpr(7)
+RUN = tl.constexpr(8)
+OUTER_STRIDE = tl.constexpr(9)
+INNER_STRIDE = tl.constexpr(10)
+SCRATCH_UNITS = tl.constexpr(11)  # scratch of one filter, in units of 16 bytes
+COLUMNS = tl.constexpr(12)
+
+FLOAT32 = tl.constexpr(0)
+BFLOAT16 = tl.constexpr(1)
+FLOAT16 = tl.constexpr(2)
+STRIDED = tl.constexpr(4)
+
+# State words, int32: zero between calls.
+ACTIVE_ROWS = tl.constexpr(0)  # length of the list of active rows
+SCRATCH_USED = tl.constexpr(1)  # in units of 16 bytes
+FINISHED = tl.constexpr(2)  # programs of the merge launch that are through
+DEFERRED_ROWS = tl.constexpr(3)  # length of the list of rows that found no scratch
+STATE_WORDS = tl.constexpr(4)
+
+# Running totals, int32, never reset by a kernel.
+PASSED_TOTAL = tl.constexpr(0)
+LARGEST_KEY = tl.constexpr(1)  # largest similarity, as an integer that sorts like the float
+
+# Outcome of a row, int8.
+NOT_SAMPLED = tl.constexpr(0)
+SAMPLED = tl.constexpr(1)
+PASSED = tl.constexpr(2)

@@ -1,0 +1,234 @@
+"""Compiles the kernels for GPUs that are not there and prints, as JSON, what the compilers made of them.
+
+Run it as a script, in a process of its own: interpreted and compiled kernels cannot share one. With ``--record`` it
+also writes the numbers of registers to ``aot_registers.json``, for the installed version of Triton.
+
+What is compiled comes from real launches: the launcher runs on CPU tensors while Triton believes that the GPU in
+question is there, and its launches are caught before anything is compiled. So types, alignments, constants and options
+are those that a user's GPU would get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from assembly import access, arithmetic, attributed, parameter_bits, unguarded_releases
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = Path(__file__).with_name("aot_registers.json")
+ELEMENTS = 1024  # long enough for the largest block
+DTYPES = ["float32", "bfloat16", "float16"]
+ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+# Dtypes of the merge kernel's layers, and whether some layers have strided filters.
+MERGES = {
+    "merge float32": (DTYPES[:1], False),
+    "merge bfloat16": (DTYPES[1:2], False),
+    "merge float16": (DTYPES[2:], False),
+    "merge all": (DTYPES, False),
+    "merge float32 strided": (DTYPES[:1], True),
+    "merge all strided": (DTYPES, True),
+}
+
+
+class AbsentGpu:
+    """Stands in for Triton's driver."""
+
+    target: Any = None
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # Triton keeps its kernels by device
+
+    def get_current_stream(self, _device: str) -> int:
+        return 0
+
+
+class Launches:
+    """Catches the launches of Triton kernels: what would be compiled, as Triton's hook for caches tells it."""
+
+    def __init__(self) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+        from triton.runtime.jit import JITFunction
+
+        self.gpu = AbsentGpu()
+        self.caught: list[tuple[Any, dict[str, Any]]] = []
+        driver.set_active(self.gpu)
+        knobs.runtime.jit_cache_hook = self._catch
+        real_run = JITFunction.run
+
+        def run(*args: Any, **kwargs: Any) -> mock.Mock:
+            real_run(*args, **kwargs)
+            return mock.Mock()  # the launcher goes on as if it had a compiled kernel
+
+        JITFunction.run = run
+
+    def _catch(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        self.caught.append((fn.jit_function, compile))
+        return True  # nothing is left to do: Triton neither compiles nor launches
+
+    @contextlib.contextmanager
+    def on(self, arch: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+        import torch
+        from triton.backends.compiler import GPUTarget
+
+        is_hip = arch.startswith("gfx")
+        self.gpu.target = GPUTarget("hip", arch, 64) if is_hip else GPUTarget("cuda", int(arch[3:]), 32)
+        self.caught = []
+        with mock.patch.object(torch.version, "hip", "6.4" if is_hip else None):
+            yield self.caught
+
+
+def launcher_of(dtypes: list[str], strided: bool, filters: int = 16) -> Any:
+    import torch
+
+    from inmerge_fast import MergePlan
+    from inmerge_fast.launch import Launcher
+
+    # A row that is not a multiple of 16 bytes takes the same way as strided filters.
+    sizes = [ELEMENTS, ELEMENTS - 1] if strided else [ELEMENTS]
+    weights = [torch.zeros(filters, size, dtype=getattr(torch, dtype)) for dtype in dtypes for size in sizes]
+    plan = MergePlan(weights)
+    return Launcher(plan.layers, plan.weights(), plan.row_start)
+
+
+def specialisations(launches: Launches) -> dict[str, list[str]]:
+    """For each kernel, the different versions that launches of one plan ask for; there should be one.
+
+    A launcher may keep the kernel that its first launch compiled, so all launches must mean the same one.
+    """
+    found: dict[str, list[str]] = {}
+    cases = [
+        {"seed": 0, "step": 0, "prob": 0.3, "alpha": 0.7, "threshold": 0.5, "dry_run": False},
+        {"seed": 1, "step": 1, "prob": 1.0, "alpha": 1.0, "threshold": -1.0, "dry_run": False},
+        {"seed": 16, "step": 16, "prob": 0.0, "alpha": 0.0, "threshold": 0.0, "dry_run": True},
+        {"seed": 2**31, "step": 2**31, "prob": 0.5, "alpha": 0.5, "threshold": 1.0, "dry_run": True},
+        {"seed": 2**64 - 1, "step": 2**63 - 1, "prob": 2**-24, "alpha": 0.3, "threshold": 0.1, "dry_run": False},
+    ]
+    for filters in (7, 16):  # 7: result slots that are not multiples of 16 bytes, unless padded
+        for slot in range(8):
+            for case in cases:
+                with launches.on("sm_90") as caught:
+                    launcher = launcher_of(["float32"], False, filters)
+                    launcher.calls = slot - 1
+                    launcher.run(**case)
+                for kernel, compiled in caught:
+                    version = str([compiled["signature"], compiled["constants"], compiled["configs"]])
+                    versions = found.setdefault(kernel.fn.__name__, [])
+                    if version not in versions:
+                        versions.append(version)
+    return found
+
+
+def numbers(text: str, **patterns: str) -> dict[str, int]:
+    return {name: int(re.search(pattern, text)[1]) for name, pattern in patterns.items()}
+
+
+def compile_kernel(launches: Launches, kernel: Any, launch: dict[str, Any]) -> dict[str, Any]:
+    """Compile what a launch asked for, and describe the result."""
+    import triton
+    from triton.compiler import ASTSource
+
+    target = launches.gpu.target
+    options = json.loads(launch["specialization_data"])["options"]
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    source = ASTSource(kernel, launch["signature"], launch["constants"], launch["configs"][0])
+    with contextlib.redirect_stdout(io.StringIO()) as log:  # ptxas's own words, see main
+        compiled = triton.compile(source, target=target, options=options)
+    if target.backend == "cuda":
+        asm = compiled.asm["ptx"]
+        resources = numbers(
+            log.getvalue(), registers=r"Used (\d+) registers", stack=r"(\d+) bytes stack frame",
+            spill_stores=r"(\d+) bytes spill stores", spill_loads=r"(\d+) bytes spill loads",
+        )  # fmt: skip
+    else:
+        asm = compiled.asm["amdgcn"]
+        resources = numbers(
+            asm, registers=r"\.vgpr_count:\s+(\d+)", stack=r"\.private_segment_fixed_size:\s+(\d+)",
+            spills=r"\.vgpr_spill_count:\s+(\d+)", scalar_spills=r"\.sgpr_spill_count:\s+(\d+)",
+        )  # fmt: skip
+    accesses: dict[str, Counter[str]] = {}
+    maths: dict[str, Counter[str]] = {}
+    for function, line in attributed(asm, Path(inspect.getsourcefile(kernel.fn))):
+        if found := access(line):
+            accesses.setdefault(function, Counter())[f"{found[0]} {found[1]}"] += 1
+        if found := arithmetic(line):
+            maths.setdefault(function, Counter())[found[0]] += found[1]
+    releases, unguarded = unguarded_releases(asm)
+    return resources | {
+        "options": {name: options.get(name) for name in ("enable_fp_fusion", "maxnreg", "num_warps")},
+        "threads": options["num_warps"] * target.warp_size,
+        "accesses": accesses,
+        "arithmetic": maths,
+        "releases": releases,
+        "unguarded_releases": unguarded,
+        "parameter_bits": parameter_bits(asm, launch["signature"]),
+    }
+
+
+def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
+    call = {"step": 5, "prob": 0.3, "alpha": 0.7, "threshold": 0.1, "dry_run": False}
+    result = {}
+    for name, (dtypes, strided) in MERGES.items():
+        with launches.on(arch) as caught:
+            launcher = launcher_of(dtypes, strided)
+            launcher.run(seed=3, **call)
+            launcher.run(seed=None, **call)
+        for kernel, launch in caught:
+            kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+            if kind == "draw" and launch["constants"].get((kernel.arg_names.index("IN_MEMORY"),)):
+                kind = "draw from memory"
+            variant = name if kind == "merge" else kind
+            if variant not in result:
+                result[variant] = compile_kernel(launches, kernel, launch)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help=f"write the numbers of registers to {RECORD.name}")
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="only this one; may be given again")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # nothing compiled earlier may be used
+        os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+        sys.path.insert(0, str(ROOT))
+        import triton
+
+        launches = Launches()
+        compiled = {arch: compile_all(launches, arch) for arch in arguments.arch or ARCHS}
+        report = {
+            "triton": triton.__version__,
+            "compiled": compiled,
+            "specialisations": specialisations(launches),
+        }
+    if arguments.record:
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        registers = {
+            arch: {variant: kernel["registers"] for variant, kernel in kernels.items()}
+            for arch, kernels in compiled.items()
+        }
+        record[triton.__version__] = record.get(triton.__version__, {}) | registers
+        RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

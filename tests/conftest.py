@@ -1,0 +1,87 @@
+"""Fixtures and process set-up that all tests share."""
+
+import os
+
+import pytest
+import torch
+
+try:
+    import hypothesis
+except ImportError:  # the files that need it skip themselves, so that a bare GPU machine can run all others
+    hypothesis = None
+
+HAS_GPU = torch.cuda.is_available()
+
+# Triton decides at import whether its kernels are interpreted. Interpreted and compiled kernels cannot share a process,
+# so without a GPU this one interprets, and with one the interpreted tests get a process of their own
+# (test_interpreted.py).
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" or not HAS_GPU
+if INTERPRETING:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(1)
+
+if hypothesis is not None:
+    hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
+    hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), derandomize=True)
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(config, items):
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    not_here = pytest.mark.skip(reason="interpreted kernels run in their own process, see test_interpreted.py")
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(no_gpu)
+        if "interpreted" in item.keywords and not INTERPRETING:
+            item.add_marker(not_here)
+
+
+def pytest_runtest_setup(item):
+    if "gpu" in item.keywords and HAS_GPU and INTERPRETING:
+        pytest.fail("TRITON_INTERPRET=1 is set: a GPU test would run interpreted kernels or none; unset it", False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many tests ran on a GPU: where there is none, a green run says nothing about it."""
+
+    def count(*outcomes):
+        reports = [report for outcome in outcomes for report in terminalreporter.stats.get(outcome, [])]
+        return len({report.nodeid for report in reports if "gpu" in getattr(report, "keywords", {})})
+
+    if HAS_GPU:
+        ran = count("passed", "failed", "error")
+        terminalreporter.write_line(f"gpu tests run on {torch.cuda.get_device_name()}: {ran}")
+    elif skipped := count("skipped"):
+        terminalreporter.write_line(f"no CUDA device: {skipped} gpu tests skipped")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def full_device(request):
+    """Every device for work of real size."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("interpreted", marks=pytest.mark.interpreted),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request, monkeypatch):
+    """Every way the op runs here: PyTorch on the CPU, the kernels in Triton's CPU interpreter, the kernels on a GPU."""
+    if request.param != "interpreted":
+        yield torch.device(request.param)
+        return
+    pytest.importorskip("triton")
+    from interleave import permuted
+
+    monkeypatch.setenv("INMERGE_INTERPRET", "1")
+    with permuted(seed=len(request.node.name)):  # nothing may depend on the order of programs
+        yield torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_global_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,99 @@
+"""Runs the launch path over Triton's real launcher and a CUDA driver that does nothing; prints JSON.
+
+A script of its own: it needs compiled kernels, the stub in place of libcuda, and a process that never interpreted.
+"""
+
+import ctypes
+import json
+import struct
+import sys
+import time
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+from triton.runtime.driver import driver
+
+import inmerge_fast
+from inmerge_fast.draw import coin_threshold
+from inmerge_fast.launch import Launcher
+
+SEED, STEP = 2**63 + 5, 2**40 + 1
+DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS = 10, 5, 20  # all but the constants
+
+
+class StubDriver(CudaDriver):
+    """CudaDriver without the PyTorch build that it asks for devices and streams."""
+
+    def __init__(self):
+        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+        self.get_current_device, self.set_current_device = lambda: 0, lambda device: None
+        self.get_current_stream, self.get_device_capability = lambda device=0: 0, lambda device=0: (9, 0)
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+class Record(ctypes.Structure):
+    _fields_ = (("grid", ctypes.c_uint * 3), ("function", ctypes.c_void_p), ("parameters", ctypes.c_uint64 * 32))
+
+
+def main():
+    stub = ctypes.CDLL("libcuda.so.1")
+    launches = ctypes.c_int.in_dll(stub, "stub_launches")
+    remembered = (ctypes.c_int * 16).in_dll(stub, "stub_parameters")
+    records = (Record * 64).in_dll(stub, "stub_records")
+    driver.set_active(StubDriver())
+
+    weights = [torch.randn(64, 4608) for _ in range(int(sys.argv[1]))]
+    plan = inmerge_fast.MergePlan(weights)
+    launcher = Launcher(plan.layers, plan.weights(), plan.row_start)
+    settings = {"prob": 0.3, "alpha": 0.8, "threshold": 0.25, "dry_run": False}
+
+    def run(seed, step):
+        """The records of one call's three launches."""
+        before = launches.value
+        launcher.run(seed, step, **settings)
+        return [Record.from_buffer_copy(records[i % 64]) for i in range(before, launches.value)]
+
+    run(0, 0)  # compiles and loads the functions in this order
+    remembered[1], remembered[2], remembered[3] = DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS
+    handles = (launcher._draw, launcher._count, launcher._merge_handle({}))
+    compiled = [handle._compiled for handle in handles]
+    draw, count, merge = run(SEED, STEP)
+    small_draw = run(3, 4)[0]
+    times = []
+    for step in range(2000):
+        start = time.perf_counter()
+        launcher.run(1, step, **settings)
+        times.append(time.perf_counter() - start)
+
+    def low(word):
+        return word & 0xFFFFFFFF
+
+    def as_float(word):
+        return struct.unpack("<f", struct.pack("<I", low(word)))[0]
+
+    print(json.dumps({
+        "grids": [list(record.grid) for record in (draw, count, merge)],
+        "expected_grids": [[launcher._row_blocks, 1, 1]] * 2 + [[launcher.programs, 1, 1]],
+        "same_handles": [handle._compiled for handle in handles] == compiled,
+        "functions": len({record.function for record in (draw, count, merge)}),
+        "pointers": [
+            draw.parameters[0] == launcher.layer_table.data_ptr(),
+            count.parameters[0] == launcher.partner.data_ptr(),
+            merge.parameters[4] == launcher.active.data_ptr(),
+        ],
+        "seed_step": [draw.parameters[6], draw.parameters[7]] == [SEED, STEP],
+        "small_seed_step": [small_draw.parameters[6], small_draw.parameters[7]] == [3, 4],
+        "coin_threshold": low(draw.parameters[8]) == coin_threshold(0.3),
+        "rows": low(draw.parameters[9]) == launcher.rows,
+        "capacity": low(merge.parameters[13]) == launcher.scratch.numel() // 16,
+        "alpha_beta_threshold": [as_float(word) for word in merge.parameters[14:17]],
+        "always_write_programs": [low(word) for word in merge.parameters[17:20]] == [0, 1, launcher.programs],
+        "host_us": sorted(times)[len(times) // 2] * 1e6,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

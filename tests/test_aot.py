@@ -1,0 +1,180 @@
+"""What Triton's compilers make of the kernels for GPUs that are not there: registers, loads and stores, arithmetic.
+
+``aot.py`` compiles, in a process of its own. Machine code is a matter of the installed Triton; so are these tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from aot import ARCHS, ELEMENTS, MERGES, RECORD
+from assembly import access, arithmetic, attributed, unguarded_releases
+
+VARIANTS = ["draw", "draw from memory", "count", *MERGES]
+
+every_arch = pytest.mark.parametrize("arch", ARCHS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_merge = pytest.mark.parametrize("variant", MERGES)
+
+
+@pytest.fixture(scope="module")
+def report():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
+    script = Path(__file__).with_name("aot.py")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=env | {"OMP_NUM_THREADS": "1"}, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@every_arch
+@every_variant
+def test_nothing_spills(report, arch, variant):
+    kernel = report["compiled"][arch][variant]
+    assert kernel["stack"] == 0
+    # AMD's scalar registers spill into lanes of vector registers, not into memory.
+    spills = ["spills"] if arch.startswith("gfx") else ["spill_stores", "spill_loads"]
+    assert [kernel[name] for name in spills] == [0] * len(spills)
+
+
+@every_arch
+@every_variant
+def test_registers_do_not_grow(report, arch, variant):
+    record = json.loads(RECORD.read_text())
+    if report["triton"] not in record:
+        pytest.skip(f"no registers recorded for Triton {report['triton']}; python tests/aot.py --record does it")
+    assert report["compiled"][arch][variant]["registers"] <= record[report["triton"]][arch][variant]
+
+
+@every_arch
+@every_merge
+def test_dense_filters_move_16_bytes_at_a_time(report, arch, variant):
+    dtypes, strided = MERGES[variant]
+    kernel = report["compiled"][arch][variant]
+    one_row = Counter()  # the accesses that read or write one row, by their size in bytes
+    for dtype in dtypes:
+        per_thread = ELEMENTS // kernel["threads"] * (4 if dtype == "float32" else 2)
+        size = min(16, per_thread)  # with AMD's 256 threads a 16-bit block has only 8 bytes for each
+        one_row[size] += per_thread // size
+    # The blend's code is there three times: at once, to scratch, and for the one who settles a row.
+    for function, loads, stores in [("_similarity", 2, 0), ("_blend", 6, 3), ("_copy_back", 1, 1)]:
+        found = kernel["accesses"][function]
+        wanted = {f"load {size}": loads * n for size, n in one_row.items() if loads}
+        wanted |= {f"store {size}": stores * n for size, n in one_row.items() if stores}
+        if not strided:
+            assert found.keys() == wanted.keys(), function
+        assert all(found[name] >= n for name, n in wanted.items()), (function, found, wanted)
+
+
+@every_arch
+@every_merge
+def test_dots_are_fused_and_blends_are_not(report, arch, variant):
+    dtypes, _ = MERGES[variant]
+    kernel = report["compiled"][arch][variant]
+    assert kernel["options"]["enable_fp_fusion"] is False  # or ptxas would fuse what Triton has not
+    per_thread = ELEMENTS // kernel["threads"] * len(dtypes)
+    fused = {name: count["fma"] for name, count in kernel["arithmetic"].items() if "fma" in count}
+    assert list(fused) == ["_similarity"]
+    # AMD's compiler leaves the first of a dot's terms as a product.
+    assert fused["_similarity"] >= 3 * (per_thread - (len(dtypes) if arch.startswith("gfx") else 0))
+    blend = kernel["arithmetic"]["_blend"]
+    assert blend["mul"] >= 3 * 2 * per_thread
+    assert blend["add"] >= 3 * per_thread
+
+
+@every_arch
+@every_merge
+def test_releases_are_behind_a_barrier(report, arch, variant):
+    dtypes, strided = MERGES[variant]
+    kernel = report["compiled"][arch][variant]
+    # For every kind of layer: of the row itself, of its partner, of a settled row's partner. And at the end.
+    assert kernel["releases"] >= 3 * len(dtypes) * (1 + strided) + 1
+    assert kernel["unguarded_releases"] == []
+
+
+@every_arch
+@pytest.mark.parametrize("variant", ["draw", "draw from memory"])
+def test_seed_and_step_are_passed_as_64_bits(report, arch, variant):
+    bits = report["compiled"][arch][variant]["parameter_bits"]
+    assert (bits["seed"], bits["step"], bits["coin_threshold"], bits["rows"]) == (64, 64, 32, 32)
+
+
+@pytest.mark.parametrize("kernel", ["_draw_kernel", "_count_kernel", "_merge_kernel"])
+def test_all_launches_of_a_plan_mean_the_same_kernel(report, kernel):
+    assert len(report["specialisations"][kernel]) == 1, "\n".join(report["specialisations"][kernel])
+
+
+def test_record_is_complete():
+    for version, archs in json.loads(RECORD.read_text()).items():
+        assert {arch: set(variants) for arch, variants in archs.items()} == {arch: set(VARIANTS) for arch in ARCHS}, (
+            version
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("	@%p8 ld.global.v4.b32 { %r42, %r43, %r44, %r45 }, [ %rd53 + 0 ];", ("load", 16)),
+        ("	ld.global.b32 { %r27 }, [ %rd31 + 0 ];", ("load", 4)),
+        ("	@%p35 ld.global.gpu.acquire.b32 %r135, [ %rd65 + 0 ];", ("load", 4)),
+        ("	ld.global.nc.L1::evict_last.v2.b64 { %rd1, %rd2 }, [ %rd3 + 0 ];", ("load", 16)),
+        ("	@%p1 st.global.b16 [ %rd531 + 0 ], { %rs160 };", ("store", 2)),
+        ("	@%p36 atom.global.gpu.acq_rel.add.u32 %r188, [ %rd65 + 0 ], %r187;", ("atomic", 4)),
+        ("	ld.shared.b32 	%r103, [global_smem];", None),
+        ("	ld.param.b64 	%rd21, [_draw_kernel_param_0];", None),
+        ("	global_load_dwordx4 v[0:3], v[0:1], off", ("load", 16)),
+        ("	global_load_dword v47, v42, s[22:23]", ("load", 4)),
+        ("	global_load_short_d16_hi v1, v[2:3], off", ("load", 2)),
+        ("	scratch_store_dword off, v40, s32", ("store", 4)),
+        ("	s_load_dwordx2 s[4:5], s[0:1], 0x0", None),
+    ],
+)
+def test_accesses_are_recognised(line, expected):
+    assert access(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("	fma.rn.f32 	%r358, %r48, %r56, %r358;", ("fma", 1)),
+        ("	fma.rn.f32x2 	%rd1, %rd2, %rd3, %rd4;", ("fma", 2)),
+        ("	mul.rn.f32 	%r1, %r2, %r3;", ("mul", 1)),
+        ("	mul.wide.s32 	%rd1, %r2, 4;", None),
+        ("	v_fmac_f32_e32 v1, v2, v3", ("fma", 1)),
+        ("	v_pk_fma_f32 v[0:1], v[2:3], v[4:5], v[6:7]", ("fma", 2)),
+        ("	v_fma_mixlo_f16 v1, v2, v3, v4", ("fma", 1)),
+        ("	v_pk_mul_f32 v[0:1], v[2:3], v[4:5]", ("mul", 2)),
+        ("	v_mul_lo_u32 v1, v2, v3", None),
+    ],
+)
+def test_arithmetic_is_recognised(line, expected):
+    assert arithmetic(line) == expected
+
+
+RELEASE = "\tatom.global.gpu.acq_rel.add.u32 %r188, [ %rd65 + 0 ], %r187;"
+STORE = "\tst.global.b32 [ %rd81 + 0 ], { %r182 };"
+
+
+def test_releases_without_a_barrier_are_found():
+    barrier = "\tbar.sync 0;"
+    assert unguarded_releases("\n".join([STORE, barrier, RELEASE])) == (1, [])
+    assert unguarded_releases("\n".join([barrier, STORE, RELEASE])) == (1, [RELEASE.strip()])
+    assert unguarded_releases("\n".join([barrier, "$L__BB0_21:", RELEASE])) == (1, [RELEASE.strip()])
+    assert unguarded_releases(RELEASE) == (1, [RELEASE.strip()])
+    assert unguarded_releases(RELEASE.replace("acq_rel", "relaxed")) == (0, [])
+
+
+def test_lines_are_attributed_to_functions(tmp_path):
+    source = tmp_path / "some.py"
+    source.write_text("def f():\n    pass\n\n\n@g\ndef h():\n    pass\n")
+    places = ["\t.loc\t1 7 3", "a", "\t.loc 1 2 0 // other.py:6", "b", "\t.loc 2 7 1", "c", "\t.loc 1 0 0", "d"]
+    asm = "\n".join([*places, '\t.file\t1 "/x/some.py"', '\t.file 2 "/x" "other.py"'])
+    assert list(attributed(asm, source))[:4] == [("h", "a"), ("f", "b"), ("", "c"), ("", "d")]

@@ -1,0 +1,297 @@
+"""The main command: what it prints, that a seed fixes it, and what it says about options it cannot use."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from inmerge_fast import MergeStats, demo_train, merge_
+from inmerge_fast.__main__ import main
+from inmerge_fast.demo_data import ImageSet
+from inmerge_fast.demo_report import Arm, Outcome, _comparison, sign_test
+from inmerge_fast.demo_train import History, MergeSetting, Schedule, Similarities, build_net, evaluate, train
+
+BRIEF = ["--quick", "--epochs", "1", "--backbone-epochs", "1", "--device", "cpu"]
+TIMES = re.compile(r" *[\d.]+ (ms|%)")
+
+
+def table(text, title):
+    """Rows of numbers below a line that starts with ``title``, as lists of words."""
+    lines = text[text.index(f"\n{title}") :].splitlines()[1:]
+    rows = []
+    for line in lines[1:]:
+        words = line.split()
+        if rows and not words:
+            break
+        if any(re.fullmatch(r"-?\d+\.\d+", word) for word in words):
+            rows.append(words)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Output of ``python -m inmerge_fast --quick`` in a process of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "inmerge_fast", "--quick"],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_quick_says_what_it_runs_on(quick):
+    head = quick.stdout[: quick.stdout.index("Backbone")]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert "scikit-learn digits: 1000 training and 797 test images, 10 classes" in head
+    for part in ("VGG-like", f"device    {device}", f"torch {torch.__version__}", "merges 3 layers"):
+        assert part in head
+
+
+def test_quick_keeps_the_log_short(quick):
+    assert all(bar in quick.stderr for bar in ("backbone: 100%", "arm a: 100%", "arm b: 100%", "arm c: 100%"))
+    assert len(re.split(r"[\r\n]+", quick.stderr)) < 40
+
+
+def test_quick_shows_that_the_papers_setting_does_nothing(quick):
+    text = " ".join(quick.stdout.split())
+    assert (
+        "NoEffectWarning, raised by merge_ in arm b: 100 calls of merge_ sampled filter pairs and merged none" in text
+    )
+    assert "raised by merge_ in arm c" not in text
+    assert "Its weights are those of arm a, bit for bit." in text
+
+
+def test_quick_merges_at_the_threshold_it_read_off(quick):
+    epochs = [[float(word) for word in row] for row in table(quick.stdout, "Training loss")]
+    assert [int(row[0]) for row in epochs] == [1, 2, 3, 4, 5]
+    baseline, paper, own = ([row[a:b] for row in epochs] for a, b in ((1, 3), (3, 5), (6, 8)))
+    assert baseline == paper  # trained on the same data in the same order
+    assert own != baseline
+    assert min(row[1] for row in baseline + own) > 95  # learnt, and not collapsed
+    assert [row[5] for row in epochs] == [0] * 5
+    merged = [int(row[8]) for row in epochs]
+    assert sum(count > 0 for count in merged) >= 4
+
+    layers = table(quick.stdout, "Pairs sampled")
+    assert [row[0] for row in layers] == ["conv6", "conv7", "conv8"]
+    assert sum(int(row[6]) for row in layers) == sum(merged)
+    assert [row[2] for row in layers] == [row[5] for row in layers]  # the same draws in both arms
+    totals = re.findall(r"^  [abc]  \D+ (\d+) +(\d+) ", quick.stdout[quick.stdout.index("\nTotals") :], re.MULTILINE)
+    sampled = str(sum(int(row[2]) for row in layers))
+    assert totals == [("0", "0"), (sampled, "0"), (sampled, str(sum(merged)))]
+
+    similarities = table(quick.stdout, "Similarities in the backbone")
+    lowest, middle, highest = map(float, similarities[-1][-3:])
+    assert lowest < middle < highest < 0.3
+    threshold = float(re.search(r"Threshold of arm c: ([\d.]+)", quick.stdout).group(1))
+    assert threshold == pytest.approx(middle, abs=1e-4)
+
+
+def test_quick_times_merging(quick):
+    shares = re.findall(r"([\d.]+) ms +([\d.]+) ms +([\d.]+) %", quick.stdout)
+    assert len(shares) == 2
+    for merge, step, share in shares:
+        assert 0 < float(merge) < float(step)
+        assert float(share) == pytest.approx(100 * float(merge) / float(step), abs=1.5)
+
+
+def test_same_seed_same_output(capsys):
+    outputs = []
+    for seed in ("7", "7", "8"):
+        main([*BRIEF, "--seed", seed])
+        outputs.append(TIMES.sub("", capsys.readouterr().out))
+    assert outputs[0] == outputs[1]
+    assert table(outputs[0], "Training loss") != table(outputs[2], "Training loss")
+
+
+def test_threshold_that_is_too_low_is_called_harmful(capsys):
+    main([*BRIEF, "--epochs", "2", "--threshold", "-1", "--prob", "0.6", "--alpha", "0.5"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Threshold of arm c: -1, as given by --threshold." in text
+    assert "c --threshold: merge_ at every step with alpha=0.5, prob=0.6, threshold=-1" in text
+    assert "merging did harm here" in text
+    assert "collapsed" in text
+
+
+def test_no_samples_and_no_warning_yet(capsys):
+    main([*BRIEF, "--prob", "0"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Arm b merged nothing; merge_ warns after more calls than its 31." in text
+    assert "Arm c (read-off threshold) merged nothing: it sampled no pair." in text
+
+
+def tiny(channels=1):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, channels, 16, 16, generator=generator)
+    y = torch.arange(40) % 2
+    return ImageSet("noise", "", x[:32], y[:32], x[32:], y[32:], 2)
+
+
+def test_merges_before_every_training_step_and_never_in_evaluation(monkeypatch):
+    net, seen = build_net(1, 2, seed=0), []
+
+    def spy(model, *, step, **kwargs) -> MergeStats:
+        assert model is net
+        assert model.training
+        seen.append((step, kwargs))
+        return merge_(model, step=step, **kwargs)
+
+    net.register_forward_pre_hook(lambda module, args: seen.append("train" if module.training else "test"))
+    monkeypatch.setattr(demo_train, "merge_", spy)
+    schedule = Schedule(first_epoch=3, epochs=2, high=0.01, low=0.001, batch_size=10, seed=5)
+    history = train(net, tiny(), schedule, MergeSetting(0.8, 0.3, -1.0), "test")
+    arguments = {"alpha": 0.8, "prob": 0.3, "threshold": -1.0, "seed": 5}
+    expected = []
+    for epoch in (3, 4):
+        for batch in range(3):
+            expected += [(3 * epoch + batch, arguments), "train"]
+        expected.append("test")
+    assert seen == expected
+    assert history.calls == 6
+    assert sum(history.merged) == sum(layer.merged for layer in history.layers.values()) > 0
+
+
+def test_measuring_similarities_changes_nothing():
+    net = build_net(1, 2, seed=0)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    similarities = demo_train.measure_similarities(net, seed=0)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert set(similarities.largest) == {"conv6", "conv7", "conv8"}
+    assert all(len(values) == demo_train.DRY_RUNS for values in similarities.largest.values())
+    assert abs(similarities.mean) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"), [(0, 0, 1.0), (1, 1, 1.0), (0, 2, 0.5), (10, 0, 2 / 1024), (5, 1, 0.21875)]
+)
+def test_sign_test(gained, lost, p):
+    assert sign_test(gained, lost) == pytest.approx(p)
+
+
+def test_several_labels_are_judged_one_by_one():
+    logits = torch.tensor([[1.0, -1.0, 2.0], [0.0, 3.0, -0.1], [-4.0, -5.0, 6.0]])
+    truth = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    data = ImageSet("labels", "", logits, truth, logits, truth, classes=3)
+    assert evaluate(torch.nn.Identity(), data).tolist() == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ([0] * 9, "It judges as many labels of each of the test images right as arm a."),
+        ([-1] * 8 + [0], "-22.22 percentage points (0 of 9 images with more labels right, 8 with fewer; sign test p = "
+         "0.0078). That is more than the noise of the test images: merging did harm here."),
+        ([1] * 8 + [0], "That is more than the noise of the test images, but no evidence of a gain (see below)."),
+        ([-1] * 4 + [1] * 5, "+2.78 percentage points (5 of 9 images with more labels right, 4 with fewer; sign test "
+         "p = 1). That is within the noise of the test images: no difference is shown."),
+        # One image with four labels lost is one image lost, whatever it does to the accuracy.
+        ([-4] * 2 + [0] * 7, "-22.22 percentage points (0 of 9 images with more labels right, 2 with fewer; sign test "
+         "p = 0.5). That is within the noise"),
+        ([-1] * 17 + [4] * 5, "+3.41 percentage points (5 of 22 images with more labels right, 17 with fewer; sign test"
+         " p = 0.017). That is more than the noise of the test images, but their number and the label accuracy do not "
+         "agree: neither harm nor gain is shown."),
+    ],
+)  # fmt: skip
+def test_arms_are_compared_image_by_image(change, expected):
+    images, truth = torch.zeros(len(change), 1, 16, 16), torch.zeros(len(change), 4)
+    data = ImageSet("labels", "", images, truth, images, truth, classes=4)
+    base, other = (
+        Outcome(Arm(key, "", None), torch.nn.Identity(), History(right=right), Similarities(0.0, {}))
+        for key, right in (("a", torch.full((len(change),), 4)), ("b", 4 + torch.tensor(change)))
+    )
+    assert expected in _comparison(base, other, data)
+
+
+def save(path, size, labels):
+    arrays = {}
+    for split, count in (("train", 64), ("val", 4), ("test", 16)):
+        arrays[f"{split}_images"] = np.random.default_rng(0).integers(0, 256, (count, *size), dtype=np.uint8)
+        arrays[f"{split}_labels"] = labels(np.arange(count)).astype(np.uint8)
+    np.savez(path, **arrays)
+
+
+def classes(index):
+    return (index % 3)[:, None]
+
+
+def fourteen_labels(index):
+    return np.add.outer(index, np.arange(14)) % 5 == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "labels", "words"),
+    [
+        ((28, 28, 3), classes, ("16 test images, 3 classes, 28x28 RGB", "3x3 conv", "test accuracy", "test")),
+        ((28, 28), fourteen_labels,
+         ("16 test images, 14 labels per image, 28x28 grey", "3x3 conv", "test label accuracy", "labels")),
+        ((28, 28, 28), classes,
+         ("16 test volumes, 3 classes, 28x28x28 grey, resized to 16x16x16", "3x3x3 conv", "test accuracy", "test")),
+        ((16, 16, 16), fourteen_labels,
+         ("16 test volumes, 14 labels per volume, 16x16x16 grey", "3x3x3 conv", "test label accuracy", "labels")),
+    ],
+)  # fmt: skip
+def test_trains_on_a_file(tmp_path, capsys, size, labels, words):
+    save(tmp_path / "set.npz", size, labels)
+    main([*BRIEF, "--data", str(tmp_path / "set.npz"), "--batch-size", "16"])
+    out = capsys.readouterr().out
+    text = " ".join(out.split())
+    data, net, measure, column = words
+    assert f"set.npz: 64 training and {data}; " in text
+    assert f"VGG-like, {net}" in text
+    assert f"Training loss, {measure} in % and" in text
+    assert f" epoch loss {column} loss {column} merged loss {column} merged 1 " in text
+    assert f"max sim. {column} % merge_" in text
+    (row,) = table(out, "Training loss")
+    assert row[1:3] == row[3:5]
+
+
+def test_trains_on_pneumoniamnist(capsys):
+    folder = os.environ.get("INMERGE_DATA")
+    path = Path(folder or ".") / "pneumoniamnist.npz"
+    if not folder or not path.is_file():
+        pytest.skip("set INMERGE_DATA to a folder that holds pneumoniamnist.npz")
+    main([*BRIEF, "--data", str(path)])
+    out = capsys.readouterr().out
+    assert "pneumoniamnist.npz: 900 training and 500 test images, 2 classes, 28x28 grey; a random 900 of the" in out
+    (row,) = table(out, "Training loss")
+    assert all(float(row[column]) > 60 for column in (2, 4, 7))
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threshold", "1.5"], r"argument --threshold: must be a number in \[-1, 1\], got '1.5'"),
+        (["--alpha", "nan"], r"argument --alpha: must be a number in \[0, 1\], got 'nan'"),
+        (["--prob", "much"], r"argument --prob: must be a number in \[0, 1\], got 'much'"),
+        (["--epochs", "0"], "argument --epochs: must be an integer from 1 to 10000, got '0'"),
+        (["--backbone-epochs", "1.5"], "argument --backbone-epochs: must be an integer from 1"),
+        (["--batch-size", "1"], "argument --batch-size: must be an integer from 2 to 4096, got '1'"),
+        (["--seed", "-1"], r"argument --seed: must be an integer in \[0, 2\*\*63\), got '-1'"),
+        (["--device", "abacus"], "argument --device: 'abacus' cannot be used here: "),
+        (["--device", "meta"], "argument --device: 'meta' cannot be used here: "),
+        (["--data", "nowhere.npz"], "error: nowhere.npz: there is no such file"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: python -m inmerge_fast")
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(("module", "package"), [("tqdm", "tqdm"), ("sklearn.datasets", "scikit-learn")])
+def test_missing_extra(monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=rf"^the demo needs {package} .*: pip install 'inmerge_fast\[demo\]'$"):
+        main(["--quick"])

@@ -1,0 +1,266 @@
+"""When a cached plan is used, when it is built anew, and that it keeps nothing alive."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from nets import mixed_net
+from oracle import assert_is_reference
+from torch import nn
+
+import inmerge_fast
+from inmerge_fast import MergePlan
+from inmerge_fast.merge import MAX_CACHED_PLANS, _plans
+
+MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
+
+
+def test_plans_are_cached_by_target_and_choice(monkeypatch):
+    built = []
+    original = MergePlan.__init__
+    monkeypatch.setattr(MergePlan, "__init__", lambda self, *a, **k: (built.append(1), original(self, *a, **k))[1])
+    model, convs = mixed_net(), [nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)]
+    for _ in range(3):
+        inmerge_fast.merge_(model)
+        inmerge_fast.merge_(model, skip_first=0)
+        inmerge_fast.merge_(model[0])
+        inmerge_fast.merge_(iter(convs))
+        inmerge_fast.merge_(convs[0].weight)
+    assert len(built) == 5
+
+
+def test_a_cached_plan_does_not_keep_its_target_alive():
+    model, conv, weight = mixed_net(), nn.Conv2d(2, 2, 1), torch.randn(4, 4)
+    pair = [nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)]
+    gc.collect()
+    entries = len(_plans)
+    for target in (model, conv, weight, pair):
+        inmerge_fast.merge_(target)
+    assert len(_plans) == entries + 4
+    parts = [weakref.ref(part) for part in (model, model[0], model[0].weight, conv, conv.weight, pair[0].weight)]
+    del model, conv, weight, pair, target
+    gc.collect()
+    assert len(_plans) == entries
+    assert not any(part() is not None for part in parts)
+
+
+def _replace_conv(model):
+    model[0] = nn.Conv2d(3, 4, 3)
+
+
+def _replace_nested(model):
+    model[1][0] = nn.Conv2d(4, 4, 3)
+
+
+def _replace_container(model):
+    model[1] = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4))
+
+
+def _add_conv(model):
+    model[1].append(nn.Conv2d(4, 4, 3))
+
+
+def _add_conv_to_a_leaf(model):
+    model[1][1].extra = nn.Conv2d(4, 4, 3)
+
+
+def _remove_conv(model):
+    del model[1][0]
+
+
+def _replace_parameter(model):
+    model[0].weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+
+def _assign_data(model):
+    model[0].weight.data = torch.randn(4, 3, 3, 3)
+
+
+def _load_by_assignment(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def _to_half(model):
+    model.half()
+
+
+def _to_channels_last(model):
+    model.to(memory_format=torch.channels_last)
+
+
+def _reshape_in_place(model):
+    model[0].weight.data = model[0].weight.data.view(4, 9, 3, 1)
+
+
+CHANGES = [
+    _replace_conv, _replace_nested, _replace_container, _add_conv, _add_conv_to_a_leaf, _remove_conv,
+    _replace_parameter, _assign_data, _load_by_assignment, _to_half, _to_channels_last, _reshape_in_place,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_target_is_noticed(device, change):
+    model = mixed_net().to(device)
+    inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    plan = MergePlan(model, skip_first=0)
+    change(model)
+    model.to(device)
+    assert not plan.is_current()
+    with pytest.raises(ValueError, match="the plan is out of date.*build a new MergePlan"):
+        inmerge_fast.merge_(plan, **MERGE_ALL)
+    fresh = MergePlan(model, skip_first=0)
+    before = [weight.detach().clone() for weight in fresh.weights()]
+    stats = inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    assert [layer.name for layer in stats.layers] == [layer.name for layer in fresh.layers]
+    for layer, old, new in zip(fresh.layers, before, fresh.weights(), strict=True):
+        transposed = old.shape[0] != layer.layout.filters
+        groups = layer.layout.filters // layer.layout.group_size
+        assert_is_reference(
+            old, new, layer=layer.layer_id, alpha=0.8, groups=groups, transposed=transposed, **MERGE_ALL
+        )
+
+
+def test_training_does_not_outdate_a_plan():
+    model = mixed_net()
+    plan = MergePlan(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    model[0](torch.randn(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    model.eval()
+    model.load_state_dict(mixed_net().state_dict())
+    model.requires_grad_(False)
+    assert plan.is_current()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda data: data.view(torch.float16), lambda data: data[:2], lambda data: data.t()],
+    ids=["dtype", "shape", "stride"],
+)
+def test_the_same_memory_read_in_another_way_is_noticed(change):
+    weight = torch.randn(4, 4).bfloat16()
+    plan, pointer = MergePlan(weight), weight.data_ptr()
+    weight.data = change(weight.data)
+    assert weight.data_ptr() == pointer
+    assert not plan.is_current()
+
+
+def test_one_inference_weight_among_others_outdates_the_plan_outside_inference_mode():
+    normal = torch.randn(4, 9)
+    with torch.inference_mode():
+        weights = [normal, torch.randn(4, 9)]
+        assert inmerge_fast.merge_(weights, **MERGE_ALL).merged == 8
+    before = normal.clone()
+    with pytest.raises(ValueError, match="1: Tensor: the weight was created in inference mode"):
+        inmerge_fast.merge_(weights, **MERGE_ALL)
+    assert torch.equal(normal, before)
+
+
+def test_a_target_and_a_list_of_it_have_plans_of_their_own():
+    conv, model = nn.Conv2d(2, 2, 1), mixed_net()
+    for _ in range(2):
+        assert inmerge_fast.merge_(conv, **MERGE_ALL).layers[0].name == "Conv2d"
+        assert inmerge_fast.merge_([conv], **MERGE_ALL).layers[0].name == "0: Conv2d"
+        inmerge_fast.merge_(model, **MERGE_ALL)
+        with pytest.raises(TypeError, match="pass models one by one"):
+            inmerge_fast.merge_([model], **MERGE_ALL)
+
+
+def _untie(model):
+    model[1][0].weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+
+def _tie_later(model):
+    model[4].weight = model[1][0].weight
+
+
+def _grow_a_layer_with_nothing_to_pair(model):
+    model[2].groups = 1
+    model[2].weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+
+@pytest.mark.parametrize("change", [_untie, _tie_later, _grow_a_layer_with_nothing_to_pair])
+def test_changes_of_layers_that_are_not_merged_are_noticed(change):
+    model = mixed_net()
+    model.append(nn.Conv2d(4, 4, 3))
+    if change is _untie:
+        model[4].weight = model[1][0].weight
+    inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    change(model)
+    fresh = MergePlan(model, skip_first=0)
+    stats = inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    assert [layer.name for layer in stats.layers] == [layer.name for layer in fresh.layers]
+    assert stats.skipped == fresh.skipped
+
+
+def test_a_tensor_that_becomes_computed_is_noticed():
+    weight, scale = torch.randn(4, 9), torch.ones(4, 1, requires_grad=True)
+    inmerge_fast.merge_(weight, **MERGE_ALL)
+    weight.mul_(scale)
+    with pytest.raises(ValueError, match="it has a grad_fn"):
+        inmerge_fast.merge_(weight, **MERGE_ALL)
+
+
+def test_a_model_that_its_own_hooks_refer_to_is_freed():
+    model = mixed_net()
+    model[1].register_forward_hook(lambda *_, model=model: None)
+    inmerge_fast.merge_(model)
+    root = weakref.ref(model)
+    del model
+    gc.collect()
+    assert root() is None
+
+
+def test_the_number_of_cached_plans_is_limited():
+    convs = [nn.Conv2d(2, 2, 1) for _ in range(2 * MAX_CACHED_PLANS)]
+    for conv in convs:
+        inmerge_fast.merge_(conv)
+    assert len(_plans) == MAX_CACHED_PLANS
+
+
+def test_children_are_compared_by_identity():
+    class Equal(nn.Sequential):
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+        __hash__ = nn.Module.__hash__
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Equal(nn.Conv2d(4, 4, 3)))
+    inmerge_fast.merge_(model, **MERGE_ALL)
+    model[1] = Equal(nn.Conv2d(4, 4, 3))
+    before = model[1][0].weight.detach().clone()
+    inmerge_fast.merge_(model, **MERGE_ALL)
+    assert not torch.equal(model[1][0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"skip_first": 1}, {"skip_first": 2}),
+        ({"skip_first": 0.4}, {"skip_first": 0.7}),
+        ({"exclude": "0", "skip_first": 0}, {"exclude": "1", "skip_first": 0}),
+        ({"include_linear": True}, {"include_linear": False}),
+    ],
+)
+def test_every_choice_of_layers_has_a_cached_plan_of_its_own(one, other):
+    model = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(3)), nn.Linear(2, 2))
+    for choice in (one, other, one):
+        merged = [layer.name for layer in inmerge_fast.merge_(model, dry_run=True, **choice).layers]
+        assert merged == [layer.name for layer in MergePlan(model, **choice).layers]
+
+
+def test_every_layer_id_has_a_cached_plan_of_its_own():
+    weight = torch.randn(16, 9)
+    for layer in (3, 4, 3):
+        before = weight.clone()
+        inmerge_fast.merge_(weight, layer=layer, **MERGE_ALL)
+        assert_is_reference(before, weight, layer=layer, alpha=0.8, **MERGE_ALL)
+
+
+def test_untying_a_layer_of_a_list_is_noticed():
+    convs = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)]
+    convs[1].weight = convs[0].weight
+    assert len(inmerge_fast.merge_(convs, **MERGE_ALL).layers) == 1
+    convs[1].weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+    assert len(inmerge_fast.merge_(convs, **MERGE_ALL).layers) == 2
