@@ -1,5 +1,7 @@
 """Several ranks: no silent drift, and sharded weights are refused instead of losing the merge."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,7 +74,10 @@ def _two_ranks(rank, path):
     _replicas_stay_equal(rank)
     for use_orig_params in (True, False):
         _fsdp1_shards_raise_and_full_parameters_merge(use_orig_params)
-    dist.destroy_process_group()
+    dist.barrier()
+    # PyTorch's teardown of a process whose FSDP models held a gloo group has once ended in std::terminate (SIGABRT,
+    # 1 of some 100 runs), after everything above had passed. A failure above never gets here: mp.spawn reports it.
+    os._exit(0)
 
 
 def test_two_ranks_under_ddp_and_fsdp1(tmp_path):
