@@ -94,7 +94,7 @@ def load_digits() -> ImageSet:
 
 
 def read_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """scikit-learn's digits, ``(1797, 8, 8)`` from 0 to 16, and their labels, shuffled; the first 1000 are for training."""
+    """scikit-learn's digits ``(1797, 8, 8)``, 0 to 16, and their labels, shuffled: ``DIGITS_TRAIN`` to train with."""
     digits = require("sklearn.datasets", "scikit-learn").load_digits()
     order = np.random.default_rng(DIGITS_SEED).permutation(len(digits.target))
     return digits.images[order].astype(np.float32), digits.target[order]
@@ -135,8 +135,8 @@ def read_npz(path: str | Path) -> tuple[dict[str, npt.NDArray], int]:
         path: as for :func:`load_npz`.
 
     Returns:
-        The arrays ``{train,val,test}_{images,labels}``, with labels ``(N,)`` where there is one per image and ``(N, K)``
-        in a multi-label set; and the number of classes or labels.
+        The arrays ``{train,val,test}_{images,labels}``, with labels ``(N,)`` where there is one per image and
+        ``(N, K)`` in a multi-label set; and the number of classes or labels.
 
     Raises:
         ValueError: the file is missing, or is not such a file; the message names it and says why.

@@ -12,7 +12,6 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-
 VGG_CONVS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # convolutions of each stage
 
 

@@ -1,7 +1,7 @@
 """NIH ChestX-ray14 from its original layout: both folder forms, both tables, the published lists or a one-hot table.
 
-The release (Wang et al., CVPR 2017) holds 112,120 PNGs of 1024x1024, either flat in ``images/`` (the NIH's own archives)
-or in ``images_001/images/`` to ``images_012/images/`` (Kaggle); images are found by their base name. The labels are in
+The release (Wang et al., CVPR 2017) holds 112,120 PNGs of 1024x1024, either flat in ``images/`` (the NIH's archives) or
+in ``images_001/images/`` to ``images_012/images/`` (Kaggle); images are found by their base name. The labels are in
 ``Data_Entry_2017.csv`` or ``Data_Entry_2017_v2020.csv``, the split in ``train_val_list.txt`` and ``test_list.txt``. The
 InMerge authors use one table with 14 columns of 0 and 1 and a column ``fold`` instead.
 """
@@ -65,7 +65,9 @@ def load_chestxray14(folder: Path, *, size: int = 224, cache: Path | None = None
     names = [entry.name for split in SPLITS for entry in parts[split]]
     missing = [name for name in names if name not in paths]
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} of {len(names)} listed images are missing, the first is {missing[0]}")
+        raise ValueError(
+            f"{folder}: {len(missing)} of {len(names)} listed images are missing, the first is {missing[0]}"
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "inmerge_fast" if cache is None else cache
     images = _decoded([paths[name] for name in names], size, cache)
     splits, start = [], 0
@@ -128,7 +130,9 @@ def read_entries(path: Path) -> dict[str, Entry]:
         name, findings, patient = (_field(path, row, number, column) for column in columns)
         found = set(findings.split("|")) - {NO_FINDING}
         if not found <= set(LABELS):
-            raise ValueError(f"{path}: row {number} ({name}) has unknown labels: {', '.join(sorted(found - set(LABELS)))}")
+            raise ValueError(
+                f"{path}: row {number} ({name}) has unknown labels: {', '.join(sorted(found - set(LABELS)))}"
+            )
         entries[name] = Entry(name, tuple(int(label in found) for label in LABELS), patient)
     return entries
 
@@ -169,7 +173,9 @@ def _published_split(folder: Path, entries: dict[str, Entry]) -> dict[str, list[
         names = path.read_text().split()
         unknown = [name for name in names if name not in entries]
         if unknown or not names:
-            detail = f"{len(unknown)} images have no row in the table, the first is {unknown[0]}" if unknown else "is empty"
+            detail = (
+                f"{len(unknown)} images have no row in the table, the first is {unknown[0]}" if unknown else "is empty"
+            )
             raise ValueError(f"{path}: {detail}")
         chosen.append([entries[name] for name in names])
     rest, test = chosen
@@ -201,7 +207,9 @@ def _decoded(paths: list[Path], size: int, cache: Path) -> npt.NDArray[np.uint8]
         try:
             with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the interpreter's lock
                 grey = pool.map(lambda path: _grey(path, size), paths)
-                bar = require("tqdm", "tqdm").tqdm(grey, total=len(paths), desc="decoding", unit=" images", disable=None)
+                bar = require("tqdm", "tqdm").tqdm(
+                    grey, total=len(paths), desc="decoding", unit=" images", disable=None
+                )
                 for index, image in enumerate(bar):
                     out[index, 0] = image
             out.flush()

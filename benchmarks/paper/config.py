@@ -31,6 +31,7 @@ class Recipe:
         flip: random horizontal flips.
         bf16: autocast to bfloat16.
         severities: of the corruptions, 1 to 5.
+        limit: use this many images of every part, evenly spaced, or None for all.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Recipe:
     flip: bool = False
     bf16: bool = False
     severities: tuple[int, ...] = (3, 5)
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ class Merging:
 
     def label(self) -> str:
         """The setting in a few words, without what is at its default and usually so."""
-        words = [f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}", f"alpha {self.alpha:g}", f"p {self.prob:g}"]
+        words = [
+            f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}",
+            f"alpha {self.alpha:g}",
+            f"p {self.prob:g}",
+        ]
         if self.partner != "random":
             words.append(self.partner)
         if self.skip_first != Merging.skip_first:
@@ -136,8 +142,18 @@ class Run:
     def file(self) -> str:
         """Path of the run's file below the folder of results."""
         kind = self.arm.label().replace(" %", "pc").replace(", ", "_").replace(" ", "-")
-        key = digest({"recipe": dataclasses.asdict(self.recipe), "arm": dataclasses.asdict(self.arm)})
+        key = digest({"recipe": chosen(self.recipe), "arm": chosen(self.arm)})
         return f"{self.recipe.name}/{kind}.{key}/{self.split}-{self.seed:03d}.json"
+
+
+def chosen(values: Any) -> dict[str, Any]:
+    """Fields that are not at their default, so that a new option does not rename the files of old runs."""
+    out = {}
+    for one in dataclasses.fields(values):
+        value = getattr(values, one.name)
+        if value != one.default:
+            out[one.name] = chosen(value) if dataclasses.is_dataclass(value) else value
+    return out
 
 
 def digest(values: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import urllib.error
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _digits() -> DataSet:
     images, labels = read_digits()
     grey = (images * (255 / 16)).round().astype(np.uint8)
     ends = [0, DIGITS_TRAIN, DIGITS_TRAIN + DIGITS_VAL, len(grey)]
-    parts = [_split(grey[a:b], labels[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [_split(grey[a:b], labels[a:b]) for a, b in itertools.pairwise(ends)]
     return DataSet("digits", "multi-class", tuple("0123456789"), *parts, source="scikit-learn's load_digits")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -43,14 +44,15 @@ class Where:
     tensorboard: str | None = None
 
 
-_benches: dict[tuple[str, int | None], protocol.Bench] = {}
+_benches: dict[tuple[str, int | None, int | None], protocol.Bench] = {}
 
 
 def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
     """The data of a recipe, loaded once per process."""
-    key = (recipe.data, recipe.size)
+    key = (recipe.data, recipe.size, recipe.limit)
     if key not in _benches:
-        _benches[key] = protocol.Bench(load(recipe.data, size=recipe.size, root=where.root), torch.device(where.device))
+        data = load(recipe.data, size=recipe.size, root=where.root)
+        _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit)
     return _benches[key]
 
 
@@ -141,8 +143,17 @@ def _write(path: Path, result: dict[str, Any], scores: dict[str, Any] | None) ->
         np.savez_compressed(part, **scores)
         part.replace(path.with_suffix(".npz"))
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    part.write_text(json.dumps(_without_nan(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
     part.replace(path)  # last, and at once: a run with a JSON file is complete
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be measured is null."""
+    if isinstance(value, dict):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _backbone(recipe: Recipe, seed: int, bench: protocol.Bench, where: Where) -> protocol.State:
@@ -188,7 +199,17 @@ def _ranks(where: Where) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def read(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
-    """Results of those runs that have a file, in their order."""
-    paths = [out / run.file() for run in dict.fromkeys(runs)]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+def load_result(path: Path) -> dict[str, Any]:
+    """One run's result.
+
+    Raises:
+        ValueError: the file is not one; the message names it.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a result: {error}; delete it and run again") from error
+    missing = {"recipe", "arm", "seed", "data", "digests", "metrics", "filters"} - set(result)
+    if missing:
+        raise ValueError(f"{path}: is not a result: {', '.join(sorted(missing))} missing; delete it and run again")
+    return result

@@ -32,7 +32,10 @@ class Merger:
         if setting.z is not None:
             # Layer by layer, with the ids that the layers have in the model's plan: the draws are the same.
             self._targets = [
-                (MergePlan(net.get_submodule(planned.name), layer=planned.layer_id), setting.z / math.sqrt(planned.layout.elements))
+                (
+                    MergePlan(net.get_submodule(planned.name), layer=planned.layer_id),
+                    setting.z / math.sqrt(planned.layout.elements),
+                )
                 for planned in self._plan.layers
             ]
         self.calls = self._validations = 0

@@ -93,8 +93,8 @@ def _from_timm(name: str, classes: int) -> nn.Module:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
         raise ValueError(
-            f"model 'timm:{name}': timm cannot be imported ({error}); install it with --no-deps, and a torchvision that "
-            "fits the torch you have, or pip replaces torch"
+            f"model 'timm:{name}': timm cannot be imported ({error}); install it with --no-deps, and a torchvision "
+            "that fits the torch you have, or pip replaces torch"
         ) from error
     if not timm.is_model(name):
         raise ValueError(f"model 'timm:{name}': timm has no such model; see timm.list_models()")
@@ -114,8 +114,12 @@ def _load_weights(net: nn.Module, path: Path) -> None:
     own = net.state_dict()
     last = [key for key in own if key.endswith(".weight")][-1].removesuffix("weight")
     head = {key for key in own if key.startswith(last)}
-    wrong = [key for key, value in own.items() if key not in head and getattr(loaded.get(key), "shape", None) != value.shape]
+    wrong = [
+        key for key, value in own.items() if key not in head and getattr(loaded.get(key), "shape", None) != value.shape
+    ]
     if wrong:
-        raise ValueError(f"{path}: does not fit this model: {len(wrong)} tensors missing or of another shape, as {wrong[0]}")
+        raise ValueError(
+            f"{path}: does not fit this model: {len(wrong)} tensors missing or of another shape, as {wrong[0]}"
+        )
     fitting = {key: loaded[key] for key in own if getattr(loaded.get(key), "shape", None) == own[key].shape}
     net.load_state_dict(own | fitting)
