@@ -12,7 +12,7 @@ from .config import BACKBONE, BASELINE, PAPER, RESEEDED, Arm, Merging, Recipe, R
 
 THRESHOLDS = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.5)
 Z_VALUES = (2.0, 3.0, 4.0, 6.0)
-ALPHAS, PROBS = (0.5, 0.8, 0.9, 0.95), (0.05, 0.1, 0.3, 0.5)
+ALPHAS, PROBS = (0.5, 0.8, 0.95), (0.05, 0.3, 0.5)
 SKIPS = (0.0, 0.25, 0.5, 0.6, 0.75)  # share of the convolutions left out
 
 
