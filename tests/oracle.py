@@ -7,9 +7,11 @@ one of the two possible outcomes, and elsewhere all must agree. :data:`tally` co
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from inmerge_fast import draw, reference_merge
+from inmerge_fast.draw import priorities, priority_keys
 from inmerge_fast.reference import filter_of
 
 BAND = 1e-6
@@ -85,3 +87,69 @@ def untouched(model):
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
     return check
+
+
+def partner_choices(weight, i, rule, *, seed, step, layer, threshold, groups=1, transposed=False, band=BAND):
+    """Partners that rule may give filter ``i`` (-1: none) where similarities within ``band`` cannot be told apart.
+
+    Brute force in float64. Returns ``{partner: float64 similarity}``; more than one entry only where it is ambiguous.
+    """
+    filters = weight.shape[1] * groups if transposed else weight.shape[0]
+    size = filters // groups
+    rows = torch.stack(
+        [filter_of(weight.double(), k, groups=groups, transposed=transposed).flatten() for k in range(filters)]
+    )
+    finite = (rows * rows).sum(1).float().isfinite()
+    if not finite[i]:
+        return {-1: None}
+    units = rows / (rows * rows).sum(1, keepdim=True).sqrt().clamp(min=1e-8)
+    similarity = units @ units[i]
+    others = [j for j in range(i - i % size, i - i % size + size) if j != i and finite[j]]
+    if not others:
+        return {-1: None}
+    if rule == "nearest":
+        best = max(similarity[j] for j in others)
+        exact = min(j for j in others if similarity[j] == best)
+        return {j: similarity[j].item() for j in others if similarity[j] >= best - band} | {exact: best.item()}
+    slack = 0.0 if threshold == -1 else band
+    sure = [j for j in others if threshold == -1 or similarity[j] > threshold + slack]
+    maybe = [j for j in others if threshold != -1 and abs(similarity[j] - threshold) <= slack]
+    rank = dict(zip(others, priorities(priority_keys(seed, step, layer, i), np.array(others)).tolist(), strict=True))
+    first = max(sure, key=lambda j: (rank[j], -j), default=-1)
+    choices = [first] + [j for j in maybe if first == -1 or (rank[j], -j) > (rank[first], -first)]
+    return {j: None if j == -1 else similarity[j].item() for j in choices}
+
+
+def assert_is_matched(
+    before, after, rule, *, seed, step, layer, prob, alpha, threshold, groups=1, transposed=False, band=BAND
+):
+    """Check one weight after ``merge_(partner=rule)`` row by row; returns how many rows were (sampled, ambiguous)."""
+    before, after = before.detach().cpu(), after.detach().cpu()
+    filters = before.shape[1] * groups if transposed else before.shape[0]
+    layout = {"groups": groups, "transposed": transposed}
+    coin, _ = draw(seed, step, layer, filters, prob, groups=groups)
+    compute = before.double() if before.dtype == torch.float64 else before.float()
+    keep, take = (torch.tensor(share, dtype=compute.dtype) for share in (alpha, 1.0 - alpha))
+    ambiguous = 0
+    for i in range(filters):
+        old, new = (filter_of(weight, i, **layout) for weight in (before, after))
+        if not coin[i]:
+            assert_same_bits(new, old, f"filter {i} was not sampled but changed")
+            continue
+        choices = partner_choices(
+            before, i, rule, seed=seed, step=step, layer=layer, threshold=threshold, band=band, **layout
+        )
+        outcomes = []
+        for j, similarity in choices.items():
+            # The merge measures the pair again; the similarity of a zero filter is exactly 0 in any order.
+            exact = j == -1 or threshold == -1 or similarity == threshold == 0.0
+            in_band = not exact and abs(similarity - threshold) <= BAND
+            passes = j != -1 and (threshold == -1 or similarity > threshold)
+            if not passes or in_band:
+                outcomes.append(old)
+            if passes or in_band:
+                blend = keep * filter_of(compute, i, **layout) + take * filter_of(compute, j, **layout)
+                outcomes.append(blend.to(before.dtype))
+        ambiguous += len(outcomes) > 1
+        assert any(torch.equal(bits(new), bits(outcome)) for outcome in outcomes), f"filter {i}: {choices}"
+    return int(coin.sum()), ambiguous
