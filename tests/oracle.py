@@ -89,35 +89,39 @@ def untouched(model):
     return check
 
 
-def partner_choices(weight, i, rule, *, seed, step, layer, threshold, groups=1, transposed=False, band=BAND):
-    """Partners that rule may give filter ``i`` (-1: none) where similarities within ``band`` cannot be told apart.
+class PairOracle:
+    """All pairs of one weight by brute force in float64: which partners a rule may give a filter."""
 
-    Brute force in float64. Returns ``{partner: float64 similarity}``; more than one entry only where it is ambiguous.
-    """
-    filters = weight.shape[1] * groups if transposed else weight.shape[0]
-    size = filters // groups
-    rows = torch.stack(
-        [filter_of(weight.double(), k, groups=groups, transposed=transposed).flatten() for k in range(filters)]
-    )
-    finite = (rows * rows).sum(1).float().isfinite()
-    if not finite[i]:
-        return {-1: None}
-    units = rows / (rows * rows).sum(1, keepdim=True).sqrt().clamp(min=1e-8)
-    similarity = units @ units[i]
-    others = [j for j in range(i - i % size, i - i % size + size) if j != i and finite[j]]
-    if not others:
-        return {-1: None}
-    if rule == "nearest":
-        best = max(similarity[j] for j in others)
-        exact = min(j for j in others if similarity[j] == best)
-        return {j: similarity[j].item() for j in others if similarity[j] >= best - band} | {exact: best.item()}
-    slack = 0.0 if threshold == -1 else band
-    sure = [j for j in others if threshold == -1 or similarity[j] > threshold + slack]
-    maybe = [j for j in others if threshold != -1 and abs(similarity[j] - threshold) <= slack]
-    rank = dict(zip(others, priorities(priority_keys(seed, step, layer, i), np.array(others)).tolist(), strict=True))
-    first = max(sure, key=lambda j: (rank[j], -j), default=-1)
-    choices = [first] + [j for j in maybe if first == -1 or (rank[j], -j) > (rank[first], -first)]
-    return {j: None if j == -1 else similarity[j].item() for j in choices}
+    def __init__(self, weight, *, groups=1, transposed=False):
+        filters = weight.shape[1] * groups if transposed else weight.shape[0]
+        exact = weight.detach().cpu().double()
+        rows = torch.stack(
+            [filter_of(exact, k, groups=groups, transposed=transposed).flatten() for k in range(filters)]
+        )
+        squares = (rows * rows).sum(1)
+        units = rows / squares.sqrt().clamp(min=1e-8)[:, None]
+        self.size = filters // groups
+        self.finite = squares.float().isfinite().numpy()
+        self.similarity = (units @ units.T).numpy()
+
+    def choices(self, i, rule, *, seed, step, layer, threshold, band):
+        """``{partner: similarity}`` of filter ``i``, -1 for none; several where ``band`` leaves it open."""
+        first = i - i % self.size
+        others = np.array([j for j in range(first, first + self.size) if j != i and self.finite[j]], int)
+        if not self.finite[i] or not others.size:
+            return {-1: None}
+        similarity = self.similarity[i, others]
+        if rule == "nearest":
+            taken = others[similarity >= similarity.max() - band]
+            return {int(j): float(self.similarity[i, j]) for j in taken}
+        rank = priorities(priority_keys(seed, step, layer, i), others) * 2**31 + (2**31 - 1 - others)
+        sure, maybe = np.ones(others.size, bool), np.zeros(others.size, bool)
+        if threshold != -1:
+            sure, maybe = similarity > threshold + band, np.abs(similarity - threshold) <= band
+        best = rank[sure].max(initial=-1)
+        taken = (rank > best) & maybe | (rank == best)
+        choices = {int(j): float(self.similarity[i, j]) for j in others[taken]}
+        return choices if sure.any() else choices | {-1: None}
 
 
 def assert_is_matched(
@@ -130,15 +134,13 @@ def assert_is_matched(
     coin, _ = draw(seed, step, layer, filters, prob, groups=groups)
     compute = before.double() if before.dtype == torch.float64 else before.float()
     keep, take = (torch.tensor(share, dtype=compute.dtype) for share in (alpha, 1.0 - alpha))
-    ambiguous = 0
+    ambiguous, pairs = 0, PairOracle(before, **layout)
     for i in range(filters):
         old, new = (filter_of(weight, i, **layout) for weight in (before, after))
         if not coin[i]:
             assert_same_bits(new, old, f"filter {i} was not sampled but changed")
             continue
-        choices = partner_choices(
-            before, i, rule, seed=seed, step=step, layer=layer, threshold=threshold, band=band, **layout
-        )
+        choices = pairs.choices(i, rule, seed=seed, step=step, layer=layer, threshold=threshold, band=band)
         outcomes = []
         for j, similarity in choices.items():
             # The merge measures the pair again; the similarity of a zero filter is exactly 0 in any order.

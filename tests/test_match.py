@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from oracle import BAND, assert_is_matched, assert_same_bits, partner_choices
+from oracle import BAND, PairOracle, assert_is_matched, assert_same_bits
 from torch import nn
 
 import inmerge_fast
@@ -85,6 +85,7 @@ def test_models_of_all_kinds_of_layers_match_brute_force(device, rule, seed):
 @pytest.mark.parametrize(("filters", "elements"), [(2, 1), (2, 7), (3, 9), (64, 49), (257, 31), (2048, 65)])
 def test_eager_choices_are_the_brute_force_ones(rule, filters, elements):
     weight = adversarial(filters, elements, seed=filters)
+    pairs = PairOracle(weight)
     sampled = np.arange(0, filters, max(1, filters // 64))
     for threshold in (-1.0, 0.1):
         chosen = match_layer(
@@ -92,7 +93,7 @@ def test_eager_choices_are_the_brute_force_ones(rule, filters, elements):
         )
         for i, j in zip(sampled.tolist(), chosen.tolist(), strict=True):
             # float64 on both sides: only duplicates and opposites are within 1e-14 of each other
-            choices = partner_choices(weight, i, rule, seed=5, step=6, layer=7, threshold=threshold, band=1e-14)
+            choices = pairs.choices(i, rule, seed=5, step=6, layer=7, threshold=threshold, band=1e-14)
             assert j in choices, (i, choices)
 
 
