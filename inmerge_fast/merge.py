@@ -109,7 +109,7 @@ def merge_(
     if seed is None or step is None:
         seed, step = _draw_seed(generator), 0
 
-    path = plan.path if partner == "random" else "eager"
+    path = plan.path
     run = _run_kernels if path == "triton" else _run_eager
     fetch = run(plan, weights, int(seed), int(step), float(prob), float(alpha), float(threshold), partner, dry_run)
     if not dry_run:
@@ -135,7 +135,7 @@ def _run_kernels(
     rule: str, dry_run: bool,
 ) -> Callable[[], SampledPairs]:  # fmt: skip
     launcher = plan.launcher(weights)
-    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=threshold, dry_run=dry_run)
+    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=threshold, partner=rule, dry_run=dry_run)
     if not dry_run and coin_threshold(prob) > 0:
         plan.effect.count_call(launcher.totals)
     return results.fetch
