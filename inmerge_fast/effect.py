@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 
+import numpy as np
 import torch
 
 from .stats import NoEffectWarning
@@ -55,8 +56,8 @@ class EffectMonitor:
         if self._done:
             return
         self._calls += 1
-        if self._calls < NO_EFFECT_CALLS:
-            return
+        if self._calls < NO_EFFECT_CALLS or (totals.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # a CUDA graph would take the copy along, and nobody may ask for its event
         if self._on_host is None:
             event = None
             if totals.device.type != "cpu":
@@ -77,7 +78,7 @@ def _largest_similarity(totals: torch.Tensor) -> float:
     key = int(totals[1])
     if key == -(2**31):
         return -math.inf
-    return float(torch.tensor(key if key >= 0 else key ^ 0x7FFFFFFF, dtype=torch.int32).view(torch.float32))
+    return float(np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int32).view(np.float32))
 
 
 def _callers_level() -> int:
