@@ -47,7 +47,7 @@ class FilterLayout:
 
 
 def check_outside_transforms() -> None:
-    """Raise inside ``torch.func`` transforms and fake-tensor modes, where tensors have no memory, or must not be written.
+    """Raise inside ``torch.func`` transforms and FakeTensorMode: tensors have no memory there, or must not be written.
 
     Raises:
         ValueError: a transform or a FakeTensorMode is active.
