@@ -1,13 +1,11 @@
 """What the launcher must survive without a GPU to try it on: interruptions, captures, other streams, large numbers."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from oracle import assert_is_reference, bits
 
-from inmerge_fast import MergePlan, draw, merge_, reference_merge
+from inmerge_fast import MergePlan, NoEffectWarning, draw, merge_, reference_merge
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
@@ -98,15 +96,63 @@ def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
     assert (kernel.warmups, kernel.runs) == (0, [])
 
 
-def test_the_no_effect_warning_stays_out_of_captures(monkeypatch):
-    """Its copy would become part of the graph, and its event could not be asked."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monitor = EffectMonitor()
-    for _ in range(NO_EFFECT_CALLS + 1):
-        monitor.count_call(SimpleNamespace(is_cuda=True))  # whose attributes nobody may ask for
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with pytest.raises(AttributeError, match="device"):
-        monitor.count_call(SimpleNamespace(is_cuda=True))
+class _CudaTotals:
+    """Stands in for the running totals of a plan on a GPU."""
+
+    is_cuda, device, dtype = True, CUDA, torch.int32
+
+
+class _Host:
+    dtype = torch.int32
+
+    def __init__(self):
+        self.copies = []
+
+    def copy_(self, source, *, non_blocking):
+        self.copies.append((source, non_blocking))
+
+    def __getitem__(self, index):
+        return 0 if index == 0 else 5
+
+
+def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_for_nobody(monkeypatch):
+    """Its copy would become part of a graph, and its event could not be asked."""
+    host, allocations, events = _Host(), [], []
+
+    class Event:
+        done = False
+
+        def __init__(self, device):
+            events.append(self)
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.done
+
+    monkeypatch.setattr(torch, "empty", lambda size, **options: allocations.append(options) or host)
+    monkeypatch.setattr(torch, "Event", Event)
+    monitor, totals = EffectMonitor(), _CudaTotals()
+
+    def count(calls, capturing=False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        for _ in range(calls):
+            monitor.count_call(totals)
+
+    count(1)
+    assert [(options["device"], options["pin_memory"]) for options in allocations] == [("cpu", True)]
+    count(NO_EFFECT_CALLS - 2)
+    count(3, capturing=True)
+    assert host.copies == events == []
+    count(3)
+    assert host.copies == [(totals, True)]
+    assert len(events) == len(allocations) == 1
+    Event.done = True
+    with pytest.warns(NoEffectWarning):
+        count(1)
+    count(3)
+    assert len(host.copies) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
