@@ -207,9 +207,10 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 # The latest plans, by the identity of their targets and the arguments that chose the layers. An entry goes when one of
-# its targets dies. Limited, because targets that differ at every call would fill the memory with plans.
+# its targets dies. Limited, because targets that differ at every call would fill the memory with plans; but above the
+# number of layers that a loop over single layers goes through, or every call would plan anew (ResNet-152 has 155).
 _plans: OrderedDict[tuple[Any, ...], tuple[MergePlan, tuple[weakref.ref[Any], ...]]] = OrderedDict()
-MAX_CACHED_PLANS = 64
+MAX_CACHED_PLANS = 512
 
 
 def _plan_for(

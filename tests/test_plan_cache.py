@@ -1,6 +1,7 @@
 """When a cached plan is used, when it is built anew, and that it keeps nothing alive."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.utils import prune
 
 import inmerge_fast
 from inmerge_fast import MergePlan
+from inmerge_fast.effect import NO_EFFECT_CALLS
 from inmerge_fast.merge import MAX_CACHED_PLANS, _plans
 
 MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
@@ -300,3 +302,18 @@ def test_another_module_where_a_dead_one_was_is_noticed():
     others[-1].extra = nn.Conv2d(4, 4, 3)
     model[1] = others[-1]
     assert not plan.is_current(), f"id came back: {id(model[1]) == old}"
+
+
+def test_a_loop_over_the_layers_of_a_deep_net_plans_each_once_and_is_warned(monkeypatch):
+    """ResNet-101 has 104 convolutions. A plan that is built anew at every call also never counts to 100."""
+    built = []
+    original = MergePlan.__init__
+    monkeypatch.setattr(MergePlan, "__init__", lambda self, *a, **k: (built.append(1), original(self, *a, **k))[1])
+    weights = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]) for _ in range(104)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(NO_EFFECT_CALLS):
+            for index, weight in enumerate(weights):
+                inmerge_fast.merge_(weight, prob=1.0, seed=0, step=step, layer=index)
+    assert len(built) == 104
+    assert [warning.category for warning in caught] == [inmerge_fast.NoEffectWarning] * 104
