@@ -96,7 +96,10 @@ def _callers_level() -> int:
 def _message(largest: float) -> str:
     seen = f"{NO_EFFECT_CALLS} calls of merge_ sampled filter pairs and merged none"
     if largest == -math.inf:
-        return f"{seen}: no sampled pair had finite filters; check the model for NaN and Inf"
+        return (
+            f"{seen}: no sampled pair had finite filters; check the model for NaN and Inf, or, with "
+            'partner="similar", no filter had another one above the threshold: print(inmerge_fast.similarity(model))'
+        )
     acting = max(math.floor((largest - 0.1 * abs(largest)) * 1000) / 1000, -1.0)
     return (
         f"{seen}: the largest similarity seen was {largest:.4f}. A threshold of {acting:.3f} would have acted; "

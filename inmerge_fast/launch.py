@@ -18,6 +18,7 @@ from .kernels import tables
 from .kernels.count import _count_kernel
 from .kernels.draw import _draw_kernel
 from .kernels.merge import FLAG, _merge_kernel
+from .launch_match import Matcher
 from .stats import SampledPairs
 
 RESULT_SLOTS = 8  # calls whose statistics stay readable
@@ -162,7 +163,10 @@ class Launcher:
         }
         self._draw = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False}, {})
         self._draw_from_memory = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": True}, {})
-        self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK}, {})
+        self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": False}, {})
+        self._count_matched = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": True}, {})
+        self._layers, self._zeros = layers, zeros
+        self._matcher: Matcher | None = None
         self._merges: dict[tuple[tuple[str, Any], ...], Handle] = {}
         self._stream: int | None = None
         self._cut_short = False
@@ -194,6 +198,15 @@ class Launcher:
             ),
         )  # fmt: skip
 
+    @property
+    def matcher(self) -> Matcher:
+        """Tables and buffers of the partner rules, built at the first use."""
+        if self._matcher is None:
+            _check_not_capturing(self.device, "with a partner rule builds its tables")
+            kinds = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
+            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros, Handle)
+        return self._matcher
+
     def run(
         self,
         seed: int | None,
@@ -203,9 +216,10 @@ class Launcher:
         alpha: float,
         threshold: float,
         dry_run: bool,
+        partner: str = "random",
         **overrides: Any,
     ) -> Results:
-        """Draw, count and merge: three launches on the current stream, no synchronisation.
+        """Draw, count and merge: three launches on the current stream, no synchronisation; five with a partner rule.
 
         Args:
             seed: seed of the draw; None takes it and the step from ``self.seed_step`` in device memory.
@@ -214,7 +228,8 @@ class Launcher:
             alpha: share of itself that a merged filter keeps.
             threshold: similarity that a pair must exceed.
             dry_run: only measure.
-            **overrides: constants of the merge kernel, for tests.
+            partner: the rule; other than "random" it makes two launches between draw and count.
+            **overrides: constants of the merge kernel, for tests; those of the match kernel are in ``match``.
         """
         with self.lock, self._on_device():
             self.reserve_scratch(prob)
@@ -227,17 +242,29 @@ class Launcher:
                 self._tables[slot][0],
                 (seed or 0, step, coin_threshold(prob), self.rows),
             )
-            self.merge_drawn(slot, alpha=alpha, threshold=threshold, dry_run=dry_run, **overrides)
+            match_overrides = overrides.pop("match", {})
+            if partner != "random":
+                self.matcher.run(
+                    partner, self.follow_current_stream(),
+                    (self.layer_table, self.partner, self.similarity[slot], self.seed_step),
+                    seed, step, threshold, **match_overrides,
+                )  # fmt: skip
+            self.merge_drawn(
+                slot, alpha=alpha, threshold=threshold, dry_run=dry_run, matched=partner != "random", **overrides
+            )
             return Results(self, self.calls)
 
-    def merge_drawn(self, slot: int, *, alpha: float, threshold: float, dry_run: bool, **overrides: Any) -> None:
-        """Count and merge with the partners that are in the table, whoever chose them."""
+    def merge_drawn(
+        self, slot: int, *, alpha: float, threshold: float, dry_run: bool, matched: bool = False, **overrides: Any
+    ) -> None:
+        """Count and merge with the partners that are in the table, whoever chose them, or that were just matched."""
         stream = self.follow_current_stream()
         if self._cut_short:  # after a count alone its list would only grow, past its end
             self.state.zero_()
         self._cut_short = True
-        self._count.launch(
-            self._row_blocks, stream, (self.partner, self.readers, self.active, self.state), (self.rows,)
+        best = self.matcher.best if matched else self.seed_step  # any tensor of its type: not looked at
+        (self._count_matched if matched else self._count).launch(
+            self._row_blocks, stream, (self.partner, self.readers, self.active, self.state, best), (self.rows,)
         )
         programs = overrides.pop("programs", self.programs)
         capacity = overrides.pop("capacity", self.scratch.numel() // 16)
