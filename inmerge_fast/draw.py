@@ -167,7 +167,7 @@ def check_word(name: str, value: object, top: int) -> None:
         TypeError: not an integer.
         ValueError: not in ``[0, top]``.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 0 <= int(value) <= top:
+    if not 0 <= value <= top:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [0, 2**{(top + 1).bit_length() - 1}), got {value!r}")

@@ -97,15 +97,16 @@ def merge_(
             ...
     """
     check_outside_transforms()
-    _check_shares(alpha=alpha, prob=prob, threshold=threshold)
+    check_share("alpha", alpha)
+    check_share("prob", prob)
+    check_share("threshold", threshold, low=-1.0)
     check_partner_rule(partner)
-    for name, flag in (("include_linear", include_linear), ("dry_run", dry_run)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    if not (isinstance(include_linear, bool) and isinstance(dry_run, bool)):
+        name, flag = ("dry_run", dry_run) if isinstance(include_linear, bool) else ("include_linear", include_linear)
+        raise TypeError(f"{name} must be a bool, got {flag!r}")
     check_word("layer", layer, MAX_LAYER)
     _check_randomness(seed, step, generator)
-    plan = _plan_for(target, skip_first, exclude, include_linear, layer)
-    weights = plan.weights()
+    plan, weights = _plan_for(target, skip_first, exclude, include_linear, layer)
     if seed is None or step is None:
         seed, step = _draw_seed(generator), 0
 
@@ -177,13 +178,17 @@ def _spread(values: torch.Tensor, found: npt.NDArray[np.bool_], missing: float) 
     return spread
 
 
-def _check_shares(**values: object) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        low = -1.0 if name == "threshold" else 0.0
-        if not low <= float(value) <= 1.0:  # NaN fails too
-            raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
+def check_share(name: str, value: object, *, low: float = 0.0) -> None:
+    """Check a number that must lie in ``[low, 1]``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range, or NaN.
+    """
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not low <= value <= 1.0:  # type: ignore[operator]  # NaN fails too
+        raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
 
 
 def _check_randomness(seed: object, step: object, generator: object) -> None:
@@ -221,24 +226,27 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 # The latest plans, by the identity of their targets and the arguments that chose the layers. An entry goes when one of
-# its targets dies. Limited, because targets that differ at every call would fill the memory with plans.
+# its targets dies. Limited, because targets that differ at every call would fill the memory with plans; but above the
+# number of layers that a loop over single layers goes through, or every call would plan anew (ResNet-152 has 155).
 _plans: OrderedDict[tuple[Any, ...], tuple[MergePlan, tuple[weakref.ref[Any], ...]]] = OrderedDict()
-MAX_CACHED_PLANS = 64
+MAX_CACHED_PLANS = 512
 
 
 def _plan_for(
     target: Target | MergePlan, skip_first: float, exclude: str | Sequence[str], include_linear: bool, layer: int
-) -> MergePlan:
+) -> tuple[MergePlan, list[torch.Tensor]]:
+    """The plan of a target, an older one if it still holds, and its weights."""
     patterns = check_selection(skip_first, exclude)
     if isinstance(target, MergePlan):
         if (skip_first, patterns, include_linear, layer) != (DEFAULT_SKIP_FIRST, (), False, 0):
             raise ValueError("skip_first, exclude, include_linear and layer are set where a MergePlan is built")
-        if not target.is_current():
+        weights = target.current_weights()
+        if weights is None:
             raise ValueError(
                 "the plan is out of date: a module or weight of its target was moved, replaced, added or removed; "
                 "build a new MergePlan, or pass the target itself"
             )
-        return target
+        return target, weights
     if isinstance(target, (nn.Module, torch.Tensor)):
         owners: tuple[Any, ...] = (target,)
     elif isinstance(target, Iterable) and not isinstance(target, (str, bytes)):
@@ -247,9 +255,11 @@ def _plan_for(
         owners = ()
     key = (type(target), tuple(map(id, owners)), type(skip_first), skip_first, patterns, include_linear, layer)
     entry = _plans.get(key)
-    if entry is not None and entry[0].is_current():
-        _plans.move_to_end(key)
-        return entry[0]
+    if entry is not None:
+        weights = entry[0].current_weights()
+        if weights is not None:
+            _plans.move_to_end(key)
+            return entry[0], weights
     plan = MergePlan(target, skip_first=skip_first, exclude=patterns, include_linear=include_linear, layer=layer)
 
     def forget(_: object) -> None:
@@ -258,4 +268,4 @@ def _plan_for(
     _plans[key] = (plan, tuple(weakref.ref(owner, forget) for owner in owners))
     if len(_plans) > MAX_CACHED_PLANS:
         _plans.popitem(last=False)
-    return plan
+    return plan, plan.weights()

@@ -86,11 +86,10 @@ def reference_merge(
         The merged weight, the similarities and the decisions.
     """
     old, new = weight.to(compute_dtype), weight.clone()
-    similarity = torch.full((len(coin),), torch.nan, dtype=compute_dtype)
-    merged = torch.zeros(len(coin), dtype=torch.bool)
-    keep = torch.tensor(alpha, dtype=compute_dtype)
-    take = torch.tensor(1.0 - alpha, dtype=compute_dtype)
-    limit = torch.tensor(threshold, dtype=compute_dtype)
+    cpu = torch.device("cpu")  # whatever the default device is
+    similarity = torch.full((len(coin),), torch.nan, dtype=compute_dtype, device=cpu)
+    merged = torch.zeros(len(coin), dtype=torch.bool, device=cpu)
+    keep, take, limit = (torch.tensor(x, dtype=compute_dtype, device=cpu) for x in (alpha, 1.0 - alpha, threshold))
 
     for i, j in enumerate(partner.tolist()):
         if not coin[i]:
