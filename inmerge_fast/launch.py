@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -202,9 +203,10 @@ class Launcher:
     def matcher(self) -> Matcher:
         """Tables and buffers of the partner rules, built at the first use."""
         if self._matcher is None:
-            _check_not_capturing(self.device, "with a partner rule builds its tables")
+            check = functools.partial(_check_not_capturing, self.device)
+            check("with a partner rule builds its tables")
             kinds = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
-            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros, Handle)
+            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros, Handle, check)
         return self._matcher
 
     def run(
@@ -296,7 +298,9 @@ class Launcher:
             # torch.cuda.graph() synchronises before it captures, and a captured stream may not wait for another.
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 current.wait_stream(torch.cuda.ExternalStream(self._stream, self.device))
-            for value in vars(self).values():  # or their memory would be reused as if only their first stream used it
+            matched = self._matcher.tensors() if self._matcher else []
+            # Or their memory would be reused as if only their first stream used it.
+            for value in [*vars(self).values(), *matched]:
                 if isinstance(value, torch.Tensor):
                     value.record_stream(current)
             self._stream = stream

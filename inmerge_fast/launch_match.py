@@ -63,8 +63,10 @@ class Matcher:
         constants: dict[str, Any],
         zeros: Callable[..., torch.Tensor],
         handle: type[Handle],
+        check_not_capturing: Callable[[str], None],
     ) -> None:
         self._layers, self._row_start, self._zeros, self._handle = layers, row_start, zeros, handle
+        self._check_not_capturing = check_not_capturing
         self._constants = match_constants("hip" if torch.version.hip else "cuda") | constants
         groups = [
             (first, layer.layout.group_size)
@@ -103,16 +105,24 @@ class Matcher:
         self._list_handle.launch(
             len(self.groups), stream, (self.groups, partners, self.list, self.best, similarity), ()
         )
-        constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None} | overrides
+        constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None}
+        if partner == "similar" and constants["HAS_STRIDED"]:
+            constants["TILE"] = 32  # with 64 the addresses of strided filters spill 30 bytes in Triton 3.6
+        constants |= overrides
         ordered = {name: constants[name] for name in _match_kernel.arg_names if name in constants}
         key = tuple(ordered.items())
         if key not in self._handles:
+            self._check_not_capturing(f"with partner={partner!r} compiles a kernel")
             self._handles[key] = self._handle(_match_kernel, ordered, {"num_warps": WARPS})
         work = self.work(constants["ROWS"], constants["TILE"])
         self._handles[key].launch(
             len(work), stream, (layer_table, work, self.list, self.best, seed_step),
             (seed or 0, step, threshold, int(threshold == -1)),
         )  # fmt: skip
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All device memory that the launches use."""
+        return [self.groups, self.list, self.best, *self._work.values()]
 
     def work(self, rows: int, tile: int) -> torch.Tensor:
         """The table of work items on the device."""

@@ -175,12 +175,15 @@ def test_arithmetic_is_recognised(line, expected):
     assert arithmetic(line) == expected
 
 
+WGMMA = "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32"
+
+
 @pytest.mark.parametrize(
     ("line", "size", "product"),
     [
         ("	cp.async.cg.shared.global [ %r126 + 0 ], [ %rd37 + 0 ], 0x10, %r127;", 16, None),
         ("	cp.async.wait_group 	0;", None, None),
-        ("	wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 {%r1}, 0;", None, "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32"),
+        ("	wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 {%r1}, 0;", None, WGMMA),
         ("	v_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5], a[0:15]", None, "v_mfma_f32_32x32x8_bf16"),
     ],
 )  # fmt: skip
