@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# All GPU tests and the timing table, on a bare machine with a CUDA device, PyTorch, Triton and pytest; about 8 minutes.
+# All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 8 minutes at most.
 # usage: bash benchmarks/run_gpu.sh [folder for the results]   (default: $OUT, or ./gpu-results)
-# Exits with 1 if a test failed or a limit was reached; the benchmarks run all the same.
+# Leaves environment.txt, tests.txt, benchmarks.txt and results/<device>/*.json there: at most 8 files, 2 folders deep.
+# Exits with 1 if a test or a benchmark failed or reached its limit; the others run all the same. Copy the folder
+# results/<device> to benchmarks/results/ and run `python -m benchmarks.report` to publish them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-${OUT:-gpu-results}}" && cd "${1:-${OUT:-gpu-results}}" && pwd)
@@ -26,24 +28,48 @@ if torch.cuda.is_available():
 END
 } 2>&1 | tee "$out/environment.txt"
 
+quick=() # without a GPU, a rehearsal
+"$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || quick=(--quick)
+
+tests() { # seconds, then arguments of pytest
+    timeout --kill-after=5 "$1" "$python" -m pytest -m gpu -p no:cacheprovider --durations=10 "${@:2}" 2>&1 |
+        tee -a "$out/tests.txt" | tail -n 40
+    [ "${PIPESTATUS[0]}" = 0 ] || failed=1
+}
+bench() { # seconds, name, then arguments
+    echo "== $2" | tee -a "$out/benchmarks.txt"
+    timeout --kill-after=5 "$1" "$python" -m "benchmarks.$2" "${@:3}" "${quick[@]}" --out "$out/results" 2>&1 |
+        tee -a "$out/benchmarks.txt"
+    [ "${PIPESTATUS[0]}" = 0 ] || { echo "$2 failed or reached its limit" | tee -a "$out/benchmarks.txt"; failed=1; }
+}
+
+: >"$out/tests.txt"
+: >"$out/benchmarks.txt"
 # The device's own tests first, alone, since some of them look at the time; then every other test that has a GPU
 # variant, in parallel where pytest-xdist is there.
 echo "== tests of the device"
-timeout --kill-after=5 240 "$python" -m pytest -m gpu -v --durations=15 -p no:cacheprovider \
-    tests/test_gpu.py tests/test_gpu_runtime.py 2>&1 | tee "$out/tests-device.txt" | tail -n 60 || failed=1
-
+tests 150 -v tests/test_gpu*.py
 echo "== all other tests on the device"
 parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)
+ignored=$(printf -- '--ignore=%s ' tests/test_gpu*.py)
 # shellcheck disable=SC2086
-timeout --kill-after=5 150 "$python" -m pytest -m gpu -q --durations=10 -p no:cacheprovider $parallel \
-    --ignore=tests/test_gpu.py --ignore=tests/test_gpu_runtime.py tests 2>&1 |
-    tee "$out/tests-other.txt" | tail -n 60 || failed=1
+tests 100 -q $parallel $ignored tests
 
-echo "== benchmark"
-device=$("$python" -c 'import torch; print("cuda --repeats 30" if torch.cuda.is_available() else "cpu --repeats 5")')
-# shellcheck disable=SC2086
-timeout --kill-after=5 75 "$python" -m benchmarks.bench_merge --device $device --out "$out/results" 2>&1 |
-    tee "$out/benchmark.txt" || failed=1
+bench 15 bench_host --samples 100
+bench 105 bench_merge --repeats 40 --seconds 0.5 --compile-nets VGG19
+bench 45 bench_training
+bench 25 bench_scaling --repeats 20 --seconds 0.2
+
+echo "== Nsight Compute" | tee -a "$out/benchmarks.txt"
+if command -v ncu >/dev/null; then
+    metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
+    metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
+    timeout --kill-after=5 25 ncu --metrics "$metrics" --kernel-name 'regex:_(draw|count|merge)_kernel' \
+        "$python" -m benchmarks.once --calls 3 2>&1 | tee -a "$out/benchmarks.txt" ||
+        echo "ncu failed" | tee -a "$out/benchmarks.txt"
+else
+    echo "no ncu" | tee -a "$out/benchmarks.txt"
+fi
 
 [ "$failed" = 0 ] && echo "all passed" || echo "FAILED: see the logs in $out"
 exit "$failed"

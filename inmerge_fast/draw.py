@@ -9,7 +9,11 @@ The contract: key = seed (64 bit), counter = (filter, layer, step's low word, st
 
 - coin = ``(r0 >> 8) < coin_threshold(prob)``, exact at prob 0 and 1 and within 2**-25 of prob in between;
 - with n filters per group, the partner's place in its group is ``k = floor((n - 1) * (r1 * 2**32 + r2) / 2**64)``,
-  plus 1 if ``k`` is at or past the filter's own place, so that it is uniform over the others (bias below n / 2**64).
+  plus 1 if ``k`` is at or past the filter's own place, so that it is uniform over the others (bias below n / 2**64);
+- for ``partner="similar"``, every other filter j of the group has a 31-bit priority for this filter: the first output
+  word of Philox4x32-10 with key = ``r2 * 2**32 + r1`` and counter = (j, 0, 0, 0), shifted right by 1. The partner is
+  the one of highest priority among those above the threshold, the lowest j on ties, so it is uniform over them
+  (bias below n / 2**31) in whatever order they are looked at, and stays the same while no other one qualifies.
 """
 
 from __future__ import annotations
@@ -31,12 +35,12 @@ MAX_LAYER = 2**31 - 1
 
 
 def philox4x32(
-    key: int, c0: npt.ArrayLike, c1: npt.ArrayLike, c2: npt.ArrayLike, c3: npt.ArrayLike
+    key: int | npt.NDArray[np.uint64], c0: npt.ArrayLike, c1: npt.ArrayLike, c2: npt.ArrayLike, c3: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.uint64], ...]:
     """Philox4x32-10 of the counters ``(c0, c1, c2, c3)`` under a 64-bit ``key``.
 
     Args:
-        key: the key, ``0 <= key < 2**64``.
+        key: the key, ``0 <= key < 2**64``, or an array of keys that broadcasts against the counters.
         c0: first counter word, as are ``c1``, ``c2``, ``c3``: integers or integer arrays in ``[0, 2**32)`` that
             broadcast against each other.
 
@@ -98,6 +102,26 @@ def draw_filters(
     return coin, partner
 
 
+def priority_keys(seed: int, step: int, layer: npt.ArrayLike, filter_index: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Each filter's 64-bit key for :func:`priorities`; arguments as in :func:`draw_filters`."""
+    _, r1, r2, _ = philox4x32(seed, filter_index, layer, step & 0xFFFFFFFF, step >> 32)
+    return (r2 << _SHIFT) | r1
+
+
+def priorities(key: npt.NDArray[np.uint64], other: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Priorities of candidates as partners under ``partner="similar"``; the highest is taken.
+
+    Args:
+        key: keys of the filters that look for a partner, from :func:`priority_keys`.
+        other: indices of the candidates in the same layer; broadcasts against ``key``.
+
+    Returns:
+        int64 array of the broadcast shape, each value in ``[0, 2**31)``.
+    """
+    word, _, _, _ = philox4x32(key, other, 0, 0, 0)
+    return (word >> np.uint64(1)).astype(np.int64)
+
+
 def draw(
     seed: int, step: int, layer: int, filters: int, prob: float, *, groups: int = 1
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
@@ -143,7 +167,7 @@ def check_word(name: str, value: object, top: int) -> None:
         TypeError: not an integer.
         ValueError: not in ``[0, top]``.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 0 <= int(value) <= top:
+    if not 0 <= value <= top:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [0, 2**{(top + 1).bit_length() - 1}), got {value!r}")

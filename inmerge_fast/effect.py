@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 
+import numpy as np
 import torch
 
 from .stats import NoEffectWarning
@@ -24,7 +25,8 @@ class EffectMonitor:
         self._calls = 0
         self._done = False
         self._totals: torch.Tensor | None = None
-        self._on_host: tuple[torch.Tensor, torch.Event | None] | None = None
+        self._host: torch.Tensor | None = None
+        self._copied: torch.Event | None = None
 
     def count_pairs(self, similarity: torch.Tensor, passed: torch.Tensor) -> None:
         """Count a call that was allowed to write, with the similarity and outcome of each of its sampled pairs.
@@ -55,20 +57,21 @@ class EffectMonitor:
         if self._done:
             return
         self._calls += 1
-        if self._calls < NO_EFFECT_CALLS:
-            return
-        if self._on_host is None:
-            event = None
+        if self._host is None or self._host.dtype != totals.dtype:  # at the first call: page-locking memory is slow
+            with torch.inference_mode(False):
+                self._host = torch.empty(2, dtype=totals.dtype, device="cpu", pin_memory=totals.is_cuda)
+            self._copied = None
+        if self._calls < NO_EFFECT_CALLS or (totals.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # a CUDA graph would take the copy along, and nobody may ask for its event
+        if self._copied is None:
+            self._host.copy_(totals, non_blocking=True)
             if totals.device.type != "cpu":
-                event = torch.Event(device=totals.device)
-            self._on_host = (totals.to("cpu", non_blocking=True, copy=True), event)
-            if event is not None:
-                event.record()
-        host, event = self._on_host
-        if event is None or event.query():
+                self._copied = torch.Event(device=totals.device)
+                self._copied.record()
+        if self._copied is None or self._copied.query():
             self._done = True
-            if host[0] == 0:
-                warnings.warn(_message(_largest_similarity(host)), NoEffectWarning, stacklevel=_callers_level())
+            if self._host[0] == 0:
+                warnings.warn(_message(_largest_similarity(self._host)), NoEffectWarning, stacklevel=_callers_level())
 
 
 def _largest_similarity(totals: torch.Tensor) -> float:
@@ -77,7 +80,7 @@ def _largest_similarity(totals: torch.Tensor) -> float:
     key = int(totals[1])
     if key == -(2**31):
         return -math.inf
-    return float(torch.tensor(key if key >= 0 else key ^ 0x7FFFFFFF, dtype=torch.int32).view(torch.float32))
+    return float(np.array(key if key >= 0 else key ^ 0x7FFFFFFF, np.int32).view(np.float32))
 
 
 def _callers_level() -> int:
@@ -93,7 +96,10 @@ def _callers_level() -> int:
 def _message(largest: float) -> str:
     seen = f"{NO_EFFECT_CALLS} calls of merge_ sampled filter pairs and merged none"
     if largest == -math.inf:
-        return f"{seen}: no sampled pair had finite filters; check the model for NaN and Inf"
+        return (
+            f"{seen}: no sampled pair had finite filters; check the model for NaN and Inf, or, with "
+            'partner="similar", no filter had another one above the threshold: print(inmerge_fast.similarity(model))'
+        )
     acting = max(math.floor((largest - 0.1 * abs(largest)) * 1000) / 1000, -1.0)
     return (
         f"{seen}: the largest similarity seen was {largest:.4f}. A threshold of {acting:.3f} would have acted; "

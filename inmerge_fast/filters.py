@@ -47,13 +47,15 @@ class FilterLayout:
 
 
 def check_outside_transforms() -> None:
-    """Raise inside ``torch.func`` transforms, where tensors have no memory of their own, or must not be written.
+    """Raise inside ``torch.func`` transforms and FakeTensorMode: tensors have no memory there, or must not be written.
 
     Raises:
-        ValueError: a transform is active.
+        ValueError: a transform or a FakeTensorMode is active.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError("merge_ was called inside a torch.func transform; call it outside of it")
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise ValueError("merge_ was called under a FakeTensorMode, where nothing is computed; call it outside of it")
 
 
 def check_weight(weight: object, name: str) -> torch.Tensor:
@@ -74,7 +76,8 @@ def check_weight(weight: object, name: str) -> torch.Tensor:
             "(for FSDP: before sharding, or on the gathered full weight) or leave the layer out with exclude="
         )
     if weight.layout is not torch.strided or weight.is_nested:
-        raise TypeError(f"{name}: the weight has layout {weight.layout}; only dense (strided) weights can be merged")
+        layout = "nested" if weight.is_nested else weight.layout
+        raise TypeError(f"{name}: the weight has layout {layout}; only dense (strided) weights can be merged")
     if weight.is_quantized or weight.dtype not in MERGEABLE_DTYPES:
         raise TypeError(
             f"{name}: the weight has dtype {weight.dtype}; float32, bfloat16, float16 and float64 can be merged"

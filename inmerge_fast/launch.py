@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,17 @@ from .kernels import tables
 from .kernels.count import _count_kernel
 from .kernels.draw import _draw_kernel
 from .kernels.merge import FLAG, _merge_kernel
+from .launch_match import Matcher
 from .stats import SampledPairs
 
 RESULT_SLOTS = 8  # calls whose statistics stay readable
 ROW_BLOCK = 256  # rows per program of the draw and the count
 SCRATCH_SHARE = 0.12  # of the layers' bytes, at prob 0.3; merged rows with readers need 8 % on average
-MIN_SCRATCH = 1 << 16  # bytes; a few rows of a small layer are more than their average share
+SMALL_SCRATCH = 1 << 16  # bytes up to which scratch may be SMALL_SHARE: a few rows of a small layer are above average
+SMALL_SHARE = 0.15
 PROGRAMS_PER_SM = 8
+MAX_ELEMENTS = 2**31 - 2**10  # per filter: the last block of one begins and ends within 31 bits
+MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
 _KINDS = {torch.float32: tables.FLOAT32, torch.bfloat16: tables.BFLOAT16, torch.float16: tables.FLOAT16}
 
 
@@ -56,6 +61,7 @@ class Handle:
             self._kernel[(programs,)](*tensors, *numbers, **self._constants)
             return
         if self._compiled is None:
+            _check_not_capturing(tensors[0].device, "compiles its kernels")
             options = self._constants | self._options
             self._compiled = self._kernel.warmup(*tensors, *numbers, grid=(1,), **options)
             self._compiled._init_handles()
@@ -92,6 +98,7 @@ class Results:
                     "device memory; read them earlier"
                 )
             slot = self.call % RESULT_SLOTS
+            launcher.follow_current_stream()  # the call may have run on another one
             similarity = launcher.similarity[slot, : launcher.rows].cpu().double().numpy()
             outcome = launcher.outcome[slot, : launcher.rows].cpu().numpy()
         sampled = outcome != tables.NOT_SAMPLED.value
@@ -108,6 +115,14 @@ class Launcher:
         rows = int(row_start[-1])
         if rows >= 2**31:
             raise ValueError(f"the plan has {rows} filters, the kernels number them with 32 bits")
+        longest = max((layer.layout.elements for layer in layers), default=0)
+        self.bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+        if longest > MAX_ELEMENTS or self.bytes > MAX_BYTES:
+            raise ValueError(
+                f"the weights of this plan hold {self.bytes} bytes and up to {longest} elements per filter, more than "
+                f"the kernels count with 32 bits ({MAX_BYTES} and {MAX_ELEMENTS}); merge fewer layers per call, or set "
+                "INMERGE_FORCE_EAGER=1"
+            )
         self.lock = threading.Lock()
         self.device = device
         self.row_start = row_start
@@ -115,7 +130,6 @@ class Launcher:
         table = np.zeros((len(layers), tables.COLUMNS.value), np.int64)
         for line, layer, weight, first_row in zip(table, layers, weights, row_start, strict=False):
             _fill_line(line, layer, weight, int(first_row))
-        self.bytes = sum(weight.numel() * weight.element_size() for weight in weights)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             with torch.inference_mode(False):  # the buffers outlive the mode that this call may run in
@@ -137,7 +151,6 @@ class Launcher:
         self.calls = -1
         kinds = table[:, tables.KIND.value]
         self._has_strided = bool((kinds >= tables.STRIDED.value).any())
-        longest = max(layer.layout.elements for layer in layers)
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
             "HAS_BFLOAT16": any(layer.dtype == torch.bfloat16 for layer in layers),
@@ -151,9 +164,13 @@ class Launcher:
         }
         self._draw = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False}, {})
         self._draw_from_memory = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": True}, {})
-        self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK}, {})
+        self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": False}, {})
+        self._count_matched = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": True}, {})
+        self._layers, self._zeros = layers, zeros
+        self._matcher: Matcher | None = None
         self._merges: dict[tuple[tuple[str, Any], ...], Handle] = {}
         self._stream: int | None = None
+        self._cut_short = False
         self._row_blocks = triton.cdiv(rows, ROW_BLOCK)
         self.programs = 4  # the interpreter runs them one after the other
         if device.type == "cuda":
@@ -163,11 +180,10 @@ class Launcher:
     def reserve_scratch(self, prob: float) -> None:
         """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average."""
         share = SCRATCH_SHARE * prob * -np.expm1(-prob) / (0.3 * -np.expm1(-0.3))
-        wanted = int(min(max(share * self.bytes, MIN_SCRATCH), self.bytes * 1.25))
+        wanted = max(int(share * self.bytes), min(SMALL_SCRATCH, int(SMALL_SHARE * self.bytes)), 16)
         if self.scratch.numel() < wanted:
             _check_not_capturing(self.device, "with a larger prob than before allocates scratch memory")
-            if self.device.type == "cuda":  # kernels of earlier calls may still be using it
-                self.scratch.record_stream(torch.cuda.current_stream(self.device))
+            self.follow_current_stream()  # kernels of earlier calls may still be using what is replaced
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
             self._tables = [self._tables_of(slot) for slot in range(RESULT_SLOTS)]
@@ -183,6 +199,16 @@ class Launcher:
             ),
         )  # fmt: skip
 
+    @property
+    def matcher(self) -> Matcher:
+        """Tables and buffers of the partner rules, built at the first use."""
+        if self._matcher is None:
+            check = functools.partial(_check_not_capturing, self.device)
+            check("with a partner rule builds its tables")
+            kinds = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
+            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros, Handle, check)
+        return self._matcher
+
     def run(
         self,
         seed: int | None,
@@ -192,9 +218,10 @@ class Launcher:
         alpha: float,
         threshold: float,
         dry_run: bool,
+        partner: str = "random",
         **overrides: Any,
     ) -> Results:
-        """Draw, count and merge: three launches on the current stream, no synchronisation.
+        """Draw, count and merge: three launches on the current stream, no synchronisation; five with a partner rule.
 
         Args:
             seed: seed of the draw; None takes it and the step from ``self.seed_step`` in device memory.
@@ -203,7 +230,8 @@ class Launcher:
             alpha: share of itself that a merged filter keeps.
             threshold: similarity that a pair must exceed.
             dry_run: only measure.
-            **overrides: constants of the merge kernel, for tests.
+            partner: the rule; other than "random" it makes two launches between draw and count.
+            **overrides: constants of the merge kernel, for tests; those of the match kernel are in ``match``.
         """
         with self.lock, self._on_device():
             self.reserve_scratch(prob)
@@ -212,23 +240,39 @@ class Launcher:
             draw = self._draw_from_memory if seed is None else self._draw
             draw.launch(
                 self._row_blocks,
-                self._current_stream(),
+                self.follow_current_stream(),
                 self._tables[slot][0],
                 (seed or 0, step, coin_threshold(prob), self.rows),
             )
-            self.merge_drawn(slot, alpha=alpha, threshold=threshold, dry_run=dry_run, **overrides)
+            match_overrides = overrides.pop("match", {})
+            if partner != "random":
+                self.matcher.run(
+                    partner, self.follow_current_stream(),
+                    (self.layer_table, self.partner, self.similarity[slot], self.seed_step),
+                    seed, step, threshold, **match_overrides,
+                )  # fmt: skip
+            self.merge_drawn(
+                slot, alpha=alpha, threshold=threshold, dry_run=dry_run, matched=partner != "random", **overrides
+            )
             return Results(self, self.calls)
 
-    def merge_drawn(self, slot: int, *, alpha: float, threshold: float, dry_run: bool, **overrides: Any) -> None:
-        """Count and merge with the partners that are in the table, whoever chose them."""
-        stream = self._current_stream()
-        self._count.launch(
-            self._row_blocks, stream, (self.partner, self.readers, self.active, self.state), (self.rows,)
+    def merge_drawn(
+        self, slot: int, *, alpha: float, threshold: float, dry_run: bool, matched: bool = False, **overrides: Any
+    ) -> None:
+        """Count and merge with the partners that are in the table, whoever chose them, or that were just matched."""
+        stream = self.follow_current_stream()
+        if self._cut_short:  # after a count alone its list would only grow, past its end
+            self.state.zero_()
+        self._cut_short = True
+        best = self.matcher.best if matched else self.seed_step  # any tensor of its type: not looked at
+        (self._count_matched if matched else self._count).launch(
+            self._row_blocks, stream, (self.partner, self.readers, self.active, self.state, best), (self.rows,)
         )
         programs = overrides.pop("programs", self.programs)
         capacity = overrides.pop("capacity", self.scratch.numel() // 16)
         numbers = (capacity, alpha, 1.0 - alpha, threshold, int(threshold == -1), int(not dry_run), programs)
         self._merge_handle(overrides).launch(programs, stream, self._tables[slot][1], numbers)
+        self._cut_short = False
 
     def _merge_handle(self, overrides: dict[str, Any]) -> Handle:
         key = tuple(sorted(overrides.items()))
@@ -244,7 +288,7 @@ class Launcher:
             return torch.cuda.device(self.device)
         return contextlib.nullcontext()
 
-    def _current_stream(self) -> int:
+    def follow_current_stream(self) -> int:
         """The current stream; the first time on another one, it waits for what this plan still does on the last."""
         if self.device.type != "cuda":
             return 0
@@ -254,6 +298,11 @@ class Launcher:
             # torch.cuda.graph() synchronises before it captures, and a captured stream may not wait for another.
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 current.wait_stream(torch.cuda.ExternalStream(self._stream, self.device))
+            matched = self._matcher.tensors() if self._matcher else []
+            # Or their memory would be reused as if only their first stream used it.
+            for value in [*vars(self).values(), *matched]:
+                if isinstance(value, torch.Tensor):
+                    value.record_stream(current)
             self._stream = stream
         return stream
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from torch._compile import _disable_dynamo
 from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
 from .eager import merge_layer_
 from .filters import check_outside_transforms
+from .match import check_partner_rule, match_layer
 from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
 from .stats import MergeStats, SampledPairs
 
@@ -29,6 +31,7 @@ def merge_(
     alpha: float = 0.8,
     prob: float = 0.3,
     threshold: float = 0.3,
+    partner: str = "random",
     skip_first: float = DEFAULT_SKIP_FIRST,
     exclude: str | Sequence[str] = (),
     include_linear: bool = False,
@@ -40,9 +43,10 @@ def merge_(
 ) -> MergeStats:
     r"""Merge similar filters of ``target`` in place: one step of in-model merging (arXiv 2502.20516, eq. (1)-(4)).
 
-    Each filter :math:`K_i` looks, with probability ``prob``, at one random other filter :math:`K_j` of its layer. If
-    their cosine similarity is above ``threshold``, :math:`K_i \leftarrow \alpha K_i + (1 - \alpha) K_j`. Partners are
-    read as they were before the call. Biases, normalisation layers and optimizer state are not touched.
+    Each filter :math:`K_i` looks, with probability ``prob``, at one other filter :math:`K_j` of its layer: a random
+    one, unless ``partner`` says otherwise. If their cosine similarity is above ``threshold``,
+    :math:`K_i \leftarrow \alpha K_i + (1 - \alpha) K_j`. Partners are read as they were before the call. Biases,
+    normalisation layers and optimizer state are not touched.
 
     Call it between training steps, never between a forward pass and its backward pass: backward then raises wherever
     autograd saved the weight, but activation checkpointing recomputes with the merged weight and cannot notice.
@@ -56,6 +60,10 @@ def merge_(
         prob: probability that a filter looks at a partner, in [0, 1].
         threshold: cosine similarity that a pair must exceed, in [-1, 1]; at exactly -1 every sampled pair of finite
             filters merges. Filters with NaN or Inf never merge and are never read.
+        partner: which other filter of its group a filter looks at: ``"random"``, any, as published; ``"similar"``, a
+            random one among those above ``threshold``; ``"nearest"``, the most similar one (the lowest index on ties).
+            The last two compare all pairs first. Two similarities closer than about 1e-6, to each other or to the
+            threshold, may be told apart differently on different devices.
         skip_first: how many of a model's first candidate layers (depthwise ones included) to leave out: an int that
             many, a float in [0, 1) that share of them, but never all. 0.6 is 10 of VGG19's 16, as in the paper; 10
             reproduces the paper elsewhere.
@@ -89,20 +97,22 @@ def merge_(
             ...
     """
     check_outside_transforms()
-    _check_shares(alpha=alpha, prob=prob, threshold=threshold)
-    for name, flag in (("include_linear", include_linear), ("dry_run", dry_run)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    check_share("alpha", alpha)
+    check_share("prob", prob)
+    check_share("threshold", threshold, low=-1.0)
+    check_partner_rule(partner)
+    if not (isinstance(include_linear, bool) and isinstance(dry_run, bool)):
+        name, flag = ("dry_run", dry_run) if isinstance(include_linear, bool) else ("include_linear", include_linear)
+        raise TypeError(f"{name} must be a bool, got {flag!r}")
     check_word("layer", layer, MAX_LAYER)
     _check_randomness(seed, step, generator)
-    plan = _plan_for(target, skip_first, exclude, include_linear, layer)
-    weights = plan.weights()
+    plan, weights = _plan_for(target, skip_first, exclude, include_linear, layer)
     if seed is None or step is None:
         seed, step = _draw_seed(generator), 0
 
     path = plan.path
     run = _run_kernels if path == "triton" else _run_eager
-    fetch = run(plan, weights, int(seed), int(step), float(prob), float(alpha), float(threshold), dry_run)
+    fetch = run(plan, weights, int(seed), int(step), float(prob), float(alpha), float(threshold), partner, dry_run)
     if not dry_run:
         # Counted as a write even where nothing passes: asking an accelerator what passed would make the host wait.
         torch.autograd.graph.increment_version(weights)
@@ -123,10 +133,10 @@ def merge_(
 
 def _run_kernels(
     plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float, threshold: float,
-    dry_run: bool,
+    rule: str, dry_run: bool,
 ) -> Callable[[], SampledPairs]:  # fmt: skip
     launcher = plan.launcher(weights)
-    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=threshold, dry_run=dry_run)
+    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=threshold, partner=rule, dry_run=dry_run)
     if not dry_run and coin_threshold(prob) > 0:
         plan.effect.count_call(launcher.totals)
     return results.fetch
@@ -134,21 +144,24 @@ def _run_kernels(
 
 def _run_eager(
     plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float, threshold: float,
-    dry_run: bool,
+    rule: str, dry_run: bool,
 ) -> Callable[[], SampledPairs]:  # fmt: skip
     coin, partner = plan.draw(seed, step, prob)
     counts, similarities, passes = [], [], []
     for planned, weight, start, end in zip(plan.layers, weights, plan.row_start, plan.row_start[1:], strict=False):
         sampled = coin[start:end].nonzero()[0]
+        looked_at = partner[start:end][sampled]
+        if rule != "random":
+            looked_at = match_layer(
+                weight, planned.layout, sampled, rule, threshold=threshold, seed=seed, step=step,
+                layer=planned.layer_id,
+            )  # fmt: skip
+        found = looked_at >= 0
         similarity, passed = merge_layer_(
-            weight,
-            planned.layout,
-            sampled,
-            partner[start:end][sampled],
-            alpha=alpha,
-            threshold=threshold,
-            dry_run=dry_run,
+            weight, planned.layout, sampled[found], looked_at[found], alpha=alpha, threshold=threshold, dry_run=dry_run
         )
+        if not found.all():
+            similarity, passed = _spread(similarity, found, torch.nan), _spread(passed, found, False)
         counts.append(sampled.size)
         similarities.append(similarity)
         passes.append(passed)
@@ -158,13 +171,24 @@ def _run_eager(
     return lambda: SampledPairs(np.array(counts), similarity.cpu().double().numpy(), passed.cpu().numpy())
 
 
-def _check_shares(**values: object) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        low = -1.0 if name == "threshold" else 0.0
-        if not low <= float(value) <= 1.0:  # NaN fails too
-            raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
+def _spread(values: torch.Tensor, found: npt.NDArray[np.bool_], missing: float) -> torch.Tensor:
+    """``values`` of the sampled filters that found a partner, with ``missing`` for those that did not."""
+    spread = values.new_full((found.size,), missing)
+    spread[torch.from_numpy(found).to(values.device)] = values
+    return spread
+
+
+def check_share(name: str, value: object, *, low: float = 0.0) -> None:
+    """Check a number that must lie in ``[low, 1]``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range, or NaN.
+    """
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not low <= value <= 1.0:  # type: ignore[operator]  # NaN fails too
+        raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
 
 
 def _check_randomness(seed: object, step: object, generator: object) -> None:
@@ -202,24 +226,27 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 # The latest plans, by the identity of their targets and the arguments that chose the layers. An entry goes when one of
-# its targets dies. Limited, because targets that differ at every call would fill the memory with plans.
+# its targets dies. Limited, because targets that differ at every call would fill the memory with plans; but above the
+# number of layers that a loop over single layers goes through, or every call would plan anew (ResNet-152 has 155).
 _plans: OrderedDict[tuple[Any, ...], tuple[MergePlan, tuple[weakref.ref[Any], ...]]] = OrderedDict()
-MAX_CACHED_PLANS = 64
+MAX_CACHED_PLANS = 512
 
 
 def _plan_for(
     target: Target | MergePlan, skip_first: float, exclude: str | Sequence[str], include_linear: bool, layer: int
-) -> MergePlan:
+) -> tuple[MergePlan, list[torch.Tensor]]:
+    """The plan of a target, an older one if it still holds, and its weights."""
     patterns = check_selection(skip_first, exclude)
     if isinstance(target, MergePlan):
         if (skip_first, patterns, include_linear, layer) != (DEFAULT_SKIP_FIRST, (), False, 0):
             raise ValueError("skip_first, exclude, include_linear and layer are set where a MergePlan is built")
-        if not target.is_current():
+        weights = target.current_weights()
+        if weights is None:
             raise ValueError(
                 "the plan is out of date: a module or weight of its target was moved, replaced, added or removed; "
                 "build a new MergePlan, or pass the target itself"
             )
-        return target
+        return target, weights
     if isinstance(target, (nn.Module, torch.Tensor)):
         owners: tuple[Any, ...] = (target,)
     elif isinstance(target, Iterable) and not isinstance(target, (str, bytes)):
@@ -228,9 +255,11 @@ def _plan_for(
         owners = ()
     key = (type(target), tuple(map(id, owners)), type(skip_first), skip_first, patterns, include_linear, layer)
     entry = _plans.get(key)
-    if entry is not None and entry[0].is_current():
-        _plans.move_to_end(key)
-        return entry[0]
+    if entry is not None:
+        weights = entry[0].current_weights()
+        if weights is not None:
+            _plans.move_to_end(key)
+            return entry[0], weights
     plan = MergePlan(target, skip_first=skip_first, exclude=patterns, include_linear=include_linear, layer=layer)
 
     def forget(_: object) -> None:
@@ -239,4 +268,4 @@ def _plan_for(
     _plans[key] = (plan, tuple(weakref.ref(owner, forget) for owner in owners))
     if len(_plans) > MAX_CACHED_PLANS:
         _plans.popitem(last=False)
-    return plan
+    return plan, plan.weights()

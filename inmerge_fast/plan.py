@@ -29,7 +29,7 @@ from .draw import draw_filters
 from .effect import EffectMonitor
 from .filters import check_outside_transforms
 from .stats import describe_skipped
-from .structure import Structure
+from .structure import Storage, Structure
 
 if TYPE_CHECKING:
     from .launch import Launcher  # imports Triton
@@ -103,11 +103,15 @@ class MergePlan:
             raise ValueError(self._why_nothing(target, candidates, include_linear))
 
         self._structure = Structure(roots)
+        weights = self.weights()
+        self._storage = Storage(self.layers, weights)
+        place_of = {id(weight): place for place, weight in enumerate(self._structure.weights() or ())}
+        self._places = [place_of[id(weight)] for weight in weights]
         self.effect = EffectMonitor()
         self._kernels_fit: str | None = None
         self._launcher: Launcher | None = None
         self._launcher_lock = threading.Lock()
-        self._has_inference_weights = any(w.is_inference() for w in self.weights())
+        self._has_inference_weights = any(w.is_inference() for w in weights)
         self._tabulate()
 
     def _tabulate(self) -> None:
@@ -193,11 +197,15 @@ class MergePlan:
 
     def is_current(self) -> bool:
         """Whether every layer is still the same module with the same weight at the same place, and no other came."""
-        return (
-            self._structure.is_current()
-            and all(layer.is_current() for layer in self.layers)
-            and (not self._has_inference_weights or torch.is_inference_mode_enabled())
-        )
+        return self.current_weights() is not None
+
+    def current_weights(self) -> list[torch.Tensor] | None:
+        """The weights if the plan :meth:`is_current`, else None."""
+        found = self._structure.weights()
+        if found is None or (self._has_inference_weights and not torch.is_inference_mode_enabled()):
+            return None
+        weights = [found[place] for place in self._places]
+        return weights if self._storage.holds(weights) else None
 
     def draw(self, seed: int, step: int, prob: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Coins and partners (indices within the layer) of all filters, layer after layer: ``(rows,)`` each."""
@@ -238,15 +246,17 @@ def check_selection(skip_first: float, exclude: object) -> tuple[str, ...]:
         TypeError: wrong types.
         ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
     """
-    if isinstance(skip_first, bool) or not isinstance(skip_first, numbers.Real):
+    if type(skip_first) is not float and (isinstance(skip_first, bool) or not isinstance(skip_first, numbers.Real)):
         raise TypeError(f"skip_first must be an int (layers) or a float in [0, 1) (share of them), got {skip_first!r}")
-    whole = isinstance(skip_first, numbers.Integral)
+    whole = type(skip_first) is not float and isinstance(skip_first, numbers.Integral)
     if whole and skip_first < 0:
         raise ValueError(f"skip_first must not be negative, got {skip_first}")
     if not whole and not 0.0 <= skip_first < 1.0:
         raise ValueError(f"skip_first as a share must be in [0, 1), got {skip_first}; give an int to skip that many")
     if isinstance(exclude, str):
         return (exclude,)
+    if exclude == ():
+        return ()
     patterns = tuple(exclude) if isinstance(exclude, Iterable) else (exclude,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"exclude must be a name pattern or an iterable of them, got {exclude!r}")

@@ -12,10 +12,14 @@ read as they were before the call, as in the published code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import numpy.typing as npt
 import torch
+
+from .draw import priorities, priority_keys
 
 MIN_NORM = 1e-8  # norms are clamped here, so a zero filter has similarity 0
 
@@ -43,6 +47,15 @@ def filter_of(weight: torch.Tensor, index: int, *, groups: int = 1, transposed: 
     group, place = divmod(index, weight.shape[1])  # (C_in, N / groups, *kernel): filters lie along dim 1
     channels = weight.shape[0] // groups
     return weight[group * channels : (group + 1) * channels, place]
+
+
+def _similarity(k_i: torch.Tensor, k_j: torch.Tensor) -> torch.Tensor | None:
+    """Equation (2); None where a squared norm is not finite in float32: such filters never merge and are never read."""
+    square_i, square_j = (k_i * k_i).sum(), (k_j * k_j).sum()
+    if not (square_i.float().isfinite() and square_j.float().isfinite()):
+        return None
+    norms = square_i.sqrt().clamp(min=MIN_NORM) * square_j.sqrt().clamp(min=MIN_NORM)
+    return (k_i * k_j).sum() / norms
 
 
 @torch.no_grad()
@@ -73,24 +86,77 @@ def reference_merge(
         The merged weight, the similarities and the decisions.
     """
     old, new = weight.to(compute_dtype), weight.clone()
-    similarity = torch.full((len(coin),), torch.nan, dtype=compute_dtype)
-    merged = torch.zeros(len(coin), dtype=torch.bool)
-    keep = torch.tensor(alpha, dtype=compute_dtype)
-    take = torch.tensor(1.0 - alpha, dtype=compute_dtype)
-    limit = torch.tensor(threshold, dtype=compute_dtype)
+    cpu = torch.device("cpu")  # whatever the default device is
+    similarity = torch.full((len(coin),), torch.nan, dtype=compute_dtype, device=cpu)
+    merged = torch.zeros(len(coin), dtype=torch.bool, device=cpu)
+    keep, take, limit = (torch.tensor(x, dtype=compute_dtype, device=cpu) for x in (alpha, 1.0 - alpha, threshold))
 
     for i, j in enumerate(partner.tolist()):
         if not coin[i]:
             continue
         k_i = filter_of(old, i, groups=groups, transposed=transposed)
         k_j = filter_of(old, j, groups=groups, transposed=transposed)
-        square_i, square_j = (k_i * k_i).sum(), (k_j * k_j).sum()
-        if not (square_i.float().isfinite() and square_j.float().isfinite()):
-            continue  # a filter whose squared norm is not finite in float32 never merges and is never read from
-        norms = square_i.sqrt().clamp(min=MIN_NORM) * square_j.sqrt().clamp(min=MIN_NORM)
-        similarity[i] = (k_i * k_j).sum() / norms  # equation (2)
+        measured = _similarity(k_i, k_j)
+        if measured is None:
+            continue
+        similarity[i] = measured
         if similarity[i] > limit or threshold == -1:
             blend = keep * k_i + take * k_j  # equation (3)
             filter_of(new, i, groups=groups, transposed=transposed).copy_(blend)
             merged[i] = True
     return ReferenceResult(new, similarity, merged)
+
+
+@torch.no_grad()
+def reference_partners(
+    weight: torch.Tensor,
+    coin: npt.NDArray,
+    partner: str,
+    *,
+    threshold: float,
+    seed: int,
+    step: int,
+    layer: int = 0,
+    groups: int = 1,
+    transposed: bool = False,
+    compute_dtype: torch.dtype = torch.float64,
+) -> npt.NDArray[np.int64]:
+    """Partners by similarity, filter by filter: the definition of the rules ``"nearest"`` and ``"similar"``.
+
+    Args:
+        weight: see :func:`reference_merge`.
+        coin: bool ``(N,)``, which filters look for a partner; see :func:`inmerge_fast.draw`.
+        partner: ``"nearest"``: the most similar other filter of the group, the lowest index on ties. ``"similar"``: of
+            those above the threshold the one with the highest priority (``draw.py``), that is, any one of them.
+        threshold: what ``"similar"`` compares with; at exactly -1 every finite filter qualifies.
+        seed: seed of the draw.
+        step: step of the draw.
+        layer: the layer's id in the draw.
+        groups: groups of the convolution.
+        transposed: whether this is the weight of a transposed convolution.
+        compute_dtype: float64, or float32.
+
+    Returns:
+        int64 ``(N,)`` for :func:`reference_merge`: partners, -1 where the coin did not fall or nobody qualifies.
+    """
+    filters = [
+        filter_of(weight.to(compute_dtype), i, groups=groups, transposed=transposed).flatten() for i in range(len(coin))
+    ]
+    chosen = np.full(len(coin), -1, np.int64)
+    for i in np.flatnonzero(coin):
+        key = priority_keys(seed, step, layer, int(i))
+        best = -math.inf
+        first = i - i % (len(coin) // groups)
+        for j in range(first, first + len(coin) // groups):
+            similarity = _similarity(filters[i], filters[j])
+            if j == i or similarity is None:
+                continue
+            if partner == "nearest":
+                rank = similarity.item()
+            elif similarity > threshold or threshold == -1:
+                rank = float(priorities(key, j))
+            else:
+                continue
+            if rank > best:  # ascending j: the lowest of equal ones stays
+                best, chosen[i] = rank, j
+    return chosen

@@ -1,54 +1,118 @@
-"""Whether a tree of modules is still the one that a plan was made for."""
+"""Whether a plan's targets are still what they were: the same modules, with the same weights in the same memory."""
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_
+from typing import Any
 
 import torch
 from torch import nn
 
+from .candidates import MergeLayer, is_mergeable_module
+
 
 class Structure:
-    """What a plan's targets were made of: every module's children, and every weight that a layer held.
+    """What a plan's targets were made of: every module's children, and the weights of convolutions and Linears.
 
-    All references are weak, so that a cached plan keeps neither modules nor weights alive. Checking touches every
-    container, child and weight once, without a walk.
+    All references are weak, so that a cached plan keeps neither modules nor weights alive. Children are told apart by
+    their ids. That is sound while none of them has died, because an id comes back only then, and every reference says
+    when its object dies. Checking touches every container, child and weight once, without a walk: 25 us for
+    DenseNet-121 with its 319 children and 121 weights, where a comparison of weak references takes 70.
     """
 
     def __init__(self, roots: Sequence[nn.Module | torch.Tensor]) -> None:
         modules = list(dict.fromkeys(chain.from_iterable(r.modules() for r in roots if isinstance(r, nn.Module))))
-        self._roots = [weakref.ref(root) for root in roots]
-        self._parents = [weakref.ref(module) for module in modules if module._modules]
-        children = chain.from_iterable(module._modules.values() for module in modules if module._modules)
-        self._children = [_reference(child) for child in children]
+        tensors = [root for root in roots if isinstance(root, torch.Tensor)]
+        holders = [module for module in modules if is_mergeable_module(module)]
+        self._died: list[object] = []
+        self._watched = [self._watch(x) for x in (*roots, *modules)]
         # An empty dict keeps nothing alive, and a list of them is tested in one call.
         self._childless = [module._modules for module in modules if not module._modules]
-        holders = [module for module in modules if "weight" in module._parameters]
-        self._holders = [weakref.ref(module) for module in holders]
-        self._weights = [_reference(module._parameters["weight"]) for module in holders]
+        self._parents = [self._watch(module) for module in modules if module._modules]
+        # The hash of a tuple of children is that of their ids, unless a class of them has its own.
+        self._summary = _hash_of if all(type(m).__hash__ is object.__hash__ for m in modules) else _ids_of
+        self._children = self._summary([module._modules for module in modules if module._modules])
+        with_weight = [holder for holder in holders if "weight" in holder._parameters]
+        self._holders = [self._watch(holder) for holder in with_weight]
+        self._others = [self._watch(holder) for holder in holders if "weight" not in holder._parameters]
+        weights = [holder._parameters["weight"] for holder in with_weight]
+        self._weights = [_nothing if weight is None else weakref.ref(weight) for weight in weights]
+        self._tensors = [self._watch(tensor) for tensor in tensors]
 
-    def is_current(self) -> bool:
-        """Whether every child and every weight is still the same object, and none came or went."""
-        if any(root() is None for root in self._roots) or any(self._childless):
-            return False
-        parents, holders = [p() for p in self._parents], [h() for h in self._holders]
-        if None in parents or None in holders:
-            return False
-        children = list(chain.from_iterable([m._modules.values() for m in parents]))  # type: ignore[union-attr]
-        weights = [m._parameters.get("weight") for m in holders]  # type: ignore[union-attr]
-        return (
-            len(children) == len(self._children)
-            and all(map(is_, children, [child() for child in self._children]))
-            and all(map(is_, weights, [weight() for weight in self._weights]))
-        )
+    def _watch(self, value: Any) -> weakref.ref[Any]:
+        return weakref.ref(value, self._died.append)
+
+    def weights(self) -> list[Any] | None:
+        """Weights of all convolutions and Linears in module order, then the tensors; None if anything has changed.
+
+        Changed means that a child or a weight is not the same object any more, or that one came or went.
+        """
+        if self._died or any(self._childless):
+            return None
+        try:
+            children = self._summary([parent()._modules for parent in self._parents])  # type: ignore[union-attr]
+            weights = [holder()._parameters["weight"] for holder in self._holders]  # type: ignore[union-attr]
+            gained = any("weight" in holder()._parameters for holder in self._others)  # type: ignore[union-attr]
+        except (AttributeError, KeyError):  # an object died just now, or a layer has lost its weight
+            return None
+        same_weights = all(map(is_, weights, [weight() for weight in self._weights]))
+        if gained or children != self._children or not same_weights:
+            return None
+        weights += [tensor() for tensor in self._tensors]
+        return None if self._died else weights
 
 
 def _nothing() -> None:
     return None
 
 
-def _reference(value: object) -> Callable[[], object]:
-    return _nothing if value is None else weakref.ref(value)
+# Of a dict with str keys, the collector's referents are its values in order: 9 us less than asking each dict for them.
+def _hash_of(children: list[Any]) -> int:
+    return hash(tuple(gc.get_referents(*children)))
+
+
+def _ids_of(children: list[Any]) -> list[int]:
+    return list(map(id, gc.get_referents(*children)))
+
+
+class Storage:
+    """Where weights lie in memory and how they are read: address, dtype, shape and strides of each.
+
+    PyTorch's own guards compare dtype, shape and strides of many tensors in one call of C++ code, 14 us instead of 50
+    for 110 layers. They also compare modes that do not matter here, so what they refuse is looked at again, one by one.
+    """
+
+    def __init__(self, layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor]) -> None:
+        self._layers = layers
+        self._pointers = [weight.data_ptr() for weight in weights]
+        self._guards: Callable[..., bool] = _refuse
+        self._renew_guards(weights)
+
+    def _renew_guards(self, weights: Sequence[torch.Tensor]) -> None:
+        try:
+            self._guards = torch._C._dynamo.guards.TensorGuards(
+                *weights, dynamic_dims_sizes=None, dynamic_dims_strides=None
+            ).check
+        except (AttributeError, TypeError):  # they are PyTorch's private business
+            self._guards = _refuse
+
+    def holds(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether the same tensors are still in the same memory, read in the same way."""
+        if list(map(torch.Tensor.data_ptr, weights)) != self._pointers:
+            return False
+        # Without grad mode some versions of the guards do not see that a tensor has come to require a gradient.
+        if torch.is_grad_enabled() and self._guards(*weights):
+            return True
+        if not all(layer.is_current() for layer in self._layers):
+            return False
+        if torch.is_grad_enabled():
+            self._renew_guards(weights)
+        return True
+
+
+def _refuse(*_: object) -> bool:
+    return False

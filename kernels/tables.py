@@ -26,6 +26,18 @@ BFLOAT16 = tl.constexpr(1)
 FLOAT16 = tl.constexpr(2)
 STRIDED = tl.constexpr(4)
 
+# Work items of the match, int32.
+WORK_LAYER = tl.constexpr(0)
+WORK_GROUP_ROW = tl.constexpr(1)  # the group's first row
+WORK_RANK = tl.constexpr(2)  # first place in the group's list of sampled filters
+WORK_COLUMN = tl.constexpr(3)  # first filter of the group to compare with
+WORK_COLUMN_END = tl.constexpr(4)
+WORK_COLUMNS = tl.constexpr(5)
+
+# A pair packed into 64 bits: the upper half ranks it, the lower half is the partner's row, xor FURTHEST_ROW.
+NO_PAIR = tl.constexpr(-(2**63))  # below every pair
+FURTHEST_ROW = tl.constexpr(2**31 - 1)
+
 # State words, int32: zero between calls.
 ACTIVE_ROWS = tl.constexpr(0)  # length of the list of active rows
 SCRATCH_USED = tl.constexpr(1)  # in units of 16 bytes

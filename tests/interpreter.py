@@ -57,6 +57,22 @@ def _fix_bfloat16() -> None:
     interpreter._convert_float = convert_float
 
 
+def _fix_dot(builder: type) -> None:
+    """Triton's ``tl.dot`` multiplies the bits of bfloat16 values as if they were integers."""
+    create_dot = builder.create_dot
+
+    def dot(self, left, right, *args, **kwargs):
+        operands = [
+            interpreter.TensorHandle(_expand_bfloat16(side.data).view(np.float32), tl.float32)
+            if side.dtype.scalar == tl.bfloat16
+            else side
+            for side in (left, right)
+        ]
+        return create_dot(self, *operands, *args, **kwargs)
+
+    builder.create_dot = dot
+
+
 # -------------------------------------------------------------------------------------------------------- other cures
 
 
@@ -176,6 +192,7 @@ def apply_fixes() -> None:
     _fix_bfloat16()
     _fix_range()
     _fix_integers()
+    _fix_dot(interpreter.InterpreterBuilder)
     _fix_operators(interpreter.InterpreterBuilder)
     _patch_once_a_launch()
     _remember_types()

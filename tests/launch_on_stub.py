@@ -5,11 +5,13 @@ A script of its own: it needs compiled kernels, the stub in place of libcuda, an
 
 import ctypes
 import json
+import os
 import struct
 import sys
 import time
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver
@@ -32,6 +34,18 @@ class StubDriver(CudaDriver):
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
+
+
+class Operators(TorchDispatchMode):
+    """The operators that PyTorch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 class Record(ctypes.Structure):
@@ -68,6 +82,20 @@ def main():
         launcher.run(1, step, **settings)
         times.append(time.perf_counter() - start)
 
+    # A whole call of merge_, as on a GPU: no operator of PyTorch, so nothing is allocated, copied or waited for.
+    os.environ["INMERGE_INTERPRET"] = (
+        "1"  # makes the plan take the kernels for CPU tensors; they are compiled ones here
+    )
+    assert plan.path == "triton"
+    inmerge_fast.merge_(plan, seed=1, step=0)
+    with Operators() as operators:
+        before = launches.value
+        for step in range(20):
+            inmerge_fast.merge_(plan, seed=1, step=step, dry_run=step % 2 == 0, prob=(0.1, 0.3)[step % 2])
+        merge_launches = launches.value - before
+        in_merge = list(operators.seen)
+        torch.zeros(1).item()
+
     def low(word):
         return word & 0xFFFFFFFF
 
@@ -91,6 +119,9 @@ def main():
         "capacity": low(merge.parameters[13]) == launcher.scratch.numel() // 16,
         "alpha_beta_threshold": [as_float(word) for word in merge.parameters[14:17]],
         "always_write_programs": [low(word) for word in merge.parameters[17:20]] == [0, 1, launcher.programs],
+        "merge_launches": merge_launches,
+        "operators_in_merge": in_merge,
+        "operators_after": operators.seen[len(in_merge):],
         "host_us": sorted(times)[len(times) // 2] * 1e6,
     }))  # fmt: skip
 

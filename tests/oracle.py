@@ -7,12 +7,17 @@ one of the two possible outcomes, and elsewhere all must agree. :data:`tally` co
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from inmerge_fast import draw, reference_merge
+from inmerge_fast.draw import priorities, priority_keys
 from inmerge_fast.reference import filter_of
 
 BAND = 1e-6
+# The match kernel's products on tensor cores are less exact, for up to 4,608 elements (kernels/match.py).
+MATCH_BAND = 2e-6
+MATCH_BAND_16_BITS = 3e-5
 
 
 @dataclass
@@ -85,3 +90,71 @@ def untouched(model):
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
     return check
+
+
+class PairOracle:
+    """All pairs of one weight by brute force in float64: which partners a rule may give a filter."""
+
+    def __init__(self, weight, *, groups=1, transposed=False):
+        filters = weight.shape[1] * groups if transposed else weight.shape[0]
+        exact = weight.detach().cpu().double()
+        rows = torch.stack(
+            [filter_of(exact, k, groups=groups, transposed=transposed).flatten() for k in range(filters)]
+        )
+        squares = (rows * rows).sum(1)
+        units = rows / squares.sqrt().clamp(min=1e-8)[:, None]
+        self.size = filters // groups
+        self.finite = squares.float().isfinite().numpy()
+        self.similarity = (units @ units.T).numpy()
+
+    def choices(self, i, rule, *, seed, step, layer, threshold, band):
+        """``{partner: similarity}`` of filter ``i``, -1 for none; several where ``band`` leaves it open."""
+        first = i - i % self.size
+        others = np.array([j for j in range(first, first + self.size) if j != i and self.finite[j]], int)
+        if not self.finite[i] or not others.size:
+            return {-1: None}
+        similarity = self.similarity[i, others]
+        if rule == "nearest":
+            taken = others[similarity >= similarity.max() - band]
+            return {int(j): float(self.similarity[i, j]) for j in taken}
+        rank = priorities(priority_keys(seed, step, layer, i), others) * 2**31 + (2**31 - 1 - others)
+        sure, maybe = np.ones(others.size, bool), np.zeros(others.size, bool)
+        if threshold != -1:
+            sure, maybe = similarity > threshold + band, np.abs(similarity - threshold) <= band
+        best = rank[sure].max(initial=-1)
+        taken = (rank > best) & maybe | (rank == best)
+        choices = {int(j): float(self.similarity[i, j]) for j in others[taken]}
+        return choices if sure.any() else choices | {-1: None}
+
+
+def assert_is_matched(
+    before, after, rule, *, seed, step, layer, prob, alpha, threshold, groups=1, transposed=False, band=BAND
+):
+    """Check one weight after ``merge_(partner=rule)`` row by row; returns how many rows were (sampled, ambiguous)."""
+    before, after = before.detach().cpu(), after.detach().cpu()
+    filters = before.shape[1] * groups if transposed else before.shape[0]
+    layout = {"groups": groups, "transposed": transposed}
+    coin, _ = draw(seed, step, layer, filters, prob, groups=groups)
+    compute = before.double() if before.dtype == torch.float64 else before.float()
+    keep, take = (torch.tensor(share, dtype=compute.dtype) for share in (alpha, 1.0 - alpha))
+    ambiguous, pairs = 0, PairOracle(before, **layout)
+    for i in range(filters):
+        old, new = (filter_of(weight, i, **layout) for weight in (before, after))
+        if not coin[i]:
+            assert_same_bits(new, old, f"filter {i} was not sampled but changed")
+            continue
+        choices = pairs.choices(i, rule, seed=seed, step=step, layer=layer, threshold=threshold, band=band)
+        outcomes = []
+        for j, similarity in choices.items():
+            # The merge measures the pair again; the similarity of a zero filter is exactly 0 in any order.
+            exact = j == -1 or threshold == -1 or similarity == threshold == 0.0
+            in_band = not exact and abs(similarity - threshold) <= BAND
+            passes = j != -1 and (threshold == -1 or similarity > threshold)
+            if not passes or in_band:
+                outcomes.append(old)
+            if passes or in_band:
+                blend = keep * filter_of(compute, i, **layout) + take * filter_of(compute, j, **layout)
+                outcomes.append(blend.to(before.dtype))
+        ambiguous += len(outcomes) > 1
+        assert any(torch.equal(bits(new), bits(outcome)) for outcome in outcomes), f"filter {i}: {choices}"
+    return int(coin.sum()), ambiguous

@@ -10,7 +10,7 @@ from oracle import assert_is_reference, untouched
 from torch import nn
 
 import inmerge_fast
-from inmerge_fast import MergePlan
+from inmerge_fast import MergePlan, candidates
 
 SAMPLE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
 
@@ -116,6 +116,7 @@ BAD_WEIGHTS = {
     "bool": (lambda: torch.ones(4, 9, dtype=torch.bool), TypeError, "dtype torch.bool"),
     "complex64": (lambda: torch.ones(4, 9, dtype=torch.complex64), TypeError, "dtype torch.complex64"),
     "float8": (lambda: torch.ones(4, 9).to(torch.float8_e4m3fn), TypeError, "dtype torch.float8_e4m3fn"),
+    "nested": (lambda: _quiet(lambda: torch.nested.nested_tensor([torch.ones(2, 3)] * 2)), TypeError, "layout nested"),
     "sparse": (lambda: torch.eye(4).to_sparse(), TypeError, "layout torch.sparse_coo"),
     "sparse_csr": (lambda: _quiet(lambda: torch.eye(4).to_sparse_csr()), TypeError, "layout torch.sparse_csr"),
     "mkldnn": (lambda: torch.ones(4, 9).to_mkldnn(), TypeError, "layout torch._mkldnn"),
@@ -196,6 +197,25 @@ def test_nothing_to_pair():
 def test_weights_on_several_devices():
     with pytest.raises(ValueError, match=r"on cuda:0, but .* is on cpu; call merge_ once per device"):
         inmerge_fast.merge_([torch.randn(4, 9), torch.randn(4, 9, device="cuda")])
+
+
+def test_weights_on_several_devices_without_another_device(monkeypatch):
+    """The check itself, on a layer that says to be elsewhere: the only other device here, meta, is refused earlier."""
+    good, elsewhere = torch.randn(4, 9), torch.randn(3, 9)
+    before = good.clone()
+
+    class Layer(candidates.MergeLayer):
+        def __init__(self, candidate, weight, layout):
+            super().__init__(candidate, weight, layout)
+            if weight is elsewhere:
+                self.device = torch.device("cuda:0")
+
+    monkeypatch.setattr(candidates, "MergeLayer", Layer)
+    with pytest.raises(
+        ValueError, match=r"1: Tensor: .* on cuda:0, but 0: Tensor is on cpu; call merge_ once per device"
+    ):
+        inmerge_fast.merge_([good, elsewhere], **SAMPLE_ALL)
+    assert torch.equal(good, before)
 
 
 def test_overlapping_weights():

@@ -57,6 +57,12 @@ def test_arguments_arrive_whole(on_stub):
     assert on_stub["always_write_programs"]
 
 
+def test_after_the_first_call_nothing_is_allocated_copied_or_waited_for(on_stub):
+    assert on_stub["merge_launches"] == 20 * 3
+    assert on_stub["operators_in_merge"] == []
+    assert on_stub["operators_after"], "operators would be noticed"
+
+
 def test_a_call_costs_the_host_little(on_stub):
     """22 us a launch is what Triton's own dispatch takes; the bound only says that handles are used. Usually 20 us."""
     print(f"\nhost time of draw, count and merge, without the driver: {on_stub['host_us']:.1f} us")

@@ -1,6 +1,7 @@
 """When a cached plan is used, when it is built anew, and that it keeps nothing alive."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from nets import mixed_net
 from oracle import assert_is_reference
 from torch import nn
+from torch.nn.utils import prune
 
 import inmerge_fast
 from inmerge_fast import MergePlan
+from inmerge_fast.effect import NO_EFFECT_CALLS
 from inmerge_fast.merge import MAX_CACHED_PLANS, _plans
 
 MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
@@ -138,9 +141,14 @@ def test_training_does_not_outdate_a_plan():
     [lambda data: data.view(torch.float16), lambda data: data[:2], lambda data: data.t()],
     ids=["dtype", "shape", "stride"],
 )
-def test_the_same_memory_read_in_another_way_is_noticed(change):
+@pytest.mark.parametrize("with_guards", [True, False])
+def test_the_same_memory_read_in_another_way_is_noticed(change, with_guards, monkeypatch):
+    if not with_guards:  # a PyTorch that has no such class
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
     weight = torch.randn(4, 4).bfloat16()
     plan, pointer = MergePlan(weight), weight.data_ptr()
+    assert plan._storage._guards(weight) == with_guards
+    assert plan.is_current()
     weight.data = change(weight.data)
     assert weight.data_ptr() == pointer
     assert not plan.is_current()
@@ -194,11 +202,13 @@ def test_changes_of_layers_that_are_not_merged_are_noticed(change):
     assert stats.skipped == fresh.skipped
 
 
-def test_a_tensor_that_becomes_computed_is_noticed():
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_a_tensor_that_becomes_computed_is_noticed(grad_mode):
     weight, scale = torch.randn(4, 9), torch.ones(4, 1, requires_grad=True)
-    inmerge_fast.merge_(weight, **MERGE_ALL)
+    with torch.set_grad_enabled(grad_mode):
+        inmerge_fast.merge_(weight, **MERGE_ALL)
     weight.mul_(scale)
-    with pytest.raises(ValueError, match="it has a grad_fn"):
+    with torch.set_grad_enabled(grad_mode), pytest.raises(ValueError, match="it has a grad_fn"):
         inmerge_fast.merge_(weight, **MERGE_ALL)
 
 
@@ -219,19 +229,22 @@ def test_the_number_of_cached_plans_is_limited():
     assert len(_plans) == MAX_CACHED_PLANS
 
 
-def test_children_are_compared_by_identity():
+@pytest.mark.parametrize("own_hash", [nn.Module.__hash__, lambda self: 1], ids=["of the identity", "of a value"])
+def test_children_are_compared_by_identity(own_hash):
     class Equal(nn.Sequential):
         def __eq__(self, other):
             return isinstance(other, Equal)
 
-        __hash__ = nn.Module.__hash__
+        __hash__ = own_hash
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Equal(nn.Conv2d(4, 4, 3)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Equal())
     inmerge_fast.merge_(model, **MERGE_ALL)
+    kept_alive = model[1]
     model[1] = Equal(nn.Conv2d(4, 4, 3))
     before = model[1][0].weight.detach().clone()
     inmerge_fast.merge_(model, **MERGE_ALL)
     assert not torch.equal(model[1][0].weight, before)
+    assert len(kept_alive) == 0
 
 
 @pytest.mark.parametrize(
@@ -264,3 +277,43 @@ def test_untying_a_layer_of_a_list_is_noticed():
     assert len(inmerge_fast.merge_(convs, **MERGE_ALL).layers) == 1
     convs[1].weight = nn.Parameter(torch.randn(4, 4, 3, 3))
     assert len(inmerge_fast.merge_(convs, **MERGE_ALL).layers) == 2
+
+
+def test_a_weight_that_comes_back_or_goes_is_noticed():
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(3)))
+    prune.identity(model[1], "weight")
+    plan = MergePlan(model, skip_first=0, exclude="1")
+    assert plan.is_current()
+    prune.remove(model[1], "weight")
+    assert not plan.is_current()
+    plan = MergePlan(model, skip_first=0)
+    del model[2].weight
+    assert not plan.is_current()
+
+
+def test_another_module_where_a_dead_one_was_is_noticed():
+    """Ids come back when an object dies, and CPython gives its memory to the next object of the same size."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Identity())
+    plan, old = MergePlan(model, skip_first=0), id(model[1])
+    model[1] = None
+    others = [nn.Identity()]
+    while id(others[-1]) != old and len(others) < 1000:
+        others.append(nn.Identity())
+    others[-1].extra = nn.Conv2d(4, 4, 3)
+    model[1] = others[-1]
+    assert not plan.is_current(), f"id came back: {id(model[1]) == old}"
+
+
+def test_a_loop_over_the_layers_of_a_deep_net_plans_each_once_and_is_warned(monkeypatch):
+    """ResNet-101 has 104 convolutions. A plan that is built anew at every call also never counts to 100."""
+    built = []
+    original = MergePlan.__init__
+    monkeypatch.setattr(MergePlan, "__init__", lambda self, *a, **k: (built.append(1), original(self, *a, **k))[1])
+    weights = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]) for _ in range(104)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(NO_EFFECT_CALLS):
+            for index, weight in enumerate(weights):
+                inmerge_fast.merge_(weight, prob=1.0, seed=0, step=step, layer=index)
+    assert len(built) == 104
+    assert [warning.category for warning in caught] == [inmerge_fast.NoEffectWarning] * 104

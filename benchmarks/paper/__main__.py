@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "a result file are not repeated, so that a killed command goes on where it was.",
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, *confirm.STAGES, "report"],
-                        help="what to run; report writes tables, figures and RESULTS.md again from the result files")  # fmt: skip
+                        help="what to run; report writes tables, figures and RESULTS.md again from the files")  # fmt: skip
     parser.add_argument("--data", default="digits",
                         help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH ChestX-ray14 "
                         "(default: %(default)s; of table-chestxray14: chestxray14)")  # fmt: skip

@@ -60,8 +60,9 @@ class Merger:
         stats = None
         for (plan, threshold), layers in zip(self._targets, self._names(), strict=True):
             stats = merge_(
-                plan, alpha=self.setting.alpha, prob=prob, threshold=threshold, seed=self._seed, step=counter
-            )
+                plan, alpha=self.setting.alpha, prob=prob, threshold=threshold, partner=self.setting.partner,
+                seed=self._seed, step=counter,
+            )  # fmt: skip
             for name, layer in zip(layers, stats.layers, strict=True):
                 self._sampled[name] += layer.sampled
                 self._merged[name] += layer.merged

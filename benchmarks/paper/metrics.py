@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from inmerge_fast import MergePlan
+from inmerge_fast import MergePlan, similarity
 from inmerge_fast.demo_data import require
 
 COLLAPSED_RANK = 0.5  # share of the backbone's effective rank below which a net counts as collapsed
@@ -87,17 +86,12 @@ class FilterState:
         )
 
 
-@torch.no_grad()
 def filter_state(plan: MergePlan) -> FilterState:
     """Measure the filters of a plan's layers."""
-    rank, similarity = {}, {}
-    for planned, weight in zip(plan.layers, plan.weights(), strict=True):
-        filters = planned.layout.rows(weight.detach()).reshape(planned.layout.filters, -1).double()
-        unit = torch.nn.functional.normalize(filters, dim=1)
-        gram = unit @ unit.T
-        # 15 times as fast as the singular values themselves.
-        values = torch.linalg.eigvalsh(gram if len(unit) <= unit.shape[1] else unit.T @ unit).clamp(min=0).sqrt()
-        shares = (values / values.sum().clamp(min=1e-30)).clamp(min=1e-30)
-        rank[planned.name] = float((-(shares * shares.log()).sum()).exp()) / min(unit.shape)
-        similarity[planned.name] = float(gram.fill_diagonal_(-1.0).max(dim=1).values.mean())
-    return FilterState(rank, similarity)
+    rank, nearest = {}, {}
+    for layer in similarity(plan).layers:
+        rank[layer.name] = layer.effective_rank / min(layer.filters, layer.elements)
+        counts = layer.nearest_counts
+        middles = -1 + 2 * (np.arange(len(counts)) + 0.5) / len(counts)
+        nearest[layer.name] = float((counts * middles).sum() / max(1, counts.sum()))
+    return FilterState(rank, nearest)

@@ -1,0 +1,125 @@
+"""Host time of one ``merge_`` call with a cached plan: ``python -m benchmarks.bench_host``.
+
+The time until the call returns, its arguments checked, every weight and module revalidated, all launches queued.
+Without a GPU Triton's real launcher runs over a CUDA driver that does nothing (``tests/stub_cuda.c``, built with gcc):
+all host work but the driver's own, 2 to 3 us per launch. Writes ``benchmarks/results/<device>/host.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import inmerge_fast
+from benchmarks.timing import environment, quantiles, write_results
+from benchmarks.work import NETS
+
+STUB_SOURCE = Path(__file__).parents[1] / "tests" / "stub_cuda.c"
+SETTINGS = {"alpha": 0.8, "prob": 0.3, "threshold": 0.3}
+PER_SAMPLE = 20  # calls; the clock's own cost is then below 0.01 us per call
+
+
+def targets() -> dict[str, tuple[nn.Module, int]]:
+    """Models by name, each with the layers to skip: a single layer first, then whole networks as in bench_merge."""
+    single = {"conv": (nn.Conv2d(64, 64, 3), 0)}
+    return single | {name: (NETS[name](), 10) for name in NETS}
+
+
+def time_host(call: Callable[[int], object], samples: int, between: Callable[[], object]) -> dict[str, float]:
+    """Median and quantiles of the time until ``call(step)`` returns; ``between`` runs untimed, before each sample."""
+    times = []
+    for sample in range(-3, samples):  # three to warm up
+        between()
+        start = time.perf_counter()
+        for step in range(PER_SAMPLE):
+            call(step)
+        taken = (time.perf_counter() - start) / PER_SAMPLE
+        if sample >= 0:
+            times.append(taken)
+    return quantiles(times, "host")
+
+
+def rows_of(
+    name: str, model: nn.Module, skip_first: int, samples: int, device: torch.device
+) -> list[dict[str, object]]:
+    """The whole call by target, the whole call by plan, and its launches alone."""
+    model = model.to(device)
+    selection = {"skip_first": skip_first} if skip_first else {}
+    plan = inmerge_fast.MergePlan(model, **selection)
+    launcher = plan.launcher(plan.weights())
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    parts = {
+        "merge_": lambda step: inmerge_fast.merge_(model, seed=0, step=step, **SETTINGS, **selection),
+        "merge_ with a plan": lambda step: inmerge_fast.merge_(plan, seed=0, step=step, **SETTINGS),
+        "launches": lambda step: launcher.run(0, step, dry_run=False, **SETTINGS),
+    }
+    about = {"target": name, "layers": len(plan.layers), "driver": "cuda" if device.type == "cuda" else "stub"}
+    return [about | {"part": part, "samples": samples} | time_host(call, samples, wait) for part, call in parts.items()]
+
+
+def run_over_stub(arguments: list[str]) -> int:
+    """Run this program again in a process whose CUDA driver does nothing; returns its exit status."""
+    if shutil.which("gcc") is None:
+        raise SystemExit("bench_host needs a CUDA device, or gcc to build a driver that does nothing")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(STUB_SOURCE)], check=True)
+        (folder / "libcuda.so").symlink_to("libcuda.so.1")
+        variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+            "INMERGE_INTERPRET": "1",  # the kernels' path for weights in host memory
+            "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+            "TRITON_LIBCUDA_PATH": str(folder),
+            "TRITON_CACHE_DIR": str(folder / "cache"),
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.bench_host", "--stub", *arguments], env=variables, check=False
+        ).returncode
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Time all targets and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--samples", type=int, default=200, help=f"samples of {PER_SAMPLE} calls each")
+    parser.add_argument("--quick", action="store_true", help="10 samples of three targets")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--stub", action="store_true", help=argparse.SUPPRESS)  # in the process over the stub
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not options.stub:
+        return run_over_stub(given)
+    if options.stub:
+        from triton.runtime.driver import driver
+
+        from tests.launch_on_stub import StubDriver
+
+        driver.set_active(StubDriver())
+        warnings.simplefilter("ignore", inmerge_fast.NoEffectWarning)  # nothing is computed, so nothing merges
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    chosen = targets()
+    if options.quick:
+        chosen = {name: chosen[name] for name in ("conv", "VGG19", "DenseNet-121")}
+    samples = 10 if options.quick else options.samples
+    rows = [row for name, (model, skip) in chosen.items() for row in rows_of(name, model, skip, samples, device)]
+    print(f"{'target':16} {'layers':>6}  {'part':18} {'host us':>8} {'20 %':>7} {'80 %':>7}")
+    for row in rows:
+        print(f"{row['target']:16} {row['layers']:6d}  {row['part']:18} {row['host_us']:8.1f} "
+              f"{row['host_q20_us']:7.1f} {row['host_q80_us']:7.1f}")  # fmt: skip
+    print("written to", write_results(options.out, "host", environment(device), SETTINGS, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

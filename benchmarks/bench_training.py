@@ -1,0 +1,181 @@
+"""What merging costs a training step, in time and memory: ``python -m benchmarks.bench_training``.
+
+Whole training steps (forward, backward, SGD with momentum) as users run them: on a GPU with bfloat16 autocast and
+channels_last, on a CPU with small float32 batches. Two ways, one to check the other:
+
+- *direct*: the host's and the device's time of ``merge_`` alone, over the time of a plain step;
+- *A/B*: steps with and without merging in random order within pairs, and the 95 % interval of the mean difference by
+  bootstrap over the pairs.
+
+Memory is the peak of a step with merging minus that of one without, and what the plan keeps. Writes
+``benchmarks/results/<device>/training.json``.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+import inmerge_fast
+from benchmarks.bench_merge import parser_of
+from benchmarks.device_time import device_times
+from benchmarks.timing import cold_cache, environment, quantiles, wall_seconds, write_results
+from benchmarks.work import SEED, SKIP_FIRST
+from tests import nets
+
+SETTINGS = {"alpha": 0.8, "prob": 0.3, "threshold": -1.0}  # all pass: the most that merging can cost
+CLASSES = 10
+BOOTSTRAP = 10_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network with the batch that it is trained with on a device."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    shape: tuple[int, ...]
+
+
+WORK = {
+    "cuda": [
+        Work("ResNet-50", nets.resnet50, (64, 3, 224, 224)),
+        Work("VGG19", nets.vgg19, (32, 3, 224, 224)),
+        Work("3D ResNet-18", nets.r3d_18, (8, 3, 16, 112, 112)),
+    ],
+    "cpu": [
+        Work("ResNet-50", nets.resnet50, (4, 3, 112, 112)),
+        Work("VGG19", nets.vgg19, (4, 3, 112, 112)),
+        Work("3D ResNet-18", nets.r3d_18, (2, 3, 8, 56, 56)),
+    ],
+}
+
+
+class Step:
+    """One training step on random images, with merging before its forward pass or without."""
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        memory_format = torch.channels_last if len(work.shape) == 4 else torch.channels_last_3d
+        self.model = work.build(classes=CLASSES).to(device)
+        self.x = torch.randn(work.shape, device=device)
+        if self.on_gpu:
+            self.model, self.x = self.model.to(memory_format=memory_format), self.x.to(memory_format=memory_format)
+        self.y = torch.randint(CLASSES, work.shape[:1], device=device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        self.steps = 0
+        self.merge()  # plan and kernels exist before anything is timed
+
+    def merge(self, step: int = 0) -> None:
+        """Merging alone."""
+        inmerge_fast.merge_(self.model, skip_first=SKIP_FIRST, seed=SEED, step=step, **SETTINGS)
+
+    def __call__(self, *, merging: bool) -> None:
+        """One step."""
+        self.steps += 1
+        if merging:
+            self.merge(self.steps)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.on_gpu):
+            loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def seconds(self, *, merging: bool) -> float:
+        """Wall time of one step."""
+        return wall_seconds(lambda: self(merging=merging), self.device)
+
+    def peak(self, *, merging: bool) -> int:
+        """Peak bytes that PyTorch holds on the GPU during one step."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self(merging=merging)
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Mean of with minus without in microseconds, and its 95 % interval by bootstrap over the pairs."""
+    differences = np.array([merged - plain for merged, plain in pairs]) * 1e6
+    drawn = np.random.default_rng(0).integers(len(pairs), size=(BOOTSTRAP, len(pairs)))
+    low, high = np.quantile(differences[drawn].mean(1), [0.025, 0.975])
+    return {
+        "ab_pairs": len(pairs),
+        "ab_us": round(float(differences.mean()), 1),
+        "ab_low_us": round(float(low), 1),
+        "ab_high_us": round(float(high), 1),
+    }
+
+
+def row_of(work: Work, device: torch.device, pairs: int, repeats: int) -> dict[str, object]:
+    """Everything about one network."""
+    step = Step(work, device)
+    order = random.Random(0)
+    for merging in (True, False):
+        step(merging=merging)
+    timed: list[tuple[float, float]] = []
+    for _ in range(pairs):
+        first = order.random() < 0.5
+        taken = {merging: step.seconds(merging=merging) for merging in (first, not first)}
+        timed.append((taken[True], taken[False]))
+    row: dict[str, object] = {
+        "net": work.name, "batch": list(work.shape), "amp": step.on_gpu, "channels_last": step.on_gpu,
+        **quantiles([plain for _, plain in timed], "step"), **difference(timed),
+    }  # fmt: skip
+    if step.on_gpu:
+        direct = device_times(step.merge, device, repeats).row()
+        row |= {f"merge_{name}": value for name, value in direct.items()}
+        row |= {"peak_bytes": step.peak(merging=False), "peak_added_bytes": None}
+        row["peak_added_bytes"] = step.peak(merging=True) - int(row["peak_bytes"])
+        plan = inmerge_fast.MergePlan(step.model, skip_first=SKIP_FIRST)
+        before = torch.cuda.memory_allocated(device)
+        inmerge_fast.merge_(plan, seed=SEED, step=0, **SETTINGS)
+        row["kept_bytes"] = torch.cuda.memory_allocated(device) - before
+        spent = float(row["merge_device_us"])
+    else:
+        host = []
+        for n in range(repeats):
+            cold_cache(device)()  # as after the training step that it follows
+            host.append(wall_seconds(lambda n=n: step.merge(n), device))
+        row |= quantiles(host, "merge_host")
+        spent = float(row["merge_host_us"])
+    row["share_percent"] = round(100 * spent / float(row["step_us"]), 4)
+    return row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all networks and write the result file."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--pairs", type=int, default=None, help="A/B pairs (default: 200 on a GPU, 12 on a CPU)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device, on_gpu = options.device, options.device.type == "cuda"
+    pairs = options.pairs or (200 if on_gpu else 12)
+    work = WORK[device.type]
+    if options.quick:
+        work, pairs, options.repeats = [Work("ResNet-18", nets.resnet18, (2, 3, 32, 32))], 3, 5
+    rows = []
+    print(f"{'net':14} {'step ms':>9} {'merge us':>9} {'share %':>8} {'A/B us':>9} {'95 % interval':>22}")
+    for item in work:
+        row = row_of(item, device, pairs, options.repeats)
+        rows.append(row)
+        merge = row.get("merge_device_us", row["merge_host_us"])
+        interval = f"{row['ab_low_us']:.1f} .. {row['ab_high_us']:.1f}"
+        print(f"{row['net']:14} {row['step_us'] / 1e3:9.2f} {merge:9.1f} {row['share_percent']:8.3f} "
+              f"{row['ab_us']:9.1f} {interval:>22}")  # fmt: skip
+        gc.collect()
+    print("written to", write_results(options.out, "training", environment(device), dict(SETTINGS), rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

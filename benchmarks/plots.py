@@ -1,0 +1,100 @@
+"""Plots of the result files, as SVG that is the same to the byte for the same files and version of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+if TYPE_CHECKING:
+    from benchmarks.report import Results
+
+COLOURS = {
+    "published": "#888888", "eager": "#c26d2d", "eager sampled": "#e3b23c", "compile": "#5b8e7d", "merge_": "#2a5caa",
+}  # fmt: skip
+REGIMES = ("all pass", "none passes")
+STYLE = {"svg.hashsalt": "inmerge_fast", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
+         "axes.spines.right": False}  # fmt: skip
+
+
+def draw_all(found: Sequence[Results], folder: Path) -> Iterator[Path]:
+    """Draw all plots of all devices; yields their paths."""
+    from benchmarks.report import slug
+
+    with mpl.rc_context(STYLE):
+        for results in found:
+            if results.bench != "merge":
+                continue
+            for name, draw in (("ratios", draw_ratios), ("floor", draw_floor)):
+                path = folder / f"{slug(results.device)}-{name}.svg"
+                figure = draw(results)
+                figure.savefig(path, metadata={"Date": None})
+                yield path
+
+
+def draw_ratios(results: Results) -> Figure:
+    """Bars: wall time of every provider over that of ``merge_``, by network, float32, logarithmic."""
+    nets = list(dict.fromkeys(row["net"] for row in results.rows))
+    providers = [p for p in COLOURS if p != "merge_" and results.pick(provider=p, dtype="float32")]
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axis, regime in zip(figure.subplots(2, 1, sharex=True), REGIMES, strict=True):
+        for index, provider in enumerate(providers):
+            where = {"dtype": "float32", "regime": regime}
+            ratios = [
+                _ratio(results.value("wall_us", net=net, provider=provider, **where),
+                       results.value("wall_us", net=net, provider="merge_", **where))
+                for net in nets
+            ]  # fmt: skip
+            x = np.arange(len(nets)) + (index - (len(providers) - 1) / 2) * 0.8 / len(providers)
+            bars = axis.bar(x, ratios, 0.8 / len(providers), label=provider, color=COLOURS[provider])
+            axis.bar_label(bars, [f"{r:.2g}" if np.isfinite(r) else "" for r in ratios], fontsize=8, padding=1)
+        axis.axhline(1, color=COLOURS["merge_"], linewidth=1.5, label="merge_" if regime == REGIMES[0] else None)
+        axis.set(yscale="log", title=f"{regime} (float32, p = 0.3)", ylabel="time over merge_")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks(np.arange(len(nets)), nets)
+        axis.margins(y=0.12)
+    figure.suptitle(f"Wall time over that of merge_ (1 = as fast, above: slower); {results.device}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=len(providers) + 1, loc="outside lower center")
+    return figure
+
+
+def draw_floor(results: Results) -> Figure:
+    """Time against the bytes that must move, one point per network, dtype and regime, with the floor as a line."""
+    column, what = ("device_us", "device time") if results.on_gpu else ("wall_us", "wall time")
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    axis = figure.subplots()
+    shown = [p for p in COLOURS if any(column in row for row in results.pick(provider=p))]
+    for provider in shown:
+        rows = [row for row in results.pick(provider=provider) if column in row]
+        megabytes = [row["floor_bytes"] / 1e6 for row in rows]
+        axis.scatter(
+            megabytes, [row[column] for row in rows], s=28, color=COLOURS[provider], label=provider, alpha=0.85
+        )
+    reach = np.array([min(r["floor_bytes"] for r in results.rows), max(r["floor_bytes"] for r in results.rows)]) / 1e6
+    speed = results.environment["copy_bandwidth_gb_s"]
+    axis.plot(reach, reach / speed * 1e3, color="black", label=f"floor: a copy at {speed:g} GB/s")
+    _name_networks(axis, results, column)
+    axis.set(xscale="log", yscale="log", xlabel="bytes that the draw must move, MB", ylabel=f"{what}, µs")
+    axis.set_title(f"{what.capitalize()} against bytes, both dtypes and regimes; {results.device}")
+    figure.legend(ncols=len(shown) + 1, loc="outside lower center", fontsize=9)
+    axis.grid(alpha=0.25)
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_formatter("{x:,.7g}")
+        ticks.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def _name_networks(axis: Any, results: Results, column: str) -> None:
+    for row in results.pick(provider="merge_", dtype="float32", regime="all pass"):
+        axis.annotate(row["net"], (row["floor_bytes"] / 1e6, row[column]), xytext=(4, -11), textcoords="offset points",
+                      fontsize=8, color=COLOURS["merge_"])  # fmt: skip
+
+
+def _ratio(time: float | None, ours: float | None) -> float:
+    return time / ours if time is not None and ours is not None else float("nan")

@@ -1,0 +1,122 @@
+"""What this project aims at, in numbers, each with where its figure stands in the result files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.report import Results
+
+LARGE = ("VGG19", "ResNet-50", "3D ResNet-18")  # as large as the memory's bandwidth counts
+SMALL = ("DenseNet-121", "EfficientNet-B0")
+DEEP_LAYERS = 40
+
+
+@dataclass(frozen=True)
+class Target:
+    """An aim and what was measured; None where nothing was."""
+
+    what: str
+    bound: float
+    measured: float | None
+    unit: str = ""
+    at_most: bool = True
+
+    @property
+    def reached(self) -> bool:
+        """Whether the measured figure keeps the bound."""
+        assert self.measured is not None
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+def _worst(values: Iterable[float | None], *, at_most: bool = True) -> float | None:
+    known = [value for value in values if value is not None]
+    return (max(known) if at_most else min(known)) if known else None
+
+
+def _of(found: Sequence[Results], bench: str, *, on_gpu: bool) -> list[Results]:
+    return [results for results in found if results.bench == bench and results.on_gpu == on_gpu]
+
+
+def _ours(files: Sequence[Results], nets: Iterable[str], **wanted: object) -> Iterator[Any]:
+    for results in files:
+        for net in nets:
+            yield from results.pick(net=net, provider="merge_", **wanted)
+
+
+def _speedups(files: Sequence[Results], provider: str, *, minimum_layers: int = 0, **wanted: object) -> Iterator[float]:
+    """Wall time of ``provider`` over that of ``merge_``, row by row."""
+    for results in files:
+        for row in results.pick(provider="merge_", **wanted):
+            if row["layers"] < minimum_layers:
+                continue
+            same = {key: row[key] for key in ("net", "dtype", "regime")}
+            for other in results.pick(provider=provider, **same):
+                yield other["wall_us"] / row["wall_us"]
+
+
+def merge_targets(found: Sequence[Results]) -> list[Target]:
+    """Targets of ``bench_merge``: device and wall time on a GPU, wall time on a CPU."""
+    gpu, cpu = (_of(found, "merge", on_gpu=on_gpu) for on_gpu in (True, False))
+
+    def over_floor(**wanted: object) -> float | None:
+        return _worst(row["device_us"] / row["floor_us"] for row in _ours(gpu, LARGE, **wanted))
+
+    def slowest(**wanted: object) -> float | None:
+        return _worst(row["device_us"] for row in _ours(gpu, SMALL, **wanted))
+
+    def at_least(values: Iterable[float]) -> float | None:
+        return _worst(values, at_most=False)
+
+    vgg: dict[str, object] = {"net": "VGG19", "dtype": "float32"}
+    large = ", ".join(LARGE)
+    cpu_vgg = [row for results in cpu for row in results.pick(provider="merge_", **vgg)]
+    return [
+        Target(f"GPU device time over its floor: {large}, float32, all pass", 1.4,
+               over_floor(dtype="float32", regime="all pass"), "x"),
+        Target("the same, bfloat16", 1.8, over_floor(dtype="bfloat16", regime="all pass"), "x"),
+        Target("the same, float32, none passes", 1.5, over_floor(dtype="float32", regime="none passes"), "x"),
+        Target(f"GPU device time: {', '.join(SMALL)}, float32", 20, slowest(dtype="float32"), " µs"),
+        Target("GPU wall time, nets of 40 and more layers: `eager sampled` over `merge_`", 20,
+               at_least(_speedups(gpu, "eager sampled", minimum_layers=DEEP_LAYERS)), "x", at_most=False),
+        Target("GPU wall time, VGG19: best `compile` over `merge_`", 2.5,
+               at_least(_speedups(gpu, "compile", **vgg)), "x", at_most=False),
+        Target("GPU wall time, VGG19: `published` over `merge_`", 1000,
+               at_least(_speedups(gpu, "published", **vgg)), "x", at_most=False),
+        Target("CPU wall time, VGG19, all pass: `published` over `merge_`", 6,
+               at_least(_speedups(cpu, "published", regime="all pass", **vgg)), "x", at_most=False),
+        Target("the same, none passes", 5,
+               at_least(_speedups(cpu, "published", regime="none passes", **vgg)), "x", at_most=False),
+        Target("CPU wall time over its floor, VGG19 float32", 6.5,
+               _worst(row["wall_us"] / row["floor_us"] for row in cpu_vgg), "x"),
+        Target("CPU wall time, VGG19: `merge_` over the best `compile` of the sampled form", 1.5,
+               _worst(1 / ratio for ratio in _speedups(cpu, "compile", **vgg)), "x"),
+    ]  # fmt: skip
+
+
+def host_targets(found: Sequence[Results]) -> list[Target]:
+    """Targets of ``bench_host``. Over a stub driver the driver's own 2 to 3 us a launch are missing."""
+    measured = _of(found, "host", on_gpu=True) or _of(found, "host", on_gpu=False)
+    over_stub = any(row["driver"] == "stub" for results in measured for row in results.rows)
+    where = " (no GPU: without the driver's share)" if over_stub else ""
+
+    def slowest(low: int, high: int) -> float | None:
+        rows = [row for results in measured for row in results.pick(part="merge_")]
+        return _worst(row["host_us"] for row in rows if low <= row["layers"] <= high)
+
+    return [
+        Target(f"host time of a call, one convolution{where}", 15, slowest(1, 1), " µs"),
+        Target(f"host time of a call, up to 50 layers{where}", 35, slowest(2, 50), " µs"),
+        Target(f"host time of a call, up to 110 layers{where}", 60, slowest(51, 110), " µs"),
+    ]
+
+
+def training_targets(found: Sequence[Results]) -> list[Target]:
+    """Targets of ``bench_training``."""
+    files = _of(found, "training", on_gpu=True)
+    shares = (row["share_percent"] for results in files for row in results.pick(net="ResNet-50"))
+    return [
+        Target("share of a ResNet-50 training step (batch 64, AMP, channels_last), device", 0.3, _worst(shares), " %")
+    ]

@@ -1,0 +1,132 @@
+"""Runs the kernels of the partner rules that look at the weights: their work table, buffers and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .candidates import MergeLayer
+from .kernels.match import _list_kernel, _match_kernel
+
+if TYPE_CHECKING:
+    from .launch import Handle
+
+LIST_BLOCK = 1024  # filters that the list kernel looks at together
+# One tile: 64 x 64 pairs, 32 elements deep, fits the registers of 128 threads (tests/aot_registers.json).
+TILE = {"ROWS": 64, "TILE": 64, "DEPTH": 32}
+WARPS = 8  # with 4, ranking a tile at random spills 300 bytes per thread on sm_90, and "nearest" 16 on sm_80
+TILES_OF_ELEMENTS = 4096  # short filters: a program takes several tiles, about as much work as one of 4,096 elements
+
+
+def work_items(
+    layers: Sequence[MergeLayer], row_start: npt.NDArray[np.int64], rows: int, tile: int
+) -> npt.NDArray[np.int32]:
+    """What the programs of the match are for: ``rows`` listed filters of a group and a run of columns each.
+
+    There are items for every filter of every group; those beyond the filters that are sampled end at once.
+
+    Returns:
+        int32 ``(items, WORK_COLUMNS)``, the longest first, so that no program starts a long one when others are done.
+    """
+    items, lengths = [], []
+    for index, layer in enumerate(layers):
+        layout = layer.layout
+        size = layout.group_size
+        run = tile * max(1, TILES_OF_ELEMENTS // layout.elements)
+        for group_row in range(int(row_start[index]), int(row_start[index]) + layout.filters, size):
+            for rank in range(0, size, rows):
+                for column in range(0, size, run):
+                    end = min(column + run, size)
+                    items.append((index, group_row, rank, column, end))
+                    lengths.append(-(-(end - column) // tile) * layout.elements)
+    order = np.argsort(-np.array(lengths), kind="stable")
+    return np.array(items, np.int32)[order]
+
+
+def match_constants(target: str) -> dict[str, Any]:
+    """Constants of the match kernel for ``target`` ("cuda" or "hip") that do not depend on the model."""
+    # AMD's compiler has no tf32x3; its float32 matrix units multiply exactly.
+    return TILE | {"PRECISION": "ieee" if target == "hip" else "tf32x3"}
+
+
+class Matcher:
+    """Tables and buffers of one plan's partner rules, built at their first use."""
+
+    def __init__(
+        self,
+        layers: Sequence[MergeLayer],
+        row_start: npt.NDArray[np.int64],
+        constants: dict[str, Any],
+        zeros: Callable[..., torch.Tensor],
+        handle: type[Handle],
+        check_not_capturing: Callable[[str], None],
+    ) -> None:
+        self._layers, self._row_start, self._zeros, self._handle = layers, row_start, zeros, handle
+        self._check_not_capturing = check_not_capturing
+        self._constants = match_constants("hip" if torch.version.hip else "cuda") | constants
+        groups = [
+            (first, layer.layout.group_size)
+            for layer, start in zip(layers, row_start.tolist(), strict=False)
+            for first in range(start, start + layer.layout.filters, layer.layout.group_size)
+        ]
+        self.groups = zeros(len(groups), 2).copy_(torch.tensor(groups, dtype=torch.int32))
+        self.list = zeros(int(row_start[-1]))
+        self.best = zeros(int(row_start[-1]), dtype=torch.int64)
+        self._list_handle = handle(_list_kernel, {"BLOCK": LIST_BLOCK}, {})
+        self._work: dict[tuple[int, int], torch.Tensor] = {}
+        self._handles: dict[tuple[tuple[str, Any], ...], Handle] = {}
+
+    def run(
+        self,
+        partner: str,
+        stream: int,
+        tables_of_call: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        seed: int | None,
+        step: int,
+        threshold: float,
+        **overrides: Any,
+    ) -> None:
+        """List the sampled filters and find each one's best pair: two launches.
+
+        Args:
+            partner: the rule, "similar" or "nearest".
+            stream: where to launch.
+            tables_of_call: the layer table, the drawn partners, this call's similarities, and seed and step in memory.
+            seed: seed of the draw; None takes it and the step from memory.
+            step: step of the draw.
+            threshold: what ``"similar"`` compares with.
+            **overrides: constants of the match kernel, for tests.
+        """
+        layer_table, partners, similarity, seed_step = tables_of_call
+        self._list_handle.launch(
+            len(self.groups), stream, (self.groups, partners, self.list, self.best, similarity), ()
+        )
+        constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None}
+        if partner == "similar" and constants["HAS_STRIDED"]:
+            constants["TILE"] = 32  # with 64 the addresses of strided filters spill 30 bytes in Triton 3.6
+        constants |= overrides
+        ordered = {name: constants[name] for name in _match_kernel.arg_names if name in constants}
+        key = tuple(ordered.items())
+        if key not in self._handles:
+            self._check_not_capturing(f"with partner={partner!r} compiles a kernel")
+            self._handles[key] = self._handle(_match_kernel, ordered, {"num_warps": WARPS})
+        work = self.work(constants["ROWS"], constants["TILE"])
+        self._handles[key].launch(
+            len(work), stream, (layer_table, work, self.list, self.best, seed_step),
+            (seed or 0, step, threshold, int(threshold == -1)),
+        )  # fmt: skip
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All device memory that the launches use."""
+        return [self.groups, self.list, self.best, *self._work.values()]
+
+    def work(self, rows: int, tile: int) -> torch.Tensor:
+        """The table of work items on the device."""
+        if (rows, tile) not in self._work:
+            items = work_items(self._layers, self._row_start, rows, tile)
+            self._work[rows, tile] = self._zeros(*items.shape).copy_(torch.from_numpy(items))
+        return self._work[rows, tile]

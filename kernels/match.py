@@ -1,0 +1,208 @@
+"""Partners by similarity: every sampled filter against all others of its group, for all layers in two launches.
+
+``_list_kernel`` lists the sampled filters of each group, so that the 70 % of filters whose coin did not fall (at prob
+0.3) cost nothing. ``_match_kernel`` computes tiles of similarities as matrix products and keeps of each row one 64-bit
+word, the best pair so far: the upper half ranks the pair, the lower half is ``2**31 - 1 - j``, so that the largest word
+has the lowest j among equal ranks. No similarity is ever in memory, and since the maximum of integers depends on no
+order, neither does the result. ``kernels/count.py`` makes partners of the words.
+
+- ``"nearest"`` ranks a pair by its similarity.
+- ``"similar"`` ranks the pairs above the threshold at random (``inmerge_fast/draw.py`` has the contract), so that the
+  largest is any one of them: one pass, and no list of who qualifies.
+
+Numbers: float32 filters are multiplied as three TF32 products each (``tf32x3``), which Triton sums in blocks of DEPTH
+elements on the tensor cores and from block to block in float32; 16-bit filters are multiplied exactly and summed on the
+tensor cores, which truncate. Expected error of a similarity, from an emulation (tests/test_match_kernels.py) and not
+yet measured on a GPU: 8e-7 and 7e-6 for 4,608 elements; one TF32 product alone would be off by 4e-5 to 3e-4. The tests
+allow 2e-6 and 3e-5. The merge kernel measures the chosen pair again, to 4e-7, and decides.
+
+Hazards: weights, partners and lists are only read; ``best`` is written by atomics alone.
+"""
+
+import triton
+import triton.language as tl
+
+from .merge import MIN_NORM, _alignment, _filter, _geometry, _is_used, _offsets, _weight
+from .tables import (
+    COLUMNS,
+    FIRST_ROW,
+    FURTHEST_ROW,
+    GROUP_SIZE,
+    KIND,
+    LAYER_ID,
+    NO_PAIR,
+    STRIDED,
+    WORK_COLUMN,
+    WORK_COLUMN_END,
+    WORK_COLUMNS,
+    WORK_GROUP_ROW,
+    WORK_LAYER,
+    WORK_RANK,
+)
+
+NO_KEY = tl.constexpr(-(2**31))  # below every key
+
+
+@triton.jit
+def _list_kernel(group_ptr, partner_ptr, list_ptr, best_ptr, similarity_ptr, BLOCK: tl.constexpr):
+    """List the places of each group's sampled filters, in order; the rest of the group's part of the list is -1.
+
+    Also sets what a sampled filter starts from: no pair in ``best``, and no similarity, which stays if none is found.
+
+    Grid: ``(groups,)``; ``group`` (int32, ``(groups, 2)``) has each one's first row and size. Moves 20 bytes per row.
+    """
+    first = tl.load(group_ptr + 2 * tl.program_id(0))
+    size = tl.load(group_ptr + 2 * tl.program_id(0) + 1)
+    listed = size * 0
+    for o_block in range(0, size, BLOCK):
+        place = o_block + tl.arange(0, BLOCK)
+        i_row = first + place
+        m_sampled = tl.load(partner_ptr + i_row, mask=place < size, other=-1) >= 0
+        rank = listed + tl.cumsum(m_sampled.to(tl.int32), axis=0) - 1
+        tl.store(list_ptr + first + rank, place, mask=m_sampled)
+        tl.store(best_ptr + i_row, NO_PAIR, mask=m_sampled)
+        tl.store(similarity_ptr + i_row, float("nan"), mask=m_sampled)
+        listed += tl.sum(m_sampled.to(tl.int32), axis=0)
+    for o_block in range(0, size, BLOCK):
+        rank = o_block + tl.arange(0, BLOCK)
+        tl.store(list_ptr + first + rank, -1, mask=(rank >= listed) & (rank < size))
+
+
+@triton.jit
+def _squares(block):
+    """Squares, summed over four neighbours, which one thread holds: to sum all of a row would need other threads."""
+    block = block.to(tl.float32)
+    return tl.sum(tl.reshape(block * block, [block.shape[0], block.shape[1] // 4, 4]), axis=2)
+
+
+@triton.jit
+def _priority(key_low, key_high, j_filter):
+    """Priorities of pairs: Philox4x32-10 of (j, 0, 0, 0), of which only the first word is wanted.
+
+    Triton's own unrolls its ten rounds, and interleaving them for a whole tile took 1,900 bytes of stack per thread.
+    """
+    c0 = tl.broadcast_to(j_filter.to(tl.uint32)[None, :], [key_low.shape[0], j_filter.shape[0]])
+    c1 = tl.zeros_like(c0)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    k0, k1 = key_low, key_high
+    for _ in range(0, 10):
+        product = tl.umulhi(c2, tl.full([], 0xCD9E8D57, tl.uint32)) ^ c1 ^ k0[:, None]
+        c1 = tl.mul(c2, tl.full([], 0xCD9E8D57, tl.uint32), sanitize_overflow=False)
+        c2 = tl.umulhi(c0, tl.full([], 0xD2511F53, tl.uint32)) ^ c3 ^ k1[:, None]
+        c3 = tl.mul(c0, tl.full([], 0xD2511F53, tl.uint32), sanitize_overflow=False)
+        c0 = product
+        k0 = tl.add(k0, tl.full([], 0x9E3779B9, tl.uint32), sanitize_overflow=False)
+        k1 = tl.add(k1, tl.full([], 0xBB67AE85, tl.uint32), sanitize_overflow=False)
+    return (c0 >> 1).to(tl.int32)
+
+
+@triton.jit
+def _tile(
+    weight, i_filter, m_i, j_filter, m_j, geometry,
+    DENSE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Dot products of a tile of pairs, and the squared norms of its rows and columns, in float32."""
+    p_i = _filter(weight, i_filter, geometry, DENSE)
+    p_j = _filter(weight, j_filter, geometry, DENSE)
+    dots = tl.zeros([i_filter.shape[0], j_filter.shape[0]], tl.float32)
+    squares_i = tl.zeros([i_filter.shape[0], DEPTH // 4], tl.float32)
+    squares_j = tl.zeros([j_filter.shape[0], DEPTH // 4], tl.float32)
+    for o_block in range(0, geometry[0], DEPTH):
+        o, m = _offsets(o_block, geometry, DENSE, DEPTH)
+        b_i = tl.load(p_i[:, None] + o[None, :], mask=m_i[:, None] & m[None, :], other=0.0)
+        b_j = tl.load(p_j[:, None] + o[None, :], mask=m_j[:, None] & m[None, :], other=0.0)
+        dots = tl.dot(b_i, tl.trans(b_j), dots, input_precision=PRECISION)
+        squares_i += _squares(b_i)
+        squares_j += _squares(b_j)
+    return dots, tl.sum(squares_i, axis=1), tl.sum(squares_j, axis=1)
+
+
+@triton.jit
+def _inverse_norm(squares):
+    return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), MIN_NORM))
+
+
+@triton.jit
+def _best_of_tile(
+    dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, j_row, threshold, always,
+    SIMILAR: tl.constexpr,
+):  # fmt: skip
+    """The best pair of every row of a tile, packed."""
+    m_i &= squares_i < float("inf")  # false for NaN
+    m_j &= squares_j < float("inf")
+    allowed = m_i[:, None] & m_j[None, :] & (place[:, None] != column[None, :])
+    similarity = dots * _inverse_norm(squares_i)[:, None] * _inverse_norm(squares_j)[None, :]
+    if SIMILAR:
+        allowed &= (similarity > threshold) | (always != 0)
+        key = tl.full(dots.shape, NO_KEY, tl.int32)
+        # Flat, because Triton 3.7's compiler for sm_100 fails on a reduction of a reduction of 16-bit products here.
+        any_allowed = tl.max(tl.reshape(allowed.to(tl.int32), [dots.shape[0] * dots.shape[1]]), axis=0)
+        if any_allowed > 0:  # seldom: above the usual thresholds are few, and ranks cost as much as 500 elements
+            key = _priority(key_low, key_high, j_filter)
+    else:
+        bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
+        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # sorts like the float
+    key = tl.where(allowed, key, NO_KEY)
+    best = tl.max(key, axis=1)
+    j_best = tl.min(tl.where(key == best[:, None], j_row[None, :], FURTHEST_ROW), axis=1)
+    packed = (best.to(tl.int64) << 32) | (j_best ^ FURTHEST_ROW).to(tl.int64)
+    return tl.where(best > NO_KEY, packed, NO_PAIR)
+
+
+@triton.jit(do_not_specialize=["seed", "step", "always"])
+def _match_kernel(
+    layer_ptr, work_ptr, list_ptr, best_ptr, seed_step_ptr, seed: tl.uint64, step: tl.int64, threshold, always,
+    HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, SIMILAR: tl.constexpr, IN_MEMORY: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compare ROWS sampled filters of a group with some of its filters, and keep each one's best pair in ``best``.
+
+    Grid: ``(items,)``; an item of ``work`` (int32) says which group, from which place in its list, and which columns,
+    TILE at a time. Items beyond the end of the list do nothing.
+    Computes 2 ROWS TILE D flops per tile, three times over for float32; loads (ROWS + TILE) D elements for them.
+    """
+    item = work_ptr + tl.program_id(0) * WORK_COLUMNS
+    group_row = tl.load(item + WORK_GROUP_ROW)
+    rank = tl.load(item + WORK_RANK) + tl.arange(0, ROWS)
+    table = layer_ptr + tl.load(item + WORK_LAYER).to(tl.int64) * COLUMNS
+    group_size = tl.load(table + GROUP_SIZE).to(tl.int32)
+    place = tl.load(list_ptr + group_row + rank, mask=rank < group_size, other=-1)
+    m_i = place >= 0
+    if tl.max(place, axis=0) >= 0:
+        first_filter = group_row - tl.load(table + FIRST_ROW).to(tl.int32)
+        kind = tl.load(table + KIND).to(tl.int32)
+        i_filter = first_filter + tl.where(m_i, place, 0)
+        key_low = i_filter.to(tl.uint32)
+        key_high = key_low
+        if SIMILAR:
+            if IN_MEMORY:
+                seed = tl.load(seed_step_ptr).to(tl.uint64)
+                step = tl.load(seed_step_ptr + 1)
+            step = step.to(tl.int64)  # as in kernels/draw.py, whose words 1 and 2 are the key of the priorities
+            layer_id = tl.load(table + LAYER_ID).to(tl.int32)
+            _r0, key_low, key_high, _r3 = tl.philox(
+                seed, i_filter, layer_id, step.to(tl.int32), (step >> 32).to(tl.int32)
+            )
+        top = tl.full([ROWS], NO_PAIR, tl.int64)
+        for o_column in range(tl.load(item + WORK_COLUMN), tl.load(item + WORK_COLUMN_END), TILE):
+            column = o_column + tl.arange(0, TILE)
+            m_j = column < group_size
+            j_filter = first_filter + tl.where(m_j, column, 0)
+            dots = tl.zeros([ROWS, TILE], tl.float32)
+            squares_i = tl.zeros([ROWS], tl.float32)
+            squares_j = tl.zeros([TILE], tl.float32)
+            for CODE in tl.static_range(0, 8):
+                if _is_used(CODE, HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, HAS_DENSE, HAS_STRIDED):
+                    if kind == CODE:
+                        dots, squares_i, squares_j = _tile(
+                            _weight(table, CODE), i_filter, m_i, j_filter, m_j, _geometry(table, _alignment(CODE)),
+                            CODE < STRIDED, DEPTH, PRECISION,
+                        )  # fmt: skip
+            best = _best_of_tile(
+                dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, group_row + column,
+                threshold, always, SIMILAR,
+            )  # fmt: skip
+            top = tl.maximum(top, best)
+        tl.atomic_max(best_ptr + group_row + tl.where(m_i, place, 0), top, mask=top > NO_PAIR, sem="relaxed")

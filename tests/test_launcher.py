@@ -1,0 +1,316 @@
+"""What the launcher must survive without a GPU to try it on: interruptions, captures, other streams, large numbers."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import assert_is_reference, bits
+
+from inmerge_fast import MergePlan, NoEffectWarning, draw, merge_, reference_merge
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreted
+
+from interpreter import apply_fixes, bounds, traffic  # noqa: E402
+from test_kernel_details import CALL, _CountingKernel  # noqa: E402
+from test_kernels import ALPHA, alike, assert_merged_and_clean, cycle, launcher_of, tensors_of  # noqa: E402
+
+from inmerge_fast import launch  # noqa: E402
+from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor  # noqa: E402
+from inmerge_fast.kernels import tables  # noqa: E402
+from inmerge_fast.launch import Handle, Launcher  # noqa: E402
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def _interpreter():
+    apply_fixes()
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize("launches_before", [0, 1, 2])
+def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, launches_before):
+    """Ctrl-C while the merge kernel compiles comes between the count and the merge: rows counted, and never merged."""
+    monkeypatch.setenv("INMERGE_INTERPRET", "1")
+    weight = alike(9, 20)
+    plan = MergePlan(weight)
+    merge_(plan, prob=1.0, threshold=-1.0, seed=1, step=0)
+    original, launched = Handle.launch, []
+
+    def interrupted(self, *arguments):
+        if len(launched) == launches_before:
+            raise KeyboardInterrupt
+        launched.append(1)
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Handle, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge_(plan, prob=1.0, threshold=-1.0, seed=1, step=1)
+    before = weight.clone()
+    launcher = plan.launcher([weight])
+    with bounds(*tensors_of(launcher, [weight]).values()):
+        for step in (2, 3):
+            assert merge_(plan, prob=1.0, threshold=-1.0, alpha=0.75, seed=1, step=step).merged == 9
+            assert_is_reference(
+                before, weight, prob=1.0, threshold=-1.0, alpha=0.75, seed=1, step=step, layer=0
+            )  # fmt: skip
+            before = weight.clone()
+    assert not launcher.state.any()
+
+
+# ------------------------------------------------------------------------------------------------------------ captures
+
+
+def test_a_capture_is_told_to_warm_up(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="the first merge_ of a plan builds.*; call merge_ once before capturing"):
+        launch._check_not_capturing(CUDA, "builds its tables")
+    launch._check_not_capturing(torch.device("cpu"), "builds its tables")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launch._check_not_capturing(CUDA, "builds its tables")
+
+
+def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
+    weights = [alike(128, 1024)]
+    plan, launcher = MergePlan(weights), launcher_of(weights)
+    launcher.reserve_scratch(0.1)
+    scratch, kernel = launcher.scratch, _CountingKernel()
+
+    def capturing(device, what):
+        raise RuntimeError(f"capturing: {what}")
+
+    monkeypatch.setattr(launch, "_check_not_capturing", capturing)
+    monkeypatch.setattr(torch, "zeros", pytest.fail)
+    monkeypatch.setattr(torch, "empty", pytest.fail)
+    with pytest.raises(RuntimeError, match="capturing: builds its tables"):
+        Launcher(plan.layers, weights, plan.row_start)
+    with pytest.raises(RuntimeError, match="capturing: with a larger prob"):
+        launcher.reserve_scratch(1.0)
+    assert launcher.scratch is scratch
+    launcher.reserve_scratch(0.1)  # enough as it is
+    with pytest.raises(RuntimeError, match="capturing: compiles its kernels"):
+        Handle(kernel, {}, {}).launch(1, 0, (weights[0],), ())
+    assert (kernel.warmups, kernel.runs) == (0, [])
+
+
+class _CudaTotals:
+    """Stands in for the running totals of a plan on a GPU."""
+
+    is_cuda, device, dtype = True, CUDA, torch.int32
+
+
+class _Host:
+    dtype = torch.int32
+
+    def __init__(self):
+        self.copies = []
+
+    def copy_(self, source, *, non_blocking):
+        self.copies.append((source, non_blocking))
+
+    def __getitem__(self, index):
+        return 0 if index == 0 else 5
+
+
+def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_for_nobody(monkeypatch):
+    """Its copy would become part of a graph, and its event could not be asked."""
+    host, allocations, events = _Host(), [], []
+
+    class Event:
+        done = False
+
+        def __init__(self, device):
+            events.append(self)
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.done
+
+    monkeypatch.setattr(torch, "empty", lambda size, **options: allocations.append(options) or host)
+    monkeypatch.setattr(torch, "Event", Event)
+    monitor, totals = EffectMonitor(), _CudaTotals()
+
+    def count(calls, capturing=False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        for _ in range(calls):
+            monitor.count_call(totals)
+
+    count(1)
+    assert [(options["device"], options["pin_memory"]) for options in allocations] == [("cpu", True)]
+    count(NO_EFFECT_CALLS - 2)
+    count(3, capturing=True)
+    assert host.copies == events == []
+    count(3)
+    assert host.copies == [(totals, True)]
+    assert len(events) == len(allocations) == 1
+    Event.done = True
+    with pytest.warns(NoEffectWarning):
+        count(1)
+    count(3)
+    assert len(host.copies) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+class _Stream:
+    def __init__(self, handle):
+        self.cuda_stream, self.waited_for = handle, []
+
+    def wait_stream(self, other):
+        self.waited_for.append(other.cuda_stream)
+
+
+class _Recorded(torch.Tensor):
+    """A tensor that remembers which streams its memory was said to be used on."""
+
+    def record_stream(self, stream):
+        self.streams.append(stream.cuda_stream)
+
+
+@pytest.fixture
+def on_streams(monkeypatch):
+    """A launcher that believes itself on a GPU, and a function that makes a stream current."""
+    weights = [alike(9, 20)]
+    launcher = launcher_of(weights)
+    launcher.weights = weights  # keeps them alive
+    launcher.reserve_scratch(0.3)
+    launcher.device = CUDA
+    for name, value in vars(launcher).items():
+        if isinstance(value, torch.Tensor):
+            recorded = value.as_subclass(_Recorded)
+            recorded.streams = []
+            setattr(launcher, name, recorded)
+    current = []
+
+    def switch(stream, capturing=False):
+        current[:] = [stream]
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: _Stream(handle))
+    return launcher, switch
+
+
+def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(on_streams):
+    launcher, switch = on_streams
+    first, second, captured = _Stream(0), _Stream(7), _Stream(9)
+    for stream, capturing in ((first, False), (second, False), (second, False), (captured, True), (first, False)):
+        switch(stream, capturing)
+        assert launcher.follow_current_stream() == stream.cuda_stream
+    assert second.waited_for == [0], "once: on the same stream calls follow each other anyway"
+    assert captured.waited_for == [], "a captured stream may not wait for another"
+    assert first.waited_for == [9]
+    for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
+        assert getattr(launcher, name).streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
+
+
+def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, monkeypatch):
+    launcher, switch = on_streams
+    old = launcher.scratch
+    for stream in (_Stream(0), _Stream(7)):
+        switch(stream)
+        launcher.follow_current_stream()
+    third = _Stream(8)
+    switch(third)
+    monkeypatch.setattr(torch, "empty", lambda size, *, dtype, device: torch.zeros(size, dtype=dtype))
+    launcher.reserve_scratch(1.0)
+    assert launcher.scratch is not old
+    assert third.waited_for == [7], "only then does what comes next on this stream come after the use on the other"
+    assert old.streams == [0, 7, 8]
+
+
+def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch):
+    launcher, switch = on_streams
+    launcher.device = torch.device("cpu")
+    results = launcher.run(1, 0, prob=0.3, **CALL, dry_run=True)
+    launcher.device = CUDA
+    launcher._stream = 7
+    reader = _Stream(0)
+    switch(reader)
+    assert results.fetch().counts.tolist() == [draw(1, 0, 0, 9, 0.3)[0].sum()]
+    assert reader.waited_for == [7]
+
+
+# ------------------------------------------------------------------------------------------------- memory and addresses
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 7), (16, 64), (64, 64), (40, 300), (128, 1024), (512, 4608)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_is_at_most_15_percent_for_small_layers_too(shape, dtype):
+    launcher = launcher_of([torch.empty(shape, dtype=dtype)])
+    launcher.reserve_scratch(0.3)
+    assert launcher.scratch.numel() <= max(0.15 * launcher.bytes, 16)  # one unit: there is no smaller one
+    assert launcher.scratch.numel() >= 0.12 * launcher.bytes - 1
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_BYTES", 719), ("MAX_ELEMENTS", 19)])
+def test_what_32_bits_cannot_count_raises(monkeypatch, limit, value):
+    weights = [alike(9, 20)]
+    monkeypatch.setattr(launch, limit, value + 1)
+    launcher_of(weights)
+    monkeypatch.setattr(launch, limit, value)
+    with pytest.raises(ValueError, match="720 bytes and up to 20 elements per filter.*INMERGE_FORCE_EAGER=1"):
+        launcher_of(weights)
+
+
+def test_limits_are_within_31_bits():
+    assert launch.MAX_ELEMENTS + 1024 <= 2**31
+    assert launch.MAX_BYTES / 16 * 2 <= 2**31
+
+
+@pytest.mark.parametrize("capacity", [0, 1000])
+def test_addresses_beyond_2_to_the_31_elements(capacity):
+    """The filters of a large weight from number 70,000 on: where it begins there is nothing, and nobody looks."""
+    filters, elements, far = 5, 2**15, 70_000
+    assert far * elements > 2**31
+    weights = [alike(filters, elements)]
+    launcher = launcher_of(weights)
+    launcher.layer_table[0, tables.BASE.value] -= far * elements * 4
+    launcher.layer_table[0, tables.FIRST_ROW.value] -= far
+    launcher.reserve_scratch(1.0)
+    partner = np.array(cycle(filters, None))
+    launcher.partner.copy_(torch.from_numpy(partner))
+    expected = reference_merge(weights[0], partner >= 0, partner, **CALL).weight
+    with bounds(*tensors_of(launcher, weights).values()):
+        launcher.merge_drawn(0, **CALL, dry_run=False, BLOCK=2**13, programs=2, capacity=capacity * 8)
+    assert_merged_and_clean(launcher, weights, [expected])
+
+
+def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say():
+    weights = [alike(300, 4), alike(45, 4)]
+    launcher = launcher_of(weights)
+    launcher.reserve_scratch(0.5)
+    rows = launcher.rows
+    with traffic(
+        drawn=[launcher.partner, launcher.readers, launcher.outcome], index=[launcher.row_layer],
+        active=[launcher.active], counts=[launcher.readers, launcher.state],
+    ) as drawing:  # fmt: skip
+        launcher._draw.launch(launcher._row_blocks, 0, launcher._tables[0][0], (1, 0, 2**23, rows))
+    assert drawing["drawn"].bytes_stored == drawing.bytes_stored == 9 * rows
+    assert drawing["index"].bytes_loaded == 4 * rows
+    active = int((launcher.partner >= 0).sum())
+    assert 0 < active < rows
+    with traffic(partner=[launcher.partner], active=[launcher.active]) as counting:
+        tensors = (launcher.partner, launcher.readers, launcher.active, launcher.state)
+        launcher._count.launch(launcher._row_blocks, 0, tensors, (rows,))
+    assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
+    assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active
+    assert counting.atomics == active + launcher._row_blocks
+
+
+def test_more_than_1024_filters_and_the_largest_words():
+    weights = [alike(1100, 8)]
+    before = weights[0].clone()
+    launcher = launcher_of(weights)
+    seed, step = 2**64 - 1, 2**63 - 1
+    launcher.run(seed, step, prob=0.05, alpha=ALPHA, threshold=0.3, dry_run=False)
+    coin, partner = draw(seed, step, 0, 1100, 0.05)
+    expected = reference_merge(before, coin, partner, alpha=ALPHA, threshold=0.3)
+    assert torch.equal(bits(weights[0]), bits(expected.weight))
+    assert 0 < expected.merged.sum() < coin.sum()
