@@ -26,10 +26,9 @@ def _parser() -> argparse.ArgumentParser:
         "a result file are not repeated, so that a killed command goes on where it was.",
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, *confirm.STAGES, "report"],
-                        help="what to run; report writes tables, figures and RESULTS.md again from the files")  # fmt: skip
-    parser.add_argument("--data", default="digits",
-                        help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH ChestX-ray14 "
-                        "(default: %(default)s; of table-chestxray14: chestxray14)")  # fmt: skip
+                        help="what to run; report writes tables, figures and RESULTS.md from the files")  # fmt: skip
+    parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH "
+                        "ChestX-ray14 (default: digits; of table-chestxray14: chestxray14)")  # fmt: skip
     parser.add_argument(
         "--root", help="folder of the data (default: the environment variable INMERGE_DATA, else ~/.medmnist)"
     )
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = given.processes or (cores if given.device == "cpu" else 1)
-    data, root = given.data, given.root
+    data, root = given.data or ("chestxray14" if given.experiment == "table-chestxray14" else "digits"), given.root
     if data.endswith(".npz") and Path(data).exists():  # only its name goes into result files
         data, root = Path(data).name, str(Path(data).resolve().parent)
     elif Path(data).is_dir() and data != "chestxray14":
@@ -97,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = Options(
         data=data, size=given.size, model=given.model, weights=given.weights, seeds=given.seeds,
         backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
-        bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation, micro_batches=given.micro_batches,
-        quick=given.quick,
+        bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
+        micro_batches=given.micro_batches, quick=given.quick,
     )  # fmt: skip
     leader = os.environ.get("RANK", "0") == "0"
     try:

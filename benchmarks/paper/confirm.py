@@ -33,6 +33,7 @@ CANDIDATES = (
 METRIC = "corrupted AUC"
 SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 8, 20, 100
 MOST_CONFIRMED = 2
+BOOTSTRAP_REPEATS = 500
 RULE = (
     f"at most {MOST_CONFIRMED} settings, those with the largest mean paired difference in {METRIC} on the validation "
     "images, if it is above 0 and no seed collapsed"
@@ -151,7 +152,7 @@ def verdict(experiment: Experiment, out: Path) -> dict[str, Any]:
             ([a[name] for name in names], [b[name] for name in names])
             for a, b in zip(scores[arms[0]], scores[arm], strict=True)
         ]
-        tested.append((arm, difference, two_level_bootstrap(labels, pairs, auc, repeats=400)))
+        tested.append((arm, difference, two_level_bootstrap(labels, pairs, auc, repeats=BOOTSTRAP_REPEATS)))
     adjusted = holm([difference.p for _, difference, _ in tested])
     content = {
         arm.label(): {

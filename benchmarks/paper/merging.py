@@ -34,7 +34,7 @@ class Merger:
             self._targets = [
                 (
                     MergePlan(net.get_submodule(planned.name), layer=planned.layer_id),
-                    setting.z / math.sqrt(planned.layout.elements),
+                    min(1.0, setting.z / math.sqrt(planned.layout.elements)),
                 )
                 for planned in self._plan.layers
             ]

@@ -106,7 +106,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
     "speckle_noise": (_speckle_noise, (0.10, 0.15, 0.20, 0.30, 0.40)),  # sigma, relative to the pixel
     "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.04, 0.07, 0.10)),  # share of pixels
     "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.8, 1.0, 1.4)),  # sigma in pixels
-    "motion_blur": (_motion_blur, (2, 3, 4, 5, 7)),  # length in pixels
+    "motion_blur": (_motion_blur, (2, 3, 4, 5, 7)),  # length in pixels; even ones shift by half of one
     "pixelate": (_pixelate, (0.9, 0.75, 0.6, 0.5, 0.4)),  # share of the side that is left
     "jpeg": (_jpeg, (60, 40, 25, 15, 10)),  # Pillow's quality
     "brightness_up": (_brightness, (0.05, 0.10, 0.15, 0.20, 0.30)),
