@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import confirm, report
+from .data import md5_of
 from .experiments import EXPERIMENTS, Experiment, Options
 from .figures import write_figures
 from .grid import Where, execute
@@ -37,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg16, vgg19, vgg16_bn, "
                         "vgg19_bn, resnet18, resnet34, resnet50, densenet121; timm:NAME")  # fmt: skip
-    parser.add_argument("--weights", metavar="FILE", help="pre-trained weights, a state_dict saved by PyTorch")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="pre-trained weights, a state_dict saved by PyTorch"
+    )
     parser.add_argument("--seeds", type=_count, metavar="N", help="seeds 0 to N - 1 of every arm")
     parser.add_argument("--backbone-epochs", type=_count, metavar="N", help="epochs before the arms, without merging")
     parser.add_argument("--arm-epochs", type=_count, metavar="N", help="epochs of every arm")
@@ -92,9 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data, root = Path(data).name, str(Path(data).resolve().parent)
     elif Path(data).is_dir() and data != "chestxray14":
         data, root = Path(data).resolve().name, str(Path(data).resolve().parent)
-    where = Where(out, root, given.device, processes, given.tensorboard)
+    where = Where(out, root, given.device, processes, given.tensorboard, given.weights)
+    if given.weights is not None and not given.weights.is_file():
+        parser.error(f"argument --weights: {given.weights}: there is no such file")
+    weights = f"{given.weights.name}, md5 {md5_of(given.weights)}" if given.weights is not None else None
     options = Options(
-        data=data, size=given.size, model=given.model, weights=given.weights, seeds=given.seeds,
+        data=data, size=given.size, model=given.model, weights=weights, seeds=given.seeds,
         backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
         bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
         micro_batches=given.micro_batches, quick=given.quick,

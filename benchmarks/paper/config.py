@@ -18,7 +18,7 @@ class Recipe:
         data: as for :func:`benchmarks.paper.data.load`.
         size: side of the images, None for the data set's own.
         model: as for :func:`benchmarks.paper.models.build`.
-        weights: file with pre-trained weights, or None.
+        weights: name and MD5 of the file with pre-trained weights, or None.
         optimizer: "sgd" (momentum 0.9) or "adam".
         backbone_epochs: epochs before the arms part, without merging.
         arm_epochs: epochs of every arm.

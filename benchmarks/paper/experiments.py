@@ -24,7 +24,7 @@ class Options:
         data: see :func:`benchmarks.paper.data.load`.
         size: side of the images.
         model: name of the network.
-        weights: file with its pre-trained weights.
+        weights: name and MD5 of the file with its pre-trained weights.
         seeds: number of seeds, from 0.
         backbone_epochs: epochs before the arms.
         arm_epochs: epochs of every arm.

@@ -35,6 +35,7 @@ class Where:
         device: torch device.
         processes: processes at a time, each with one thread on a CPU.
         tensorboard: folder of TensorBoard's logs, or None.
+        weights: file with pre-trained weights, or None.
     """
 
     out: Path
@@ -42,6 +43,7 @@ class Where:
     device: str = "cpu"
     processes: int = 1
     tensorboard: str | None = None
+    weights: Path | None = None
 
 
 _benches: dict[tuple[str, int | None, int | None], protocol.Bench] = {}
@@ -52,7 +54,7 @@ def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
     key = (recipe.data, recipe.size, recipe.limit)
     if key not in _benches:
         data = load(recipe.data, size=recipe.size, root=where.root)
-        _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit)
+        _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit, where.weights)
     return _benches[key]
 
 

@@ -9,6 +9,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .metrics import accuracy, auc, class_aucs, filter_state
 from .models import Model, build
 
 EVAL_BATCH = 128
+DEVICE_BYTES = 2 * 2**30
 CACHE_BYTES = 64 * 2**20  # corrupted copies of small sets are kept, since every run looks at them
 RESEED = 1_000_003  # added to the seed of the data order
 State = dict[str, torch.Tensor]
@@ -41,12 +43,15 @@ class Bench:
         data: the images.
         device: where the networks are.
         limit: use this many images of every part, evenly spaced; None for all.
+        weights: file with pre-trained weights of the network, or None.
     """
 
-    def __init__(self, data: DataSet, device: torch.device, limit: int | None = None) -> None:
+    def __init__(
+        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Path | None = None
+    ) -> None:
         if limit is not None:
             data = dataclasses.replace(data, **{name: _thinned(data.split(name), limit) for name in SPLITS})
-        self.data, self.device = data, device
+        self.data, self.device, self.weights = data, device, weights
         self._copies: dict[tuple[str, str, float], torch.Tensor] = {}
         sample = data.train.images[:: max(1, len(data.train) // 5000)].float() / 255
         dims = [0, *range(2, sample.ndim)]
@@ -102,7 +107,7 @@ def schedules(recipe: Recipe, seed: int, reseed: bool = False) -> tuple[Schedule
 
 def train_backbone(recipe: Recipe, bench: Bench, seed: int) -> State:
     """Weights after the epochs that all arms share."""
-    model = build(recipe.model, bench.data, seed, recipe.weights)
+    model = build(recipe.model, bench.data, seed, bench.weights)
     _place(model, bench)
     _train(model, recipe, bench, schedules(recipe, seed)[0], None)
     return {key: value.detach().cpu().clone() for key, value in model.net.state_dict().items()}
@@ -132,11 +137,7 @@ def run_arm(
     """
     recipe, merging = run.recipe, run.arm.merging
     start = time.perf_counter()
-    model = build(recipe.model, bench.data, run.seed)
-    if recipe.weights is not None:
-        model = dataclasses.replace(
-            model, normalisation=build(recipe.model, bench.data, 0, recipe.weights).normalisation
-        )
+    model = build(recipe.model, bench.data, run.seed, bench.weights)
     model.net.load_state_dict(backbone)
     _place(model, bench)
     schedule = schedules(recipe, run.seed, run.arm.reseed)[1]
@@ -228,11 +229,13 @@ def _train(
         )
     whole = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
     optimizer = _optimizer(recipe, net)
+    # On the device if they fit: 2 GiB are 40,000 grey images of 224x224.
+    images = train.images.to(bench.device) if train.images.numel() <= DEVICE_BYTES else train.images
     labels = train.labels.to(bench.device)
 
     def loss_at(indices: torch.Tensor, step: int) -> torch.Tensor:
         mine = indices[rank::ranks]
-        unit = train.images[mine.cpu()].to(bench.device).float() / 255
+        unit = images[mine.to(images.device)].to(bench.device).float() / 255
         if recipe.flip:
             # Decided by image, not by place: ranks and parts of a batch do not change who is flipped.
             coins = np.random.default_rng([schedule.seed, step, 1]).random(len(train)) < 0.5
