@@ -23,12 +23,12 @@ from .metrics import auc
 from .tables import manifest_name, markdown, read_manifest, write_manifest, write_tables
 
 CANDIDATES = (
-    Merging(z=4.0),
-    Merging(z=3.0, decay=True),
-    Merging(z=4.0, partner="nearest", alpha=0.9),
-    Merging(z=3.0, partner="similar", prob=0.1),
-    Merging(z=3.0, start=0.5),
-    Merging(z=2.5, alpha=0.95, prob=0.05),
+    Merging(z=3.0),
+    Merging(z=2.5, decay=True),
+    Merging(z=3.0, partner="nearest", alpha=0.9),
+    Merging(z=2.5, partner="similar", prob=0.1),
+    Merging(z=2.5, start=0.5),
+    Merging(z=2.0, alpha=0.95, prob=0.05),
 )
 METRIC = "corrupted AUC"
 SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 8, 20, 100
@@ -48,7 +48,7 @@ def search_experiment(options: Options) -> Experiment:
     """The search: measured on validation images only."""
     seeds = tuple(range(options.seeds or (2 if options.quick else SEARCH_SEEDS)))
     arms = (BASELINE, *(Arm(setting) for setting in CANDIDATES))
-    return Experiment("search", "Search on validation images", ((recipes(options)[1], arms),), seeds, split="val")
+    return Experiment("search", "Search on validation images", ((recipes(options)[0], arms),), seeds, split="val")
 
 
 def search(options: Options, where: Where) -> None:
@@ -62,7 +62,7 @@ def search(options: Options, where: Where) -> None:
 
 def plan_path(options: Options, out: Path) -> Path:
     """Where the plan of a data set is."""
-    return out / f"plan.{recipes(options)[1].name}.json"
+    return out / f"plan.{recipes(options)[0].name}.json"
 
 
 def plan(options: Options, where: Where) -> None:
