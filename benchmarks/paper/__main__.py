@@ -13,7 +13,7 @@ from . import confirm, report
 from .data import md5_of
 from .experiments import EXPERIMENTS, Experiment, Options
 from .figures import write_figures
-from .grid import Where, execute
+from .grid import Where, execute, is_leader
 from .tables import manifest_name, markdown, write_manifest, write_tables
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,7 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data, root = Path(data).name, str(Path(data).resolve().parent)
     elif Path(data).is_dir() and data != "chestxray14":
         data, root = Path(data).resolve().name, str(Path(data).resolve().parent)
-    where = Where(out, root, given.device, processes, given.tensorboard, given.weights)
+    device = given.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    where = Where(out, root, device, processes, given.tensorboard, given.weights)
     if given.weights is not None and not given.weights.is_file():
         parser.error(f"argument --weights: {given.weights}: there is no such file")
     weights = f"{given.weights.name}, md5 {md5_of(given.weights)}" if given.weights is not None else None
@@ -105,7 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
         micro_batches=given.micro_batches, quick=given.quick,
     )  # fmt: skip
-    leader = os.environ.get("RANK", "0") == "0"
     try:
         if given.experiment == "report":
             report.write(out)
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if given.experiment != "table-chestxray14" or options.data != "chestxray14":
                     raise
                 print(f"no data, so our row stays empty: {error}")
-            if leader:
+            if is_leader():
                 print(f"results of {manifest_name(experiment)} in {out}")
                 show(experiment, out)
     except ValueError as error:

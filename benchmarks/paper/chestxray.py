@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def load_chestxray14(folder: Path, *, size: int = 224, cache: Path | None = None
         start += count
     digest = hashlib.md5("\n".join(names).encode()).hexdigest()
     source = f"NIH ChestX-ray14 resized to {size}x{size}, md5 of the list of images {digest}"
-    return DataSet(f"chestxray14_{size}", "multi-label", LABELS, *splits, source=source)
+    train, val, test = splits
+    return DataSet(f"chestxray14_{size}", "multi-label", LABELS, train, val, test, source)
 
 
 def _read_splits(folder: Path) -> dict[str, list[Entry]]:
@@ -181,9 +183,8 @@ def _published_split(folder: Path, entries: dict[str, Entry]) -> dict[str, list[
     rest, test = chosen
     # Images of one patient look alike: a random split over images would leak from training to validation.
     patients = sorted({entry.patient for entry in rest})
-    order, counts = np.random.default_rng(SPLIT_SEED).permutation(len(patients)), {}
-    for entry in rest:
-        counts[entry.patient] = counts.get(entry.patient, 0) + 1
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(patients))
+    counts = Counter(entry.patient for entry in rest)
     held, total = set(), 0
     for index in order[:-1]:  # at least one patient stays for training
         if total >= VAL_SHARE * len(rest):

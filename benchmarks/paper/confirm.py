@@ -18,7 +18,7 @@ import numpy as np
 from .compare import Paired, compare, holm, paired, two_level_bootstrap, value_of
 from .config import BASELINE, Arm, Merging, Recipe, Run
 from .experiments import Experiment, Options, recipes
-from .grid import Where, execute, load_result
+from .grid import Where, execute, is_leader, load_result
 from .metrics import auc
 from .tables import manifest_name, markdown, read_manifest, write_manifest, write_tables
 
@@ -55,9 +55,10 @@ def search(options: Options, where: Where) -> None:
     """Run the search and show its table."""
     experiment = search_experiment(options)
     execute(experiment.runs(), where)
-    path = write_manifest(experiment, where.out)
-    write_tables(path)
-    print(markdown(path))
+    if is_leader():
+        path = write_manifest(experiment, where.out)
+        write_tables(path)
+        print(markdown(path))
 
 
 def plan_path(options: Options, out: Path) -> Path:
@@ -125,6 +126,8 @@ def confirm(options: Options, where: Where) -> None:
         print("the plan confirms nothing: no setting of the search qualified")
         return
     execute(experiment.runs(), where)
+    if not is_leader():
+        return
     path = write_manifest(experiment, where.out)
     write_tables(path)
     print(markdown(path))

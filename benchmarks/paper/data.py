@@ -115,16 +115,16 @@ def _digits() -> DataSet:
     images, labels = read_digits()
     grey = (images * (255 / 16)).round().astype(np.uint8)
     ends = [0, DIGITS_TRAIN, DIGITS_TRAIN + DIGITS_VAL, len(grey)]
-    parts = [_split(grey[a:b], labels[a:b]) for a, b in itertools.pairwise(ends)]
-    return DataSet("digits", "multi-class", tuple("0123456789"), *parts, source="scikit-learn's load_digits")
+    train, val, test = (_split(grey[a:b], labels[a:b]) for a, b in itertools.pairwise(ends))
+    return DataSet("digits", "multi-class", tuple("0123456789"), train, val, test, "scikit-learn's load_digits")
 
 
 def _from_npz(path: Path, name: str, labels: tuple[str, ...] | None = None) -> DataSet:
     arrays, classes = read_npz(path)
-    parts = [_split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS]
+    train, val, test = (_split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS)
     task = "multi-label" if arrays["train_labels"].ndim == 2 else "multi-class"
     names = labels if labels is not None else tuple(map(str, range(classes)))
-    return DataSet(name, task, names, *parts, source=f"{path.name}, md5 {md5_of(path)}")
+    return DataSet(name, task, names, train, val, test, f"{path.name}, md5 {md5_of(path)}")
 
 
 def _split(images: npt.NDArray, labels: npt.NDArray) -> Split:

@@ -107,8 +107,10 @@ def _seeds(options: Options, default: int) -> tuple[int, ...]:
 
 
 def _arms(options: Options, settings: Sequence[Merging]) -> tuple[Arm, ...]:
-    faithful = {"each_forward": options.each_forward, "in_validation": options.in_validation}
-    return tuple(Arm(dataclasses.replace(setting, **faithful)) for setting in settings)
+    return tuple(
+        Arm(dataclasses.replace(setting, each_forward=options.each_forward, in_validation=options.in_validation))
+        for setting in settings
+    )
 
 
 def table_medmnist(options: Options) -> Experiment:

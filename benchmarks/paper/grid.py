@@ -188,12 +188,19 @@ def _logger(run: Run, where: Where) -> Iterator[Any]:
         writer.close()
 
 
+def is_leader() -> bool:
+    """Whether this process is the one that writes and prints: the only one, or rank 0 of ``torchrun``."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def _ranks(where: Where) -> Iterator[int]:
     """Join the ranks of ``torchrun``, if it started this process; gives this one's number."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
+    if where.device.startswith("cuda"):
+        torch.cuda.set_device(where.device)
     dist.init_process_group("nccl" if where.device.startswith("cuda") else "gloo")
     try:
         yield dist.get_rank()

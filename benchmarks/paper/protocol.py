@@ -50,7 +50,8 @@ class Bench:
         self, data: DataSet, device: torch.device, limit: int | None = None, weights: Path | None = None
     ) -> None:
         if limit is not None:
-            data = dataclasses.replace(data, **{name: _thinned(data.split(name), limit) for name in SPLITS})
+            train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
+            data = dataclasses.replace(data, train=train, val=val, test=test)
         self.data, self.device, self.weights = data, device, weights
         self._copies: dict[tuple[str, str, float], torch.Tensor] = {}
         sample = data.train.images[:: max(1, len(data.train) // 5000)].float() / 255

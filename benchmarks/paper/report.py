@@ -82,7 +82,8 @@ def summary(path: Path) -> list[str]:
 def _sentence(rows: Sequence[Row]) -> str:
     settings = [row for row in rows if row.kind == "setting"]
     compared = len(settings) * len(SHOWN)
-    gains, losses = [], []
+    gains: list[str] = []
+    losses: list[str] = []
     for row in settings:
         for metric in SHOWN:
             one = row.difference[metric]
