@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,6 +171,7 @@ class Launcher:
         self._merges: dict[tuple[tuple[str, Any], ...], Handle] = {}
         self._stream: int | None = None
         self._cut_short = False
+        self._reserved = -1.0  # the prob that scratch is large enough for
         self._row_blocks = triton.cdiv(rows, ROW_BLOCK)
         self.programs = 4  # the interpreter runs them one after the other
         if device.type == "cuda":
@@ -177,8 +179,14 @@ class Launcher:
         self.programs = min(self.programs, rows)
 
     def reserve_scratch(self, prob: float) -> None:
-        """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average."""
-        share = SCRATCH_SHARE * prob * -np.expm1(-prob) / (0.3 * -np.expm1(-0.3))
+        """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average.
+
+        For 0.3 at least, and from there on in steps of 0.1, so that a schedule of ``prob`` does not allocate all along.
+        """
+        if prob <= self._reserved:
+            return
+        enough = max(0.3, math.ceil(prob * 10) / 10)
+        share = SCRATCH_SHARE * enough * math.expm1(-enough) / (0.3 * math.expm1(-0.3))
         wanted = max(int(share * self.bytes), min(SMALL_SCRATCH, int(SMALL_SHARE * self.bytes)), 16)
         if self.scratch.numel() < wanted:
             _check_not_capturing(self.device, "with a larger prob than before allocates scratch memory")
@@ -186,6 +194,7 @@ class Launcher:
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
             self._tables = [self._tables_of(slot) for slot in range(RESULT_SLOTS)]
+        self._reserved = enough
 
     def _tables_of(self, slot: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Tensor arguments of the draw and the merge that leave their results in ``slot``."""
@@ -296,7 +305,8 @@ class Launcher:
             # torch.cuda.graph() synchronises before it captures, and a captured stream may not wait for another.
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 current.wait_stream(torch.cuda.ExternalStream(self._stream, self.device))
-            for value in vars(self).values():  # or their memory would be reused as if only their first stream used it
+            held = [*vars(self).values(), *(self._matcher.tensors() if self._matcher is not None else ())]
+            for value in held:  # or their memory would be reused as if only their first stream used it
                 if isinstance(value, torch.Tensor):
                     value.record_stream(current)
             self._stream = stream

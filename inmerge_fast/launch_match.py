@@ -113,6 +113,10 @@ class Matcher:
             (seed or 0, step, threshold, int(threshold == -1)),
         )  # fmt: skip
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors on the device that the launches use and that belong to the matcher."""
+        return [self.groups, self.list, self.best, *self._work.values()]
+
     def work(self, rows: int, tile: int) -> torch.Tensor:
         """The table of work items on the device."""
         if (rows, tile) not in self._work:

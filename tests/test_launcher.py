@@ -180,12 +180,13 @@ def on_streams(monkeypatch):
     launcher = launcher_of(weights)
     launcher.weights = weights  # keeps them alive
     launcher.reserve_scratch(0.3)
+    launcher.run(1, 0, prob=0.3, **CALL, dry_run=True, partner="nearest")  # builds what partner rules need
     launcher.device = CUDA
-    for name, value in vars(launcher).items():
-        if isinstance(value, torch.Tensor):
-            recorded = value.as_subclass(_Recorded)
-            recorded.streams = []
-            setattr(launcher, name, recorded)
+    for holder in (vars(launcher), vars(launcher.matcher), launcher.matcher._work):
+        for name, value in holder.items():
+            if isinstance(value, torch.Tensor):
+                holder[name] = value.as_subclass(_Recorded)
+                holder[name].streams = []
     current = []
 
     def switch(stream, capturing=False):
@@ -206,6 +207,7 @@ def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(o
     assert second.waited_for == [0], "once: on the same stream calls follow each other anyway"
     assert captured.waited_for == [], "a captured stream may not wait for another"
     assert first.waited_for == [9]
+    assert all(tensor.streams == [0, 7, 9, 0] for tensor in launcher.matcher.tensors())
     for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
         assert getattr(launcher, name).streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
 
@@ -247,6 +249,17 @@ def test_scratch_is_at_most_15_percent_for_small_layers_too(shape, dtype):
     launcher.reserve_scratch(0.3)
     assert launcher.scratch.numel() <= max(0.15 * launcher.bytes, 16)  # one unit: there is no smaller one
     assert launcher.scratch.numel() >= 0.12 * launcher.bytes - 1
+
+
+def test_a_schedule_of_prob_allocates_scratch_a_few_times_at_most():
+    launcher, seen = launcher_of([torch.empty(512, 1152)]), []
+    for prob in np.linspace(0, 1, 1001):
+        launcher.reserve_scratch(float(prob))
+        seen.append(launcher.scratch)
+    assert all(scratch is seen[0] for scratch in seen[:301]), "up to 0.3 once"
+    assert len({id(scratch) for scratch in seen}) <= 8
+    launcher.reserve_scratch(0.3)
+    assert launcher.scratch is seen[-1]
 
 
 @pytest.mark.parametrize(("limit", "value"), [("MAX_BYTES", 719), ("MAX_ELEMENTS", 19)])
@@ -297,7 +310,7 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say():
     active = int((launcher.partner >= 0).sum())
     assert 0 < active < rows
     with traffic(partner=[launcher.partner], active=[launcher.active]) as counting:
-        tensors = (launcher.partner, launcher.readers, launcher.active, launcher.state)
+        tensors = (launcher.partner, launcher.readers, launcher.active, launcher.state, launcher.seed_step)
         launcher._count.launch(launcher._row_blocks, 0, tensors, (rows,))
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
     assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active
