@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from oracle import assert_is_reference, bits
+from oracle import bits
 
 from inmerge_fast import MergePlan, NoEffectWarning, draw, merge_, reference_merge
 
@@ -30,13 +30,17 @@ def _interpreter():
 # ------------------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("launches_before", [0, 1, 2])
-def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, launches_before):
+CUT_SHORT = [("random", launches) for launches in range(3)] + [("nearest", launches) for launches in range(5)]
+
+
+@pytest.mark.parametrize(("partner", "launches_before"), CUT_SHORT)
+def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, partner, launches_before):
     """Ctrl-C while the merge kernel compiles comes between the count and the merge: rows counted, and never merged."""
     monkeypatch.setenv("INMERGE_INTERPRET", "1")
-    weight = alike(9, 20)
+    call = {"prob": 1.0, "threshold": -1.0, "alpha": 0.75, "seed": 1, "partner": partner}
+    weight, twin = alike(9, 20), alike(9, 20)
     plan = MergePlan(weight)
-    merge_(plan, prob=1.0, threshold=-1.0, seed=1, step=0)
+    merge_(plan, step=0, **call)
     original, launched = Handle.launch, []
 
     def interrupted(self, *arguments):
@@ -48,16 +52,18 @@ def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, l
     with monkeypatch.context() as patch:
         patch.setattr(Handle, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            merge_(plan, prob=1.0, threshold=-1.0, seed=1, step=1)
-    before = weight.clone()
+            merge_(plan, step=1, **call)
     launcher = plan.launcher([weight])
-    with bounds(*tensors_of(launcher, [weight]).values()):
+    everything = [
+        *tensors_of(launcher, [weight]).values(),
+        *(launcher.matcher.tensors() if partner != "random" else []),
+    ]
+    with bounds(*everything):
         for step in (2, 3):
-            assert merge_(plan, prob=1.0, threshold=-1.0, alpha=0.75, seed=1, step=step).merged == 9
-            assert_is_reference(
-                before, weight, prob=1.0, threshold=-1.0, alpha=0.75, seed=1, step=step, layer=0
-            )  # fmt: skip
-            before = weight.clone()
+            assert merge_(plan, step=step, **call).merged == 9
+    for step in (0, 2, 3):
+        merge_(twin, step=step, **call)
+    assert torch.equal(weight, twin)
     assert not launcher.state.any()
 
 
