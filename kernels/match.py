@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
-from .merge import MIN_NORM, _alignment, _filter, _geometry, _is_used, _offsets, _weight
+from .merge import MIN_NORM, _alignment, _filter, _geometry, _is_used, _offsets, _weight, layer_threshold
 from .tables import (
+    ALWAYS,
     COLUMNS,
     FIRST_ROW,
     FURTHEST_ROW,
@@ -29,6 +30,8 @@ from .tables import (
     KIND,
     LAYER_ID,
     NO_PAIR,
+    SEED,
+    STEP,
     STRIDED,
     WORK_COLUMN,
     WORK_COLUMN_END,
@@ -95,7 +98,7 @@ def _inverse_norm(squares):
 
 @triton.jit
 def _best_of_tile(
-    dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, j_row, threshold, always,
+    dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, j_row, limit,
     SIMILAR: tl.constexpr,
 ):  # fmt: skip
     """The best pair of every row of a tile, packed."""
@@ -104,7 +107,7 @@ def _best_of_tile(
     allowed = m_i[:, None] & m_j[None, :] & (place[:, None] != column[None, :])
     similarity = dots * _inverse_norm(squares_i)[:, None] * _inverse_norm(squares_j)[None, :]
     if SIMILAR:
-        allowed &= (similarity > threshold) | (always != 0)
+        allowed &= (similarity > limit) | (limit == ALWAYS)
         key = tl.full(dots.shape, NO_KEY, tl.int32)
         if tl.max(tl.max(allowed.to(tl.int32), axis=1), axis=0) > 0:  # seldom: above the usual thresholds are few
             zero = tl.zeros(dots.shape, tl.uint32)
@@ -121,9 +124,9 @@ def _best_of_tile(
     return tl.where(best > NO_KEY, packed, NO_PAIR)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "always"])
+@triton.jit(do_not_specialize=["seed", "step"])
 def _match_kernel(
-    layer_ptr, work_ptr, list_ptr, best_ptr, seed_step_ptr, seed: tl.uint64, step: tl.int64, threshold, always,
+    layer_ptr, work_ptr, list_ptr, best_ptr, call_ptr, seed: tl.uint64, step: tl.int64, threshold,
     HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, SIMILAR: tl.constexpr, IN_MEMORY: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,13 +152,14 @@ def _match_kernel(
         key_high = key_low
         if SIMILAR:
             if IN_MEMORY:
-                seed = tl.load(seed_step_ptr).to(tl.uint64)
-                step = tl.load(seed_step_ptr + 1)
+                seed = tl.load(call_ptr + SEED).to(tl.uint64)
+                step = tl.load(call_ptr + STEP)
             step = step.to(tl.int64)  # as in kernels/draw.py, whose words 1 and 2 are the key of the priorities
             layer_id = tl.load(table + LAYER_ID).to(tl.int32)
             _r0, key_low, key_high, _r3 = tl.philox(
                 seed, i_filter, layer_id, step.to(tl.int32), (step >> 32).to(tl.int32)
             )
+        limit = layer_threshold(table, threshold)
         top = tl.full([ROWS], NO_PAIR, tl.int64)
         for o_column in range(tl.load(item + WORK_COLUMN), tl.load(item + WORK_COLUMN_END), TILE):
             column = o_column + tl.arange(0, TILE)
@@ -173,7 +177,7 @@ def _match_kernel(
                         )  # fmt: skip
             best = _best_of_tile(
                 dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, group_row + column,
-                threshold, always, SIMILAR,
+                limit, SIMILAR,
             )  # fmt: skip
             top = tl.maximum(top, best)
         tl.atomic_max(best_ptr + group_row + tl.where(m_i, place, 0), top, mask=top > NO_PAIR, sem="relaxed")
