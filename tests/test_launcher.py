@@ -15,7 +15,7 @@ from test_kernel_details import CALL, _CountingKernel  # noqa: E402
 from test_kernels import ALPHA, alike, assert_merged_and_clean, cycle, launcher_of, tensors_of  # noqa: E402
 
 from inmerge_fast import handle, launch  # noqa: E402
-from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor  # noqa: E402
+from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor, _largest_similarity  # noqa: E402
 from inmerge_fast.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
 from inmerge_fast.launch import RESULT_SLOTS, Launcher  # noqa: E402
@@ -339,6 +339,13 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say():
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
     assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active
     assert counting.atomics == active + launcher._row_blocks
+
+
+def test_the_largest_similarity_of_all_may_be_negative():
+    weights = [torch.tensor([[1.0, 0.0], [-0.6, 0.8]]), torch.tensor([[1.0, 0.0], [-0.28, 0.96]])]
+    launcher = launcher_of(weights)
+    launcher.run(1, 0, prob=1.0, alpha=ALPHA, threshold=0.5, dry_run=False)
+    assert _largest_similarity(launcher.totals) == pytest.approx(-0.28)
 
 
 def test_more_than_1024_filters_and_the_largest_words():
