@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Results:
         """
         launcher = self.launcher
         with launcher.lock:
-            if launcher.calls - self.call >= RESULT_SLOTS:
+            if max(launcher.calls, launcher.drawn_ahead) - self.call >= RESULT_SLOTS:
                 raise RuntimeError(
                     f"the statistics of this call are gone: the plan keeps those of its last {RESULT_SLOTS} calls in "
                     "device memory; read them earlier"
@@ -122,8 +123,9 @@ class Launcher:
         self.outcome = zeros(RESULT_SLOTS, padded, dtype=torch.int8)
         self.scratch = zeros(0, dtype=torch.int8)
         self.calls = -1
+        self.drawn_ahead = -1  # the latest call whose draw came before it, and so took its slot
         self._thresholds: tuple[float, ...] | None = None
-        self._reserved_prob = -1.0
+        self._reserved_prob = -1.0  # the prob that scratch is large enough for
         self._captured_scratch: list[torch.Tensor] = []
         self._drawn: tuple[int, int, int] | None = None  # what the next call's slot and the partners already hold
         kinds = table[:, tables.KIND.value]
@@ -157,10 +159,14 @@ class Launcher:
         self.programs = min(self.programs, rows)
 
     def reserve_scratch(self, prob: float) -> None:
-        """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average."""
+        """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average.
+
+        For 0.3 at least, and from there on in steps of 0.1, so that a schedule of ``prob`` does not allocate all along.
+        """
         if prob <= self._reserved_prob:
             return
-        share = SCRATCH_SHARE * prob * -np.expm1(-prob) / (0.3 * -np.expm1(-0.3))
+        enough = max(0.3, math.ceil(prob * 10) / 10)
+        share = SCRATCH_SHARE * enough * math.expm1(-enough) / (0.3 * math.expm1(-0.3))
         wanted = max(int(share * self.bytes), min(SMALL_SCRATCH, int(SMALL_SHARE * self.bytes)), 16)
         if self.scratch.numel() < wanted:
             check_not_capturing(self.device, "with a larger prob than before allocates scratch memory")
@@ -168,7 +174,7 @@ class Launcher:
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
             self._tables = [self._tables_of(slot) for slot in range(RESULT_SLOTS)]
-        self._reserved_prob = prob
+        self._reserved_prob = enough
 
     def _tables_of(self, slot: int) -> tuple[Arguments, Arguments]:
         """Tensor arguments of the draw and the merge that leave their results in ``slot``."""
@@ -249,6 +255,7 @@ class Launcher:
             )
             if next_draw is not None:
                 ahead = (next_draw[0], next_draw[1], coin_threshold(next_draw[2]))
+                self.drawn_ahead = self.calls + 1
                 self._draw.launch(
                     self._row_blocks, stream, self._tables[(slot + 1) % RESULT_SLOTS][0], (*ahead, self.rows)
                 )
