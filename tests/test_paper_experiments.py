@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +136,14 @@ def test_a_killed_sweep_resumes_without_repeating_or_losing_a_run(tmp_path):
     main([*COMMAND[2:], "--processes", "1", "--out", str(out)])
     assert {str(path.relative_to(out)) for path in out.glob("*/*/*.json")} == expected
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in done} == done
-    assert (out / "sweep-layers.digits-quick-strong-decay.png").stat().st_size > 10_000
+    picture = out / "sweep-layers.digits-quick-strong-decay.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    checkpoints = out / "checkpoints"
+    shutil.rmtree(checkpoints)
+    main([*COMMAND[2:], "--show", "--out", str(out)])  # trains nothing
+    assert picture.read_bytes() == before
+    assert not checkpoints.exists()
 
 
 def test_two_ranks_train_one_model(tmp_path):

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help=f"folder of result files (default: {RESULTS.name}/ beside this "
                         f"command; with --quick {QUICK_RESULTS}/)")  # fmt: skip
     parser.add_argument("--tensorboard", metavar="FOLDER", help="log there for TensorBoard, too")
+    parser.add_argument("--show", action="store_true", help="train nothing, show the runs that are done")
     parser.add_argument("--quick", action="store_true", help="tiny runs that only show that everything works")
     return parser
 
@@ -116,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             experiment = EXPERIMENTS[given.experiment](options)
             try:
-                execute(experiment.runs(), where)
+                if not given.show:
+                    execute(experiment.runs(), where)
             except ValueError as error:
                 if given.experiment != "table-chestxray14" or options.data != "chestxray14":
                     raise
