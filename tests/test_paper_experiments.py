@@ -282,3 +282,27 @@ def test_what_cannot_be_used_is_said(tmp_path, capsys, arguments, message):
 def test_the_package_does_not_depend_on_the_harness():
     for path in (ROOT / "inmerge_fast").glob("*.py"):
         assert not re.search(r"^\s*(from|import) (benchmarks|tests)", path.read_text(), re.MULTILINE), path
+
+
+def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypatch):
+    """Numbers of RESULTS.md and of the README's section: each has a result file behind it."""
+    folder = ROOT / "benchmarks/paper"
+    shutil.copytree(
+        folder / "results", tmp_path / "results", ignore=shutil.ignore_patterns("checkpoints", "*.png", "*.svg")
+    )
+    for path in (tmp_path / "results").glob("*.md"):
+        path.unlink()
+    pictures = {path.stem for path in (folder / "results").glob("*.png")}
+    monkeypatch.setattr(
+        report, "write_figures", lambda path: path.stem in pictures
+    )  # they depend on matplotlib's version
+    assert report.write(tmp_path / "results").read_text() == (folder / "RESULTS.md").read_text()
+    for path in (tmp_path / "results").glob("*.md"):
+        assert path.read_text() == (folder / "results" / path.name).read_text()
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Does it help?") : readme.index("## How it can be trusted")]
+    quoted = re.findall(r"[−+-]?\d+\.\d+ \[[^]]*\]", section)
+    assert quoted
+    page = (folder / "RESULTS.md").read_text()
+    for figure in quoted:
+        assert figure.replace("−", "-") in page
