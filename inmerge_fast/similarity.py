@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,10 +122,13 @@ class Similarity:
         skipped: ``(name, reason)`` of every other candidate layer.
     """
 
-    def __init__(self, plan: MergePlan, layers: Sequence[LayerSimilarity]) -> None:
+    def __init__(
+        self, plan: MergePlan, layers: Sequence[LayerSimilarity], skipped: Sequence[tuple[str, str]], kept: object
+    ) -> None:
         self.layers = tuple(layers)
-        self.skipped = plan.skipped
+        self.skipped = tuple(skipped)
         self._plan = plan
+        self._kept = kept  # the plan refers to its weights weakly, and a state dict may be all that holds them
 
     def __getitem__(self, name: str) -> LayerSimilarity:
         return self.layers[self._index(name)]
@@ -187,7 +190,7 @@ class Similarity:
 
 
 def similarity(
-    target: Target | MergePlan,
+    target: Target | MergePlan | Mapping[str, object],
     *,
     skip_first: float = 0,
     exclude: str | Sequence[str] = (),
@@ -198,7 +201,9 @@ def similarity(
 
     Args:
         target: a convolution, a ``Linear``, a weight tensor, an iterable of those, a model, or a
-            :class:`inmerge_fast.MergePlan`; see :func:`inmerge_fast.merge_`.
+            :class:`inmerge_fast.MergePlan`; see :func:`inmerge_fast.merge_`. Or a state dict: its floating-point
+            tensors of at least 3 dimensions (2 with ``include_linear``), each with its filters along dim 0 and in one
+            group, since a state dict does not say which are transposed or grouped.
         skip_first: see :func:`inmerge_fast.merge_`; here no layer is left out by default.
         exclude: see :func:`inmerge_fast.merge_`.
         include_linear: see :func:`inmerge_fast.merge_`.
@@ -217,19 +222,41 @@ def similarity(
         print(found)
         thresholds = found.threshold_for_rate(0.05)  # by layer: 5 % of the sampled pairs would merge
     """
+    kept = None
     if isinstance(target, MergePlan):
         if (skip_first, exclude, include_linear) != (0, (), False):
             raise ValueError("skip_first, exclude and include_linear are set where a MergePlan is built")
         plan = target
+    elif isinstance(target, Mapping):
+        kept = target = _weights_of(target, skip_first, exclude, 2 if include_linear else 3)
+        plan = MergePlan(list(target.values()))
     else:
         plan = MergePlan(target, skip_first=skip_first, exclude=exclude, include_linear=include_linear)
-    return Similarity(
-        plan,
-        [
-            _summarise(layer.name, weight, layer.layout, effective_rank)
-            for layer, weight in zip(plan.layers, plan.weights(), strict=True)
-        ],
-    )
+    names, skipped = [layer.name for layer in plan.layers], list(plan.skipped)
+    if isinstance(target, dict):
+        keys = list(target)
+        names = [keys[layer.layer_id] for layer in plan.layers]
+        skipped = [(keys[int(name.split(":")[0])], reason) for name, reason in plan.skipped]
+    layers = [
+        _summarise(name, weight, layer.layout, effective_rank)
+        for name, layer, weight in zip(names, plan.layers, plan.weights(), strict=True)
+    ]
+    return Similarity(plan, layers, skipped, kept)
+
+
+def _weights_of(
+    state: Mapping[str, object], skip_first: float, exclude: str | Sequence[str], dims: int
+) -> dict[str, torch.Tensor]:
+    if skip_first != 0 or exclude not in ((), ""):
+        raise ValueError("skip_first and exclude choose among the layers of a model; leave entries out of the dict")
+    weights = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= dims
+    }
+    if not weights:
+        raise ValueError(f"the state dict has {len(state)} entries, but no floating-point tensor of {dims} dimensions")
+    return weights
 
 
 @torch.no_grad()
