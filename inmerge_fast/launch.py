@@ -1,9 +1,8 @@
-"""Runs the Triton kernels for a plan: device tables, buffers, streams. The only file that touches Triton's launcher."""
+"""Runs the Triton kernels for a plan: device tables, buffers, streams."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ import triton
 
 from .candidates import MergeLayer
 from .draw import coin_threshold
+from .handle import Arguments, Handle, check_not_capturing
 from .kernels import tables
 from .kernels.count import _count_kernel
 from .kernels.draw import _draw_kernel
 from .kernels.merge import FLAG, _merge_kernel
+from .kernels.prepare import _prepare_kernel
 from .launch_match import Matcher
 from .stats import SampledPairs
 
@@ -41,35 +42,6 @@ def merge_options(has_strided: bool, target: str) -> dict[str, Any]:
         # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
         options["maxnreg"] = 128 if has_strided else 80
     return options
-
-
-class Handle:
-    """A kernel with its constants and options fixed, compiled at the first launch.
-
-    Triton's own ``kernel[grid](...)`` looks every argument over again at each call, 22 us; a compiled kernel's launcher
-    takes 2 to 3 us. It serves the types and alignments of the first launch only, which a :class:`Launcher` keeps: fixed
-    tables, 32-bit counts, 64-bit seed and step.
-    """
-
-    def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self._kernel, self._constants, self._options = kernel, constants, options
-        self._compiled: Any = None
-
-    def launch(self, programs: int, stream: int, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> None:
-        """Launch ``programs`` programs on ``stream`` with the kernel's arguments in order: tables, then numbers."""
-        if not isinstance(self._kernel, triton.JITFunction):  # interpreted
-            self._kernel[(programs,)](*tensors, *numbers, **self._constants)
-            return
-        if self._compiled is None:
-            _check_not_capturing(tensors[0].device, "compiles its kernels")
-            options = self._constants | self._options
-            self._compiled = self._kernel.warmup(*tensors, *numbers, grid=(1,), **options)
-            self._compiled._init_handles()
-        compiled = self._compiled
-        compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *[tensor.data_ptr() for tensor in tensors], *numbers, *self._constants.values(),
-        )  # fmt: skip
 
 
 def can_merge(layers: Sequence[MergeLayer]) -> bool:
@@ -111,7 +83,7 @@ class Launcher:
 
     def __init__(self, layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor], row_start: np.ndarray) -> None:
         device = weights[0].device
-        _check_not_capturing(device, "builds its tables and compiles its kernels")
+        check_not_capturing(device, "builds its tables and compiles its kernels")
         rows = int(row_start[-1])
         if rows >= 2**31:
             raise ValueError(f"the plan has {rows} filters, the kernels number them with 32 bits")
@@ -141,7 +113,7 @@ class Launcher:
         self.partner, self.readers, self.active = zeros(rows), zeros(rows), zeros(rows)
         self.counter, self.slot, self.deferred = zeros(rows), zeros(rows), zeros(rows)
         self.state = zeros(tables.STATE_WORDS.value)
-        self.seed_step = zeros(2, dtype=torch.int64)
+        self.call = zeros(tables.CALL_WORDS.value, dtype=torch.int64)
         self.totals = zeros(2)
         self.totals[tables.LARGEST_KEY.value] = -(2**31)
         padded = -(-rows // 16) * 16  # so that every slot begins at a multiple of 16 bytes
@@ -149,6 +121,10 @@ class Launcher:
         self.outcome = zeros(RESULT_SLOTS, padded, dtype=torch.int8)
         self.scratch = zeros(0, dtype=torch.int8)
         self.calls = -1
+        self._thresholds: tuple[float, ...] | None = None
+        self._reserved_prob = -1.0
+        self._captured_scratch: list[torch.Tensor] = []
+        self._drawn: tuple[int, int, int] | None = None  # what the next call's slot and the partners already hold
         kinds = table[:, tables.KIND.value]
         self._has_strided = bool((kinds >= tables.STRIDED.value).any())
         self._constants = {
@@ -164,10 +140,12 @@ class Launcher:
         }
         self._draw = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False}, {})
         self._draw_from_memory = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": True}, {})
+        self._prepare = Handle(_prepare_kernel, {}, {})
         self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": False}, {})
         self._count_matched = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": True}, {})
         self._layers, self._zeros = layers, zeros
         self._matcher: Matcher | None = None
+        self._counts: dict[bool, Arguments] = {}
         self._merges: dict[tuple[tuple[str, Any], ...], Handle] = {}
         self._stream: int | None = None
         self._cut_short = False
@@ -179,103 +157,200 @@ class Launcher:
 
     def reserve_scratch(self, prob: float) -> None:
         """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average."""
+        if prob <= self._reserved_prob:
+            return
         share = SCRATCH_SHARE * prob * -np.expm1(-prob) / (0.3 * -np.expm1(-0.3))
         wanted = max(int(share * self.bytes), min(SMALL_SCRATCH, int(SMALL_SHARE * self.bytes)), 16)
         if self.scratch.numel() < wanted:
-            _check_not_capturing(self.device, "with a larger prob than before allocates scratch memory")
+            check_not_capturing(self.device, "with a larger prob than before allocates scratch memory")
             self.follow_current_stream()  # kernels of earlier calls may still be using what is replaced
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
             self._tables = [self._tables_of(slot) for slot in range(RESULT_SLOTS)]
+        self._reserved_prob = prob
 
-    def _tables_of(self, slot: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def _tables_of(self, slot: int) -> tuple[Arguments, Arguments]:
         """Tensor arguments of the draw and the merge that leave their results in ``slot``."""
         similarity, outcome = self.similarity[slot], self.outcome[slot]
         return (
-            (self.layer_table, self.row_layer, self.partner, self.readers, outcome, self.seed_step),
-            (
+            Arguments(self.layer_table, self.row_layer, self.partner, self.readers, outcome, self.call),
+            Arguments(
                 self.layer_table, self.row_layer, self.partner, self.readers, self.active, self.counter, self.slot,
-                self.deferred, self.state, self.scratch, similarity, outcome, self.totals,
+                self.deferred, self.state, self.scratch, similarity, outcome, self.totals, self.call,
             ),
         )  # fmt: skip
+
+    def _threshold_argument(self, threshold: float | Sequence[float]) -> float:
+        """What the kernels take for a threshold; each layer's own go to the layer table first, if they are new there.
+
+        A threshold of -1 means that every sampled pair passes, one above 1 that none does.
+        """
+        if isinstance(threshold, (float, int)):
+            return tables.ALWAYS.value if threshold == -1 else threshold
+        thresholds = tuple(threshold)
+        if thresholds != self._thresholds:
+            check_not_capturing(self.device, "with other thresholds than before copies them")
+            encoded = [tables.ALWAYS.value if value == -1 else value for value in thresholds]
+            bits = torch.tensor(encoded, dtype=torch.float32).view(torch.int32).long()
+            self.layer_table[:, tables.THRESHOLD.value] = bits.to(self.device)
+            self._thresholds = thresholds
+        return float(tables.FROM_TABLE.value)
 
     @property
     def matcher(self) -> Matcher:
         """Tables and buffers of the partner rules, built at the first use."""
         if self._matcher is None:
-            check = functools.partial(_check_not_capturing, self.device)
-            check("with a partner rule builds its tables")
+            check_not_capturing(self.device, "with a partner rule builds its tables")
             kinds = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
-            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros, Handle, check)
+            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros)
         return self._matcher
 
     def run(
         self,
-        seed: int | None,
+        seed: int,
         step: int,
         *,
         prob: float,
         alpha: float,
-        threshold: float,
+        threshold: float | Sequence[float],
         dry_run: bool,
         partner: str = "random",
+        next_draw: tuple[int, int, float] | None = None,
         **overrides: Any,
     ) -> Results:
         """Draw, count and merge: three launches on the current stream, no synchronisation; five with a partner rule.
 
         Args:
-            seed: seed of the draw; None takes it and the step from ``self.seed_step`` in device memory.
+            seed: seed of the draw.
             step: step of the draw.
             prob: see :func:`inmerge_fast.merge_`, as are the others.
             alpha: share of itself that a merged filter keeps.
-            threshold: similarity that a pair must exceed.
+            threshold: similarity that a pair must exceed, or one for each layer.
             dry_run: only measure.
             partner: the rule; other than "random" it makes two launches between draw and count.
+            next_draw: seed, step and prob of the next call, if known: they are drawn after this merge, so that the next
+                call need not wait for its draw.
             **overrides: constants of the merge kernel, for tests; those of the match kernel are in ``match``.
         """
+        coin = coin_threshold(prob)
         with self.lock, self._on_device():
-            self.reserve_scratch(prob)
+            self.reserve_scratch(prob if next_draw is None else max(prob, next_draw[2]))
+            limit = self._threshold_argument(threshold)
+            stream = self.follow_current_stream()
+            drawn, self._drawn = (None if self._is_captured() else self._drawn), None
             self.calls += 1
             slot = self.calls % RESULT_SLOTS
-            draw = self._draw_from_memory if seed is None else self._draw
-            draw.launch(
-                self._row_blocks,
-                self.follow_current_stream(),
-                self._tables[slot][0],
-                (seed or 0, step, coin_threshold(prob), self.rows),
-            )
-            match_overrides = overrides.pop("match", {})
-            if partner != "random":
-                self.matcher.run(
-                    partner, self.follow_current_stream(),
-                    (self.layer_table, self.partner, self.similarity[slot], self.seed_step),
-                    seed, step, threshold, **match_overrides,
-                )  # fmt: skip
+            if drawn != (seed, step, coin):
+                self._draw.launch(self._row_blocks, stream, self._tables[slot][0], (seed, step, coin, self.rows))
+            self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
             self.merge_drawn(
-                slot, alpha=alpha, threshold=threshold, dry_run=dry_run, matched=partner != "random", **overrides
+                slot, alpha=alpha, threshold=limit, dry_run=dry_run, matched=partner != "random", **overrides
+            )
+            if next_draw is not None:
+                ahead = (next_draw[0], next_draw[1], coin_threshold(next_draw[2]))
+                self._draw.launch(
+                    self._row_blocks, stream, self._tables[(slot + 1) % RESULT_SLOTS][0], (*ahead, self.rows)
+                )
+                self._drawn = ahead
+            return Results(self, self.calls)
+
+    def prepare(
+        self, seed: int, step: int, *, prob: float, alpha: float, threshold: float | Sequence[float], write: bool
+    ) -> None:
+        """Put a call's numbers into device memory, where :meth:`run_from_memory` finds them, in one launch.
+
+        Each layer's threshold is copied where it has changed. Scratch memory is reserved for the first ``prob`` only: a
+        captured graph knows its address, and a larger prob does with less.
+        """
+        with self.lock, self._on_device():
+            if self._reserved_prob < 0:
+                self.reserve_scratch(prob)
+            if isinstance(threshold, (float, int)):
+                threshold = (threshold,) * len(self.layer_table)
+            self._threshold_argument(threshold)
+            numbers = (seed, step, coin_threshold(prob), alpha, 1.0 - alpha, int(write))
+            self._prepare.launch(1, self.follow_current_stream(), Arguments(self.call), numbers)
+
+    def run_from_memory(self, *, partner: str = "random", **overrides: Any) -> Results:
+        """The launches of :meth:`run` with the numbers that :meth:`prepare` left in device memory, for CUDA graphs.
+
+        Every replay leaves its statistics in the slot of the call that was captured.
+        """
+        with self.lock, self._on_device():
+            if self._reserved_prob < 0:
+                raise RuntimeError("nothing was prepared: call prepare before run_from_memory")
+            stream = self.follow_current_stream()
+            self._drawn = None
+            self.calls += 1
+            slot = self.calls % RESULT_SLOTS
+            limit = float(tables.FROM_TABLE.value)
+            self._is_captured()
+            self._draw_from_memory.launch(self._row_blocks, stream, self._tables[slot][0], (0, 0, 0, self.rows))
+            self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
+            self.merge_drawn(
+                slot,
+                alpha=0.0,
+                threshold=limit,
+                dry_run=False,
+                matched=partner != "random",
+                in_memory=True,
+                **overrides,
             )
             return Results(self, self.calls)
 
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph takes this call along, which then knows the address of scratch for good."""
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return False
+        if all(kept is not self.scratch for kept in self._captured_scratch):
+            self._captured_scratch.append(self.scratch)
+        return True
+
+    def _match(
+        self, partner: str, stream: int, slot: int, seed_step: tuple[int, int] | None, limit: float,
+        overrides: dict[str, Any],
+    ) -> None:  # fmt: skip
+        if partner != "random":
+            seed, step = seed_step or (None, 0)
+            self.matcher.run(
+                partner, stream, (self.layer_table, self.partner, self.similarity[slot], self.call), seed, step, limit,
+                **overrides,
+            )  # fmt: skip
+
     def merge_drawn(
-        self, slot: int, *, alpha: float, threshold: float, dry_run: bool, matched: bool = False, **overrides: Any
+        self,
+        slot: int,
+        *,
+        alpha: float,
+        threshold: float | Sequence[float],
+        dry_run: bool,
+        matched: bool = False,
+        in_memory: bool = False,
+        **overrides: Any,
     ) -> None:
         """Count and merge with the partners that are in the table, whoever chose them, or that were just matched."""
-        stream = self.follow_current_stream()
+        stream, limit = self.follow_current_stream(), self._threshold_argument(threshold)
         if self._cut_short:  # after a count alone its list would only grow, past its end
             self.state.zero_()
         self._cut_short = True
-        best = self.matcher.best if matched else self.seed_step  # any tensor of its type: not looked at
-        (self._count_matched if matched else self._count).launch(
-            self._row_blocks, stream, (self.partner, self.readers, self.active, self.state, best), (self.rows,)
-        )
-        programs = overrides.pop("programs", self.programs)
-        capacity = overrides.pop("capacity", self.scratch.numel() // 16)
-        numbers = (capacity, alpha, 1.0 - alpha, threshold, int(threshold == -1), int(not dry_run), programs)
+        count = self._count_matched if matched else self._count
+        count.launch(self._row_blocks, stream, self._counted(matched), (self.rows,))
+        programs, capacity = self.programs, self.scratch.numel() // 16
+        if overrides:
+            programs, capacity = overrides.pop("programs", programs), overrides.pop("capacity", capacity)
+        numbers = (capacity, alpha, 1.0 - alpha, limit, int(in_memory), int(not dry_run), programs)
         self._merge_handle(overrides).launch(programs, stream, self._tables[slot][1], numbers)
         self._cut_short = False
 
+    def _counted(self, matched: bool) -> Arguments:
+        """Tensor arguments of the count; ``best`` is not looked at unless partners were matched."""
+        if matched not in self._counts:
+            best = self.matcher.best if matched else self.call
+            self._counts[matched] = Arguments(self.partner, self.readers, self.active, self.state, best)
+        return self._counts[matched]
+
     def _merge_handle(self, overrides: dict[str, Any]) -> Handle:
-        key = tuple(sorted(overrides.items()))
+        key = tuple(sorted(overrides.items())) if overrides else ()
         if key not in self._merges:
             target = "hip" if torch.version.hip else "cuda"
             self._merges[key] = Handle(
@@ -299,19 +374,11 @@ class Launcher:
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 current.wait_stream(torch.cuda.ExternalStream(self._stream, self.device))
             matched = self._matcher.tensors() if self._matcher else []
-            # Or their memory would be reused as if only their first stream used it.
-            for value in [*vars(self).values(), *matched]:
+            for value in [*vars(self).values(), *matched]:  # or only their first stream would be taken to use them
                 if isinstance(value, torch.Tensor):
                     value.record_stream(current)
             self._stream = stream
         return stream
-
-
-def _check_not_capturing(device: torch.device, what: str) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"the first merge_ of a plan {what}, which a CUDA graph cannot capture; call merge_ once before capturing"
-        )
 
 
 def _fill_line(line: np.ndarray, layer: MergeLayer, weight: torch.Tensor, first_row: int) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .candidates import MergeLayer
+from .handle import Arguments, Handle, check_not_capturing
 from .kernels.match import _list_kernel, _match_kernel
-
-if TYPE_CHECKING:
-    from .launch import Handle
 
 LIST_BLOCK = 1024  # filters that the list kernel looks at together
 # One tile: 64 x 64 pairs, 32 elements deep, fits the registers of 128 threads (tests/aot_registers.json).
@@ -62,11 +60,8 @@ class Matcher:
         row_start: npt.NDArray[np.int64],
         constants: dict[str, Any],
         zeros: Callable[..., torch.Tensor],
-        handle: type[Handle],
-        check_not_capturing: Callable[[str], None],
     ) -> None:
-        self._layers, self._row_start, self._zeros, self._handle = layers, row_start, zeros, handle
-        self._check_not_capturing = check_not_capturing
+        self._layers, self._row_start, self._zeros = layers, row_start, zeros
         self._constants = match_constants("hip" if torch.version.hip else "cuda") | constants
         groups = [
             (first, layer.layout.group_size)
@@ -76,7 +71,7 @@ class Matcher:
         self.groups = zeros(len(groups), 2).copy_(torch.tensor(groups, dtype=torch.int32))
         self.list = zeros(int(row_start[-1]))
         self.best = zeros(int(row_start[-1]), dtype=torch.int64)
-        self._list_handle = handle(_list_kernel, {"BLOCK": LIST_BLOCK}, {})
+        self._list_handle = Handle(_list_kernel, {"BLOCK": LIST_BLOCK}, {})
         self._work: dict[tuple[int, int], torch.Tensor] = {}
         self._handles: dict[tuple[tuple[str, Any], ...], Handle] = {}
 
@@ -95,15 +90,15 @@ class Matcher:
         Args:
             partner: the rule, "similar" or "nearest".
             stream: where to launch.
-            tables_of_call: the layer table, the drawn partners, this call's similarities, and seed and step in memory.
+            tables_of_call: the layer table, the drawn partners, this call's similarities, and the numbers in memory.
             seed: seed of the draw; None takes it and the step from memory.
             step: step of the draw.
-            threshold: what ``"similar"`` compares with.
+            threshold: what ``"similar"`` compares with, as the merge kernel takes it.
             **overrides: constants of the match kernel, for tests.
         """
-        layer_table, partners, similarity, seed_step = tables_of_call
+        layer_table, partners, similarity, call = tables_of_call
         self._list_handle.launch(
-            len(self.groups), stream, (self.groups, partners, self.list, self.best, similarity), ()
+            len(self.groups), stream, Arguments(self.groups, partners, self.list, self.best, similarity), ()
         )
         constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None}
         if partner == "similar" and constants["HAS_STRIDED"]:
@@ -112,12 +107,11 @@ class Matcher:
         ordered = {name: constants[name] for name in _match_kernel.arg_names if name in constants}
         key = tuple(ordered.items())
         if key not in self._handles:
-            self._check_not_capturing(f"with partner={partner!r} compiles a kernel")
-            self._handles[key] = self._handle(_match_kernel, ordered, {"num_warps": WARPS})
+            check_not_capturing(self.best.device, f"with partner={partner!r} compiles a kernel")
+            self._handles[key] = Handle(_match_kernel, ordered, {"num_warps": WARPS})
         work = self.work(constants["ROWS"], constants["TILE"])
         self._handles[key].launch(
-            len(work), stream, (layer_table, work, self.list, self.best, seed_step),
-            (seed or 0, step, threshold, int(threshold == -1)),
+            len(work), stream, Arguments(layer_table, work, self.list, self.best, call), (seed or 0, step, threshold),
         )  # fmt: skip
 
     def tensors(self) -> list[torch.Tensor]:

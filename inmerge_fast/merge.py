@@ -110,45 +110,90 @@ def merge_(
     if seed is None or step is None:
         seed, step = _draw_seed(generator), 0
 
+    return merge_plan_(
+        plan, weights, seed=int(seed), step=int(step), prob=float(prob), alpha=float(alpha),
+        thresholds=float(threshold), partner=partner, dry_run=dry_run,
+    )  # fmt: skip
+
+
+def merge_plan_(
+    plan: MergePlan,
+    weights: list[torch.Tensor],
+    *,
+    seed: int,
+    step: int,
+    prob: float,
+    alpha: float,
+    thresholds: float | Sequence[float],
+    partner: str = "random",
+    dry_run: bool = False,
+    next_draw: tuple[int, int, float] | None = None,
+) -> MergeStats:
+    """Merge a plan's ``weights`` (:meth:`MergePlan.current_weights`) with arguments that were checked before.
+
+    Args:
+        plan: the plan.
+        weights: its weights, in order.
+        seed: see :func:`merge_`, as are step, prob, alpha, partner and dry_run.
+        step: step of the draw.
+        prob: probability of the coin.
+        alpha: share of itself that a merged filter keeps.
+        thresholds: one for all layers, or one for each; above 1 for a layer that is measured and never merged.
+        partner: the rule.
+        dry_run: write nothing.
+        next_draw: seed, step and prob of the next call where they are known: on a GPU it is drawn after this merge.
+    """
     path = plan.path
-    run = _run_kernels if path == "triton" else _run_eager
-    fetch = run(plan, weights, int(seed), int(step), float(prob), float(alpha), float(threshold), partner, dry_run)
+    if path == "triton":
+        fetch = _run_kernels(plan, weights, seed, step, prob, alpha, thresholds, partner, dry_run, next_draw)
+    else:
+        fetch = _run_eager(plan, weights, seed, step, prob, alpha, thresholds, partner, dry_run)
     if not dry_run:
-        # Counted as a write even where nothing passes: asking an accelerator what passed would make the host wait.
-        torch.autograd.graph.increment_version(weights)
-        # Low-precision copies of weights that autocast keeps until its region ends predate the merge; also where
-        # autocast is off here but on around.
-        torch.clear_autocast_cache()
+        mark_written(weights)
     return MergeStats(
         fetch,
         plan.names,
         plan.filters,
         skipped=plan.skipped,
-        seed=int(seed),
-        step=int(step),
+        seed=seed,
+        step=step,
         dry_run=dry_run,
         path=path,
     )
 
 
+def mark_written(weights: Sequence[torch.Tensor]) -> None:
+    """Tell autograd and autocast that the weights have been written to."""
+    # Counted as a write even where nothing passes: asking an accelerator what passed would make the host wait.
+    torch.autograd.graph.increment_version(weights)
+    # Low-precision copies of weights that autocast keeps until its region ends predate the merge; also where
+    # autocast is off here but on around.
+    torch.clear_autocast_cache()
+
+
 def _run_kernels(
-    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float, threshold: float,
-    rule: str, dry_run: bool,
+    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float,
+    thresholds: float | Sequence[float], rule: str, dry_run: bool, next_draw: tuple[int, int, float] | None,
 ) -> Callable[[], SampledPairs]:  # fmt: skip
     launcher = plan.launcher(weights)
-    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=threshold, partner=rule, dry_run=dry_run)
+    results = launcher.run(
+        seed, step, prob=prob, alpha=alpha, threshold=thresholds, partner=rule, dry_run=dry_run, next_draw=next_draw
+    )
     if not dry_run and coin_threshold(prob) > 0:
         plan.effect.count_call(launcher.totals)
     return results.fetch
 
 
 def _run_eager(
-    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float, threshold: float,
-    rule: str, dry_run: bool,
+    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float,
+    thresholds: float | Sequence[float], rule: str, dry_run: bool,
 ) -> Callable[[], SampledPairs]:  # fmt: skip
     coin, partner = plan.draw(seed, step, prob)
+    each = [thresholds] * len(weights) if isinstance(thresholds, (float, int)) else thresholds
     counts, similarities, passes = [], [], []
-    for planned, weight, start, end in zip(plan.layers, weights, plan.row_start, plan.row_start[1:], strict=False):
+    for planned, weight, threshold, start, end in zip(
+        plan.layers, weights, each, plan.row_start[:-1], plan.row_start[1:], strict=True
+    ):
         sampled = coin[start:end].nonzero()[0]
         looked_at = partner[start:end][sampled]
         if rule != "random":

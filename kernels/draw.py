@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .tables import COLUMNS, FIRST_ROW, GROUP_SIZE, LAYER_ID, NOT_SAMPLED, SAMPLED
+from .tables import (
+    COIN_THRESHOLD,
+    COLUMNS,
+    FIRST_ROW,
+    GROUP_SIZE,
+    LAYER_ID,
+    NOT_SAMPLED,
+    SAMPLED,
+    SEED,
+    STEP,
+)
 
 
 @triton.jit
@@ -33,7 +43,7 @@ def _draw_kernel(
     partner_ptr,
     readers_ptr,
     outcome_ptr,
-    seed_step_ptr,
+    call_ptr,
     seed: tl.uint64,  # annotated: an unannotated int takes the width of its value, and a seed of 2**31 another kernel
     step: tl.int64,
     coin_threshold,
@@ -43,8 +53,9 @@ def _draw_kernel(
 ):
     """Partners of all rows of all layers: ``partner`` is a row number, or -1 where the coin says no.
 
-    Also what the next launches start from: ``readers`` zero, ``outcome`` SAMPLED or not. With IN_MEMORY the seed
-    and the step are read from ``seed_step`` (int64, ``(2,)``), so that a CUDA graph can be replayed with others.
+    Also what the next launches start from: ``readers`` zero, ``outcome`` SAMPLED or not. With IN_MEMORY the
+    seed, the step and the coin's threshold are read from ``call`` (``kernels/prepare.py``), so that a CUDA graph can be
+    replayed with others.
 
     Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row and the layer table (from cache), stores 9 bytes per row.
     No hazard: every entry is written by one program and read by none.
@@ -56,8 +67,9 @@ def _draw_kernel(
     group_size = tl.load(table + GROUP_SIZE, mask=m_row, other=2).to(tl.int32)
     first_row = tl.load(table + FIRST_ROW, mask=m_row, other=0).to(tl.int32)
     if IN_MEMORY:
-        seed = tl.load(seed_step_ptr).to(tl.uint64)
-        step = tl.load(seed_step_ptr + 1)
+        seed = tl.load(call_ptr + SEED).to(tl.uint64)
+        step = tl.load(call_ptr + STEP)
+        coin_threshold = tl.load(call_ptr + COIN_THRESHOLD).to(tl.int32)
     step = step.to(tl.int64)  # the interpreter ignores the annotation, and >> 32 of 32 bits is undefined
     step_lo = step.to(tl.int32)
     step_hi = (step >> 32).to(tl.int32)

@@ -22,8 +22,9 @@ Hazards: weights, partners and lists are only read; ``best`` is written by atomi
 import triton
 import triton.language as tl
 
-from .merge import MIN_NORM, _alignment, _filter, _geometry, _is_used, _offsets, _weight
+from .merge import MIN_NORM, _alignment, _filter, _geometry, _is_used, _offsets, _weight, layer_threshold
 from .tables import (
+    ALWAYS,
     COLUMNS,
     FIRST_ROW,
     FURTHEST_ROW,
@@ -31,6 +32,8 @@ from .tables import (
     KIND,
     LAYER_ID,
     NO_PAIR,
+    SEED,
+    STEP,
     STRIDED,
     WORK_COLUMN,
     WORK_COLUMN_END,
@@ -125,7 +128,7 @@ def _inverse_norm(squares):
 
 @triton.jit
 def _best_of_tile(
-    dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, j_row, threshold, always,
+    dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, j_row, limit,
     SIMILAR: tl.constexpr,
 ):  # fmt: skip
     """The best pair of every row of a tile, packed."""
@@ -134,7 +137,7 @@ def _best_of_tile(
     allowed = m_i[:, None] & m_j[None, :] & (place[:, None] != column[None, :])
     similarity = dots * _inverse_norm(squares_i)[:, None] * _inverse_norm(squares_j)[None, :]
     if SIMILAR:
-        allowed &= (similarity > threshold) | (always != 0)
+        allowed &= (similarity > limit) | (limit == ALWAYS)
         key = tl.full(dots.shape, NO_KEY, tl.int32)
         # Flat, because Triton 3.7's compiler for sm_100 fails on a reduction of a reduction of 16-bit products here.
         any_allowed = tl.max(tl.reshape(allowed.to(tl.int32), [dots.shape[0] * dots.shape[1]]), axis=0)
@@ -150,9 +153,9 @@ def _best_of_tile(
     return tl.where(best > NO_KEY, packed, NO_PAIR)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "always"])
+@triton.jit(do_not_specialize=["seed", "step"])
 def _match_kernel(
-    layer_ptr, work_ptr, list_ptr, best_ptr, seed_step_ptr, seed: tl.uint64, step: tl.int64, threshold, always,
+    layer_ptr, work_ptr, list_ptr, best_ptr, call_ptr, seed: tl.uint64, step: tl.int64, threshold,
     HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, SIMILAR: tl.constexpr, IN_MEMORY: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -178,13 +181,14 @@ def _match_kernel(
         key_high = key_low
         if SIMILAR:
             if IN_MEMORY:
-                seed = tl.load(seed_step_ptr).to(tl.uint64)
-                step = tl.load(seed_step_ptr + 1)
+                seed = tl.load(call_ptr + SEED).to(tl.uint64)
+                step = tl.load(call_ptr + STEP)
             step = step.to(tl.int64)  # as in kernels/draw.py, whose words 1 and 2 are the key of the priorities
             layer_id = tl.load(table + LAYER_ID).to(tl.int32)
             _r0, key_low, key_high, _r3 = tl.philox(
                 seed, i_filter, layer_id, step.to(tl.int32), (step >> 32).to(tl.int32)
             )
+        limit = layer_threshold(table, threshold)
         top = tl.full([ROWS], NO_PAIR, tl.int64)
         for o_column in range(tl.load(item + WORK_COLUMN), tl.load(item + WORK_COLUMN_END), TILE):
             column = o_column + tl.arange(0, TILE)
@@ -202,7 +206,7 @@ def _match_kernel(
                         )  # fmt: skip
             best = _best_of_tile(
                 dots, squares_i, squares_j, place, column, m_i, m_j, key_low, key_high, j_filter, group_row + column,
-                threshold, always, SIMILAR,
+                limit, SIMILAR,
             )  # fmt: skip
             top = tl.maximum(top, best)
         tl.atomic_max(best_ptr + group_row + tl.where(m_i, place, 0), top, mask=top > NO_PAIR, sem="relaxed")

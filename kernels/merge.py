@@ -31,13 +31,17 @@ import triton.language as tl
 
 from .tables import (
     ACTIVE_ROWS,
+    ALPHA,
+    ALWAYS,
     BASE,
+    BETA,
     COLUMNS,
     DEFERRED_ROWS,
     ELEMENTS,
     FILTER_STRIDE,
     FINISHED,
     FIRST_ROW,
+    FROM_TABLE,
     GROUP_SIZE,
     GROUP_STRIDE,
     INNER_STRIDE,
@@ -51,6 +55,8 @@ from .tables import (
     SCRATCH_UNITS,
     SCRATCH_USED,
     STRIDED,
+    THRESHOLD,
+    WRITE,
 )
 
 FLAG = tl.constexpr(1 << 20)  # above any number of readers, so a layer must have fewer filters
@@ -166,7 +172,7 @@ def _settle(
 
 @triton.jit
 def _merge_row(
-    i_row, weight, scratch, first_row, units, geometry, alpha, beta, threshold, always, write, capacity,
+    i_row, weight, scratch, first_row, units, geometry, alpha, beta, limit, write, capacity,
     partner_ptr, readers_ptr, counter_ptr, slot_ptr, deferred_ptr, state_ptr, similarity_ptr, outcome_ptr,
     DENSE: tl.constexpr, BLOCK: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr, NAIVE: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +183,7 @@ def _merge_row(
     p_i = _filter(weight, i_row - first_row, geometry, DENSE)
     p_j = _filter(weight, j_row - first_row, geometry, DENSE)
     similarity, finite = _similarity(p_i, p_j, geometry, DENSE, BLOCK)
-    passed = finite & ((similarity > threshold) | (always != 0))  # NaN compares false
+    passed = finite & ((similarity > limit) | (limit == ALWAYS))  # NaN compares false
     tl.store(similarity_ptr + i_row, tl.where(finite, similarity, float("nan")))
     tl.store(outcome_ptr + i_row, tl.where(passed, PASSED, SAMPLED).to(tl.int8))
 
@@ -292,24 +298,42 @@ def _geometry(table, ALIGN: tl.constexpr):
     return d, group_size, group_stride, filter_stride, run, tl.load(table + OUTER_STRIDE), tl.load(table + INNER_STRIDE)
 
 
-@triton.jit(do_not_specialize=["capacity", "always", "write", "programs"])
+@triton.jit
+def layer_threshold(table, threshold):
+    """The threshold of a layer: the call's, or with FROM_TABLE the layer's own."""
+    own = tl.load(table + THRESHOLD, mask=threshold == FROM_TABLE, other=0)
+    return tl.where(threshold == FROM_TABLE, own.to(tl.int32).to(tl.float32, bitcast=True), threshold)
+
+
+@triton.jit
+def _float_in_memory(pointer):
+    return tl.load(pointer).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["capacity", "in_memory", "write", "programs"])
 def _merge_kernel(
     layer_ptr, row_layer_ptr, partner_ptr, readers_ptr, active_ptr, counter_ptr, slot_ptr, deferred_ptr, state_ptr,
-    scratch_ptr, similarity_ptr, outcome_ptr, totals_ptr, capacity, alpha, beta, threshold, always, write, programs,
+    scratch_ptr, similarity_ptr, outcome_ptr, totals_ptr, call_ptr, capacity, alpha, beta, threshold, in_memory, write,
+    programs,
     HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, BLOCK: tl.constexpr,
     BARRIER: tl.constexpr, SEM: tl.constexpr, NAIVE: tl.constexpr,
 ):  # fmt: skip
     """Merge all active rows of all layers.
 
-    ``always`` stands for threshold -1, ``write`` is 0 in a dry run; ``capacity`` is the size of scratch in units of 16
-    bytes. BARRIER, SEM and NAIVE exist for the tests, which break the protocol and watch the race detector notice.
+    ``write`` is 0 in a dry run; ``capacity`` is the size of scratch in units of 16 bytes. If ``in_memory`` is not 0,
+    alpha, beta and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own.
+    BARRIER, SEM and NAIVE exist for the tests, which break the protocol and watch the race detector notice.
 
     Grid: ``(programs,)``, any number; each takes every ``programs``-th entry of the list of active rows.
     Moves, of the weights: every row that is active or read, once in, and every row that merges once out; plus the
     blend's second read of both its rows (from cache as far as it lasts), and once more in and out through scratch for
     merged rows that have readers (8 % of all rows at prob 0.3).
     """
+    if in_memory != 0:
+        alpha = _float_in_memory(call_ptr + ALPHA)
+        beta = _float_in_memory(call_ptr + BETA)
+        write = tl.load(call_ptr + WRITE).to(tl.int32)
     pid = tl.program_id(0)
     passed_here = pid * 0
     largest_here = pid * 0 - 2147483647 - 1
@@ -320,6 +344,7 @@ def _merge_kernel(
         first_row = tl.load(table + FIRST_ROW).to(tl.int32)
         units = tl.load(table + SCRATCH_UNITS).to(tl.int32)
         kind = tl.load(table + KIND).to(tl.int32)
+        limit = layer_threshold(table, threshold)
         similarity = tl.full([], 0.0, tl.float32)
         finite = kind < 0
         passed = kind < 0
@@ -328,7 +353,7 @@ def _merge_kernel(
                 if kind == CODE:
                     similarity, finite, passed = _merge_row(
                         i_row, _weight(table, CODE), scratch_ptr.to(tl.pointer_type(_element_type(CODE))), first_row,
-                        units, _geometry(table, _alignment(CODE)), alpha, beta, threshold, always, write, capacity,
+                        units, _geometry(table, _alignment(CODE)), alpha, beta, limit, write, capacity,
                         partner_ptr, readers_ptr, counter_ptr, slot_ptr, deferred_ptr, state_ptr, similarity_ptr,
                         outcome_ptr, CODE < STRIDED, _block(CODE, BLOCK), BARRIER, SEM, NAIVE,
                     )  # fmt: skip

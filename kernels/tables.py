@@ -19,7 +19,21 @@ RUN = tl.constexpr(8)
 OUTER_STRIDE = tl.constexpr(9)
 INNER_STRIDE = tl.constexpr(10)
 SCRATCH_UNITS = tl.constexpr(11)  # scratch of one filter, in units of 16 bytes
-COLUMNS = tl.constexpr(12)
+THRESHOLD = tl.constexpr(12)  # the layer's own threshold, the bits of a float32
+COLUMNS = tl.constexpr(13)
+
+# Thresholds with a meaning of their own; all others are similarities, in [-1, 1].
+ALWAYS = tl.constexpr(-2.0)  # every sampled pair of finite filters passes: what -1 means to the user
+FROM_TABLE = tl.constexpr(3.0)  # as an argument: each layer has its own
+
+# Numbers of a call that may lie in device memory, int64 ``(CALL_WORDS,)``, floats as their float32 bits.
+SEED = tl.constexpr(0)
+STEP = tl.constexpr(1)
+COIN_THRESHOLD = tl.constexpr(2)
+ALPHA = tl.constexpr(3)
+BETA = tl.constexpr(4)
+WRITE = tl.constexpr(5)
+CALL_WORDS = tl.constexpr(6)
 
 FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)

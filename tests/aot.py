@@ -208,7 +208,8 @@ def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
         with launches.on(arch) as caught:
             launcher = launcher_of(dtypes, strided)
             launcher.run(seed=3, **call)
-            launcher.run(seed=None, **call)
+            launcher.prepare(3, 5, prob=0.3, alpha=0.7, threshold=0.1, write=True)
+            launcher.run_from_memory()
         for kernel, launch in caught:
             kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
             if kind == "draw" and launch["constants"].get((kernel.arg_names.index("IN_MEMORY"),)):

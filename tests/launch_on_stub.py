@@ -21,7 +21,7 @@ from inmerge_fast.draw import coin_threshold
 from inmerge_fast.launch import Launcher
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
-DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS = 10, 5, 20  # all but the constants
+DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 10, 6, 21, 7  # all but the constants
 
 
 class StubDriver(CudaDriver):
@@ -64,11 +64,14 @@ def main():
     launcher = Launcher(plan.layers, plan.weights(), plan.row_start)
     settings = {"prob": 0.3, "alpha": 0.8, "threshold": 0.25, "dry_run": False}
 
-    def run(seed, step):
-        """The records of one call's three launches."""
+    def recorded(call, *arguments, **keywords):
+        """The records of the launches of a call."""
         before = launches.value
-        launcher.run(seed, step, **settings)
+        call(*arguments, **keywords)
         return [Record.from_buffer_copy(records[i % 64]) for i in range(before, launches.value)]
+
+    def run(seed, step, **keywords):
+        return recorded(launcher.run, seed, step, **settings, **keywords)
 
     run(0, 0)  # compiles and loads the functions in this order
     remembered[1], remembered[2], remembered[3] = DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS
@@ -76,6 +79,14 @@ def main():
     compiled = [handle._compiled for handle in handles]
     draw, count, merge = run(SEED, STEP)
     small_draw = run(3, 4)[0]
+    ahead = run(3, 5, next_draw=(3, 6, 0.3))
+    drawn_before, other_seed = run(3, 6), run(3, 7, next_draw=(3, 8, 0.3)) and run(4, 8)
+    prepared = {"prob": 0.3, "alpha": 0.8, "threshold": 0.25, "write": True}
+    launcher.prepare(0, 0, **prepared)  # compiles
+    launcher.run_from_memory()
+    remembered[4] = PREPARE_PARAMETERS
+    (prepare,) = recorded(launcher.prepare, SEED, STEP, **prepared)
+    from_memory = recorded(launcher.run_from_memory)
     times = []
     for step in range(2000):
         start = time.perf_counter()
@@ -102,6 +113,11 @@ def main():
     def as_float(word):
         return struct.unpack("<f", struct.pack("<I", low(word)))[0]
 
+    functions = {draw.function: "draw", count.function: "count", merge.function: "merge"}
+
+    def kernel_of(record):
+        return functions[record.function]
+
     print(json.dumps({
         "grids": [list(record.grid) for record in (draw, count, merge)],
         "expected_grids": [[launcher._row_blocks, 1, 1]] * 2 + [[launcher.programs, 1, 1]],
@@ -116,9 +132,20 @@ def main():
         "small_seed_step": [small_draw.parameters[6], small_draw.parameters[7]] == [3, 4],
         "coin_threshold": low(draw.parameters[8]) == coin_threshold(0.3),
         "rows": low(draw.parameters[9]) == launcher.rows,
-        "capacity": low(merge.parameters[13]) == launcher.scratch.numel() // 16,
-        "alpha_beta_threshold": [as_float(word) for word in merge.parameters[14:17]],
-        "always_write_programs": [low(word) for word in merge.parameters[17:20]] == [0, 1, launcher.programs],
+        "capacity": low(merge.parameters[14]) == launcher.scratch.numel() // 16,
+        "alpha_beta_threshold": [as_float(word) for word in merge.parameters[15:18]],
+        "memory_write_programs": [low(word) for word in merge.parameters[18:21]] == [0, 1, launcher.programs],
+        "launches": {
+            "first with a draw ahead": [kernel_of(record) for record in ahead],
+            "then": [kernel_of(record) for record in drawn_before],
+            "another seed": [kernel_of(record) for record in other_seed],
+        },
+        "ahead": [ahead[-1].parameters[i] for i in (6, 7)] == [3, 6],
+        "prepared": [prepare.parameters[i] for i in (1, 2)] == [SEED, STEP]
+        and low(prepare.parameters[3]) == coin_threshold(0.3)
+        and [as_float(prepare.parameters[i]) for i in (4, 5)] == [as_float(merge.parameters[i]) for i in (15, 16)]
+        and low(prepare.parameters[6]) == 1,
+        "from_memory": len(from_memory) == 3 and low(from_memory[2].parameters[18]) == 1,
         "merge_launches": merge_launches,
         "operators_in_merge": in_merge,
         "operators_after": operators.seen[len(in_merge):],

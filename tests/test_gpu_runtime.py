@@ -3,7 +3,6 @@
 import contextlib
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -214,14 +213,14 @@ def test_a_captured_call_takes_seed_and_step_from_memory():
     weights = some_weights()
     plan = warm_plan(weights)
     launcher = plan.launcher(weights)
-    launcher.run(None, 0, dry_run=True, **CALL)  # its draw is a kernel of its own
+    launcher.prepare(1, 0, write=False, **CALL)
+    launcher.run_from_memory()  # its draw is a kernel of its own
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launcher.run(None, 0, dry_run=False, **CALL)
+        launcher.run_from_memory()
     for seed, step in ((1, 0), (2**64 - 1, 2**63 - 1), (5, 2**32)):
-        words = np.array([seed, step], np.uint64).view(np.int64)
-        launcher.seed_step.copy_(torch.from_numpy(words))
+        launcher.prepare(seed, step, write=True, **CALL)
         before = clones(weights)
         graph.replay()
         for layer, (old, new) in enumerate(zip(before, weights, strict=True)):

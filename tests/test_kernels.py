@@ -282,8 +282,8 @@ def test_seed_and_step_may_live_in_device_memory():
     weights, twins = [alike(9, 20)], [alike(9, 20)]
     launcher, twin = launcher_of(weights), launcher_of(twins)
     for seed, step in ((2**63 + 5, 2**40 + 1), (3, 0)):
-        launcher.seed_step.copy_(torch.tensor([seed - 2**64 if seed >= 2**63 else seed, step]))
-        launcher.run(None, 0, prob=0.7, alpha=ALPHA, threshold=-1.0, dry_run=False)
+        launcher.prepare(seed, step, prob=0.7, alpha=ALPHA, threshold=-1.0, write=True)
+        launcher.run_from_memory()
         twin.run(seed, step, prob=0.7, alpha=ALPHA, threshold=-1.0, dry_run=False)
         assert torch.equal(launcher.partner, twin.partner)
         assert torch.equal(weights[0], twins[0])

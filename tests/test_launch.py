@@ -54,7 +54,20 @@ def test_arguments_arrive_whole(on_stub):
     assert on_stub["rows"]
     assert on_stub["capacity"]
     assert on_stub["alpha_beta_threshold"] == [float(np.float32(x)) for x in (0.8, 1.0 - 0.8, 0.25)]
-    assert on_stub["always_write_programs"]
+    assert on_stub["memory_write_programs"]
+
+
+def test_a_known_next_call_is_drawn_ahead_and_need_not_draw(on_stub):
+    launches = on_stub["launches"]
+    assert launches["first with a draw ahead"] == ["draw", "count", "merge", "draw"]
+    assert on_stub["ahead"]
+    assert launches["then"] == ["count", "merge"], "two launches"
+    assert launches["another seed"] == ["draw", "count", "merge"]
+
+
+def test_numbers_of_a_call_reach_device_memory_whole(on_stub):
+    assert on_stub["prepared"]
+    assert on_stub["from_memory"]
 
 
 def test_after_the_first_call_nothing_is_allocated_copied_or_waited_for(on_stub):

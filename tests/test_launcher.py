@@ -14,10 +14,11 @@ from interpreter import apply_fixes, bounds, traffic  # noqa: E402
 from test_kernel_details import CALL, _CountingKernel  # noqa: E402
 from test_kernels import ALPHA, alike, assert_merged_and_clean, cycle, launcher_of, tensors_of  # noqa: E402
 
-from inmerge_fast import launch  # noqa: E402
+from inmerge_fast import handle, launch  # noqa: E402
 from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor  # noqa: E402
+from inmerge_fast.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
-from inmerge_fast.launch import Handle, Launcher  # noqa: E402
+from inmerge_fast.launch import Launcher  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 
@@ -67,10 +68,10 @@ def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, l
 def test_a_capture_is_told_to_warm_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="the first merge_ of a plan builds.*; call merge_ once before capturing"):
-        launch._check_not_capturing(CUDA, "builds its tables")
-    launch._check_not_capturing(torch.device("cpu"), "builds its tables")
+        handle.check_not_capturing(CUDA, "builds its tables")
+    handle.check_not_capturing(torch.device("cpu"), "builds its tables")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    launch._check_not_capturing(CUDA, "builds its tables")
+    handle.check_not_capturing(CUDA, "builds its tables")
 
 
 def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
@@ -82,7 +83,8 @@ def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
     def capturing(device, what):
         raise RuntimeError(f"capturing: {what}")
 
-    monkeypatch.setattr(launch, "_check_not_capturing", capturing)
+    for module in (launch, handle):
+        monkeypatch.setattr(module, "check_not_capturing", capturing)
     monkeypatch.setattr(torch, "zeros", pytest.fail)
     monkeypatch.setattr(torch, "empty", pytest.fail)
     with pytest.raises(RuntimeError, match="capturing: builds its tables"):
@@ -92,7 +94,7 @@ def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
     assert launcher.scratch is scratch
     launcher.reserve_scratch(0.1)  # enough as it is
     with pytest.raises(RuntimeError, match="capturing: compiles its kernels"):
-        Handle(kernel, {}, {}).launch(1, 0, (weights[0],), ())
+        Handle(kernel, {}, {}).launch(1, 0, Arguments(weights[0]), ())
     assert (kernel.warmups, kernel.runs) == (0, [])
 
 
@@ -297,8 +299,7 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say():
     active = int((launcher.partner >= 0).sum())
     assert 0 < active < rows
     with traffic(partner=[launcher.partner], active=[launcher.active]) as counting:
-        tensors = (launcher.partner, launcher.readers, launcher.active, launcher.state)
-        launcher._count.launch(launcher._row_blocks, 0, tensors, (rows,))
+        launcher._count.launch(launcher._row_blocks, 0, launcher._counted(False), (rows,))
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
     assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active
     assert counting.atomics == active + launcher._row_blocks

@@ -170,8 +170,25 @@ def test_seed_and_step_of_any_size_and_in_device_memory(seed):
     launcher = launcher_of([weight])
     given = partners_of(launcher, "similar", seed, step, threshold=0.0)
     assert_brute_force(launcher, [weight], given, "similar", seed=seed, step=step, threshold=0.0)
-    launcher.seed_step.copy_(torch.tensor([seed - 2**64 if seed >= 2**63 else seed, step]))
-    assert partners_of(launcher, "similar", None, 0, threshold=0.0).tolist() == given.tolist()
+    launcher.prepare(seed, step, prob=CALL["prob"], alpha=0.5, threshold=0.0, write=False)
+    launcher.run_from_memory(partner="similar", match=SMALL)
+    assert launcher.partner.tolist() == given.tolist()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_layer_has_its_own_threshold(rule):
+    """2 admits nothing, -1 everything; "nearest" looks at the same partners and leaves the decision to the merge."""
+    weights = [adversarial(20, 10, seed) for seed in range(3)]
+    launcher = launcher_of(weights)
+    results = launcher.run(5, 6, partner=rule, match=SMALL, **CALL | {"threshold": (2.0, 0.1, -1.0)}).fetch()
+    partners = launcher.partner.numpy()
+    for layer, threshold in enumerate((2.0, 0.1, -1.0)):
+        alone = launcher_of([*(torch.zeros(2, 3) for _ in range(layer)), weights[layer]])  # the same layer id
+        expected = partners_of(alone, rule, threshold=threshold)[2 * layer :]
+        shift = 20 * layer - 2 * layer
+        assert partners[20 * layer : 20 * layer + 20].tolist() == [j + shift if j >= 0 else -1 for j in expected]
+    passed = np.split(results.passed, results.counts.cumsum()[:-1])
+    assert [part.any() for part in passed] == [False, True, True]
 
 
 def to_tf32(values):
