@@ -12,7 +12,7 @@ import torch
 
 from .filters import FilterLayout
 from .match import check_partner_rule
-from .pairs import similarity_blocks, unit_filters
+from .pairs import filters_of, similarity_blocks
 from .plan import MergePlan, Target
 from .stats import describe_skipped
 
@@ -150,12 +150,14 @@ class Similarity:
         if name is None and len(self.layers) > 1:
             raise ValueError(f"name must be one of the {len(self.layers)} layers, e.g. {self.layers[0].name!r}")
         index = 0 if name is None else self._index(name)
-        units, finite = unit_filters(self._plan.weights()[index], self._plan.layers[index].layout)
-        groups, size, _ = units.shape
-        matrix = units.new_full((groups, size, groups, size), torch.nan)
+        filters = filters_of(self._plan.weights()[index], self._plan.layers[index].layout, exact=True)
+        groups, size, _ = filters.values.shape
+        matrix = filters.values.new_full((groups, size, groups, size), torch.nan)
+        everyone = torch.arange(size, device=matrix.device)
         for g in range(groups):
-            for block, rows in similarity_blocks(units[g], units[g]):
-                matrix[g, block, g] = rows.masked_fill(~(finite[g] & finite[g, block, None]), torch.nan)
+            finite = filters.finite[g]
+            for block, rows in similarity_blocks(everyone, filters.values[g], filters.inverse_norms[g]):
+                matrix[g, block, g] = rows.masked_fill(~(finite & finite[block, None]), torch.nan)
         return matrix.view(groups * size, groups * size)
 
     def threshold_for_rate(self, rate: float, partner: str = "random") -> dict[str, float]:
@@ -261,17 +263,19 @@ def _weights_of(
 
 @torch.no_grad()
 def _summarise(name: str, weight: torch.Tensor, layout: FilterLayout, effective_rank: bool) -> LayerSimilarity:
-    units, finite = unit_filters(weight, layout)
-    groups, _, elements = units.shape
-    pair_counts = torch.zeros(BINS, dtype=torch.int64, device=units.device)
+    filters = filters_of(weight, layout, exact=True)
+    values, finite = filters.values, filters.finite
+    groups, _, elements = values.shape
+    pair_counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
     nearest_counts = torch.zeros_like(pair_counts)
-    sums = units.new_zeros(3)  # pairs, similarity, its square
-    largest = units.new_full((), -torch.inf)
+    sums = values.new_zeros(3)  # pairs, similarity, its square
+    largest = values.new_full((), -torch.inf)
     for g in range(groups):
-        members = units[g, finite[g]]
+        members = finite[g].nonzero()[:, 0]
         if len(members) < 2:
             continue
-        for block, found in similarity_blocks(members, members):
+        everyone = torch.arange(len(members), device=members.device)
+        for block, found in similarity_blocks(everyone, values[g, members], filters.inverse_norms[g, members]):
             rows = torch.arange(len(found), device=found.device)
             found[rows, rows + block.start] = torch.nan
             others = found[~found.isnan()]
@@ -288,12 +292,12 @@ def _summarise(name: str, weight: torch.Tensor, layout: FilterLayout, effective_
         groups=groups,
         elements=elements,
         finite=int(finite.sum()),
-        zero=int(((units == 0).all(2) & finite).sum()),
+        zero=int((values == 0).all(2).sum()),
         pairs=int(pairs),
         mean=mean,
         std=math.sqrt(max(square / pairs - mean * mean, 0.0)) if pairs else math.nan,
         max=float(largest) if pairs else math.nan,
-        effective_rank=_effective_rank(units) if effective_rank else math.nan,
+        effective_rank=_effective_rank(filters.units()) if effective_rank else math.nan,
         pair_counts=pair_counts.cpu().numpy(),
         nearest_counts=nearest_counts.cpu().numpy(),
     )

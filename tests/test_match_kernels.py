@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from oracle import BAND, MATCH_BAND, MATCH_BAND_16_BITS, PairOracle
+from oracle import MATCH_BAND, MATCH_BAND_16_BITS, PairOracle
 from test_match import adversarial
 from torch import nn
 
@@ -50,7 +50,7 @@ def assert_brute_force(launcher, targets, partners, rule, *, seed=5, step=6, thr
             if not coin[i]:
                 assert row == -1
                 continue
-            choices = pairs.choices(i, rule, seed=seed, step=step, layer=layer, threshold=threshold, band=BAND)
+            choices = pairs.choices(i, rule, seed=seed, step=step, layer=layer, threshold=threshold, band=MATCH_BAND)
             assert (row - first if row >= 0 else -1) in choices, (layer, i, row - first, choices)
 
 
