@@ -32,7 +32,8 @@ def plan_of(net, dtype=torch.float32):
                 weight.add_(
                     weight.std() * torch.rand(len(weight), 1, 1, 1, device="cuda") * torch.randn_like(weight[:1])
                 )
-    return MergePlan(model.to(dtype), skip_first=10)
+    model = model.to(dtype)
+    return MergePlan(model, skip_first=10), model  # the plan does not keep it alive
 
 
 def similarities(plan, index):
@@ -50,7 +51,7 @@ def keyed_similarity(best):
 @pytest.mark.parametrize("net", [vgg19, resnet50])
 @pytest.mark.parametrize("dtype", list(BANDS))
 def test_nearest_partners_and_their_similarities_are_those_of_float64(net, dtype):
-    plan = plan_of(net, dtype)
+    plan, _model = plan_of(net, dtype)
     launcher = plan.launcher(plan.weights())
     launcher.find_partners(SEED, STEP, prob=0.3, partner="nearest", threshold=0.0)
     sampled = launcher.partner >= 0
@@ -71,7 +72,7 @@ def test_nearest_partners_and_their_similarities_are_those_of_float64(net, dtype
 
 @pytest.mark.parametrize("net", [vgg19, resnet50])
 def test_similar_partners_are_the_ones_of_highest_priority(net):
-    plan, threshold = plan_of(net), 0.2
+    (plan, _model), threshold = plan_of(net), 0.2
     launcher = plan.launcher(plan.weights())
     launcher.run(SEED, STEP, prob=0.3, alpha=0.8, threshold=threshold, dry_run=True, partner="similar")
     partners = launcher.partner.cpu().numpy()
@@ -94,7 +95,7 @@ def test_similar_partners_are_the_ones_of_highest_priority(net):
 
 @pytest.mark.parametrize("rule", ["nearest", "similar"])
 def test_every_launch_finds_the_same(rule):
-    plan = plan_of(resnet50)
+    plan, _model = plan_of(resnet50)
     launcher = plan.launcher(plan.weights())
     first = None
     for _ in range(20):
