@@ -107,7 +107,7 @@ class Matcher:
         ordered = {name: constants[name] for name in _match_kernel.arg_names if name in constants}
         key = tuple(ordered.items())
         if key not in self._handles:
-            check_not_capturing(self.best.device, f"with partner={partner!r} compiles a kernel")
+            check_not_capturing(self.groups.device, f"with partner={partner!r} builds a table")
             self._handles[key] = Handle(_match_kernel, ordered, {"num_warps": WARPS})
         work = self.work(constants["ROWS"], constants["TILE"])
         self._handles[key].launch(

@@ -49,6 +49,7 @@ MERGES = {
     "merge float32 strided": (DTYPES[:1], True),
     "merge all strided": (DTYPES, True),
 }
+FROM_MEMORY = ["draw from memory", "merge all from memory", "merge all strided from memory"]
 # The same, and the partner rule, of the match kernel.
 MATCHES = {
     "nearest float32": (DTYPES[:1], False, "nearest"),
@@ -59,6 +60,7 @@ MATCHES = {
     "nearest all strided": (DTYPES, True, "nearest"),
     "similar all strided": (DTYPES, True, "similar"),
 }
+VARIANTS = ["draw", "prepare", *FROM_MEMORY, "list", "count", "count matched", *MERGES, *MATCHES]
 
 
 class AbsentGpu:
@@ -212,10 +214,10 @@ def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
             launcher.run_from_memory()
         for kernel, launch in caught:
             kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            if kind == "draw" and launch["constants"].get((kernel.arg_names.index("IN_MEMORY"),)):
-                kind = "draw from memory"
             variant = name if kind == "merge" else kind
-            if variant not in result:
+            if kind in ("draw", "merge") and launch["constants"].get((kernel.arg_names.index("IN_MEMORY"),)):
+                variant += " from memory"
+            if variant not in result and variant in VARIANTS:
                 result[variant] = compile_kernel(launches, kernel, launch)
     for name, (dtypes, strided, rule) in MATCHES.items():
         with launches.on(arch) as caught:

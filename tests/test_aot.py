@@ -15,10 +15,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from aot import ARCHS, ELEMENTS, MATCHES, MERGES, RECORD
+from aot import ARCHS, ELEMENTS, MATCHES, MERGES, RECORD, VARIANTS
 from assembly import access, arithmetic, attributed, copy_to_shared, matrix_product, unguarded_releases
-
-VARIANTS = ["draw", "draw from memory", "list", "count", "count matched", *MERGES, *MATCHES]
 
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)

@@ -240,6 +240,6 @@ def test_emulated_tensor_cores_keep_to_the_stated_bands(elements, common):
     half = rows.bfloat16().float()
     sixteen_bits = error_of(chained(torch.zeros(96, 96), [(half, half)], depth=16), half)
     print(f"D={elements} mean {common}: tf32x3 {three:.1e}, one tf32 product {one:.1e}, 16 bits {sixteen_bits:.1e}")
-    assert three <= MATCH_BAND
-    assert sixteen_bits <= MATCH_BAND_16_BITS
-    assert one > 10 * MATCH_BAND  # why one TF32 product is not enough
+    assert three <= 2e-6
+    assert sixteen_bits <= 2e-5 < MATCH_BAND_16_BITS
+    assert one > 5 * MATCH_BAND  # why one TF32 product is not enough
