@@ -117,7 +117,8 @@ def check(plan: inmerge_fast.MergePlan, searches: Mapping[str, Search]) -> None:
             assert off <= CLOSE[name], f"{name}, layer {layer.name}: off by {off:.1e}"
 
 
-def _found_by_match(plan: inmerge_fast.MergePlan) -> Search:
+def found_by_match(plan: inmerge_fast.MergePlan) -> Search:
+    """What :func:`match` finds for every filter."""
     call = match(plan, 1.0)
 
     def search() -> list[torch.Tensor]:
@@ -156,7 +157,7 @@ def time_net(name: str, dtype: str, device: torch.device, options: argparse.Name
     with torch.device(device):
         model = NETS[name]()
     plan = inmerge_fast.MergePlan(model.to(DTYPES[dtype]), skip_first=SKIP_FIRST)
-    searches: dict[str, Search] = {"eager": eager(plan), "match": _found_by_match(plan)}
+    searches: dict[str, Search] = {"eager": eager(plan), "match": found_by_match(plan)}
     if not providers.why_not_compile(device) and name in options.compile_nets:
         searches["compile"] = compiled(plan)
     check(plan, searches)
@@ -206,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
                         metavar="NET", help="networks that torch.compile is timed with")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.quick:
-        options.nets, options.repeats, options.seconds, options.compile_nets = ["ResNet-18"], 5, 0.3, []
+        options.nets, options.repeats, options.seconds, options.compile_nets = ["DenseNet-121"], 3, 0.1, []
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.nets:
