@@ -215,7 +215,7 @@ def render(found: Sequence[Results]) -> str:
                             ("floor", "time against the bytes that must move, with the floor")):  # fmt: skip
             path = PLOTS / f"{slug(device)}-{name}.svg"
             if "merge" in here:
-                parts.append(f"![{device}: {title}]({path.relative_to(ROOT).as_posix()})")
+                parts.append(f"![{device}: {title}]({path.relative_to(RESULTS.parents[1]).as_posix()})")
     targets = [*merge_targets(found), *match_targets(found), *host_targets(found), *training_targets(found)]
     parts += ["### Targets", "The best committed figures against what this project aims at.", target_table(targets)]
     return "\n\n".join(parts)
