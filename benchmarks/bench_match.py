@@ -8,7 +8,7 @@ float32 on a CPU: what the arithmetic of all pairs costs at this machine's best.
 interleaved; on a GPU also the device time. Each provider's partners are first checked against float64.
 
 Two floors: the bytes of the weights at the bandwidth of a copy, and 2 N D flops for every sampled filter, three times
-over for float32 on a GPU (tf32x3), at the rate of a 4096 x 4096 x 4096 matrix product. Writes
+over for float32 on a GPU (tf32x3), at the best rate of a large square matrix product. Writes
 ``benchmarks/results/<device>/match.json``.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,12 +132,13 @@ def found_by_match(plan: inmerge_fast.MergePlan) -> Search:
     return search
 
 
+@functools.cache
 def gemm_rate(device: torch.device) -> float:
-    """Flops per second of a large square matrix product: TF32 on a GPU, float32 on a CPU; the best of 5."""
+    """Flops per second of a large square matrix product: TF32 on a GPU, float32 on a CPU; the best of 40."""
     size = GEMM_SIZE[device.type]
     square = torch.randn(size, size, device=device)
     with _tf32(True):
-        return 2 * size**3 / min(wall_seconds(lambda: torch.mm(square, square), device) for _ in range(6))
+        return 2 * size**3 / min(wall_seconds(lambda: torch.mm(square, square), device) for _ in range(40))
 
 
 def floors(plan: inmerge_fast.MergePlan, prob: float, rate: float) -> dict[str, float]:
