@@ -226,14 +226,15 @@ def similarity(
     return Similarity(
         plan,
         [
-            _summarise(layer.name, weight, layer.layout, effective_rank)
+            summarise_layer(layer.name, weight, layer.layout, effective_rank)
             for layer, weight in zip(plan.layers, plan.weights(), strict=True)
         ],
     )
 
 
 @torch.no_grad()
-def _summarise(name: str, weight: torch.Tensor, layout: FilterLayout, effective_rank: bool) -> LayerSimilarity:
+def summarise_layer(name: str, weight: torch.Tensor, layout: FilterLayout, effective_rank: bool) -> LayerSimilarity:
+    """Summary of one weight, see :func:`similarity`."""
     units, finite = unit_filters(weight, layout)
     groups, _, elements = units.shape
     pair_counts = torch.zeros(BINS, dtype=torch.int64, device=units.device)
