@@ -38,8 +38,6 @@ def check_agreement(recipe: dict[str, Any], group: Any) -> None:
     Raises:
         ValueError: they differ.
     """
-    if not several_ranks(group):
-        return
     recipes: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(recipes, recipe, group=group)
     for rank, other in enumerate(recipes):

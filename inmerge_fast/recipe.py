@@ -98,7 +98,8 @@ class Recipe:
 
     def described(self) -> dict[str, Any]:
         """What can be compared with another rank's recipe: functions by some of their values."""
-        probes = (self.start, self.start + self.every, self.start + 1000)
+        last = self.start + self.every if self.stop is None else self.stop - 1
+        probes = (self.start, last)  # a function need not be defined at other steps
         threshold = repr(self.threshold)
         if not self.threshold_follows_layer:
             threshold = repr([self.threshold_at(step) for step in probes])

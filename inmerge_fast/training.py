@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim.swa_utils import AveragedModel
 
 from .candidates import unwrap_compiled
-from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded
+from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded, several_ranks
 from .draw import MAX_STEP, check_word
 from .filters import check_outside_transforms
 from .guard import CollapseGuard
@@ -155,7 +155,8 @@ class InMerge:
         self.stopped: set[str] = set()
         self.step_count = 0
         self.plan = self._new_plan()
-        check_agreement(self._described(), process_group)
+        if several_ranks(process_group):
+            check_agreement(self._described(), process_group)
 
     # ------------------------------------------------------------------------------------------------------ one step
 

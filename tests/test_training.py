@@ -168,8 +168,7 @@ def test_a_training_run_in_evaluation_mode_is_pointed_out():
 def test_nothing_merging_is_pointed_out_with_a_threshold_that_would_act():
     merger = InMerge(net(), threshold=0.999)
     with pytest.warns(inmerge_fast.NoEffectWarning, match=r"largest similarity seen was 0\.\d+. A threshold of"):
-        for _ in range(120):  # a step whose coins all fail does not count
-            merger.step()
+        [merger.step() for _ in range(120)]  # a step whose coins all fail does not count
 
 
 def test_start_stop_and_every():
