@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .draw import MAX_SEED, MAX_STEP, check_word
 from .match import check_partner_rule
+from .plan import check_selection
 from .schedules import Schedule, check_schedule, from_plain, to_plain, value_at
 from .thresholds import NoiseThreshold, QuantileThreshold
 
@@ -149,3 +150,23 @@ def in_steps(start: float, stop: float | None, steps_per_epoch: int | None) -> t
     if last is not None and last <= first:
         raise ValueError(f"stop must be after start, got start={start!r} and stop={stop!r}: nothing would ever merge")
     return first, last
+
+
+def selection(skip_first: Any, exclude: Any, include_linear: bool, include_frozen: bool) -> dict[str, Any]:
+    """Arguments that choose layers, checked, as a plan takes them; ``skip_first`` may be patterns of names.
+
+    Raises:
+        TypeError: wrong types.
+        ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
+    """
+    if isinstance(skip_first, str) or (isinstance(skip_first, Sequence) and not isinstance(skip_first, bytes)):
+        patterns = check_selection(0, skip_first) + check_selection(0, exclude)
+        skip_first = 0
+    else:
+        patterns = check_selection(skip_first, exclude)
+    return {
+        "skip_first": skip_first,
+        "exclude": patterns,
+        "include_linear": include_linear,
+        "include_frozen": include_frozen,
+    }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,20 +17,17 @@ from .candidates import unwrap_compiled
 from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded, several_ranks
 from .draw import MAX_STEP, check_word
 from .filters import check_outside_transforms
+from .graphs import GraphSteps
 from .guard import CollapseGuard
-from .merge import mark_written, merge_plan_
+from .merge import merge_plan_
 from .monitor import Logger, Monitor, Observation
-from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
-from .recipe import Recipe, Threshold, check_count, in_steps
+from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target
+from .recipe import Recipe, Threshold, check_count, in_steps, selection
 from .schedules import Schedule
 from .similarity import summarise_layer
 from .stats import MergeStats, NoEffectWarning
 from .thresholds import NEVER, NoiseThreshold, QuantileThreshold
 from .training_hooks import AttachedStep
-
-if TYPE_CHECKING:
-    from .launch import Launcher
-    from .results import Results
 
 EVAL_STEPS = 100  # steps in evaluation mode, before any in training mode, after which a warning says so
 STATE_VERSION = 1
@@ -138,7 +134,7 @@ class InMerge:
         if not isinstance(model, (nn.Module, torch.Tensor)) and isinstance(model, Iterable):
             model = tuple(model)
         self._model = unwrap_compiled(model) if isinstance(model, nn.Module) else model
-        self._selection = _selection(skip_first, exclude, include_linear, include_frozen)
+        self._selection = selection(skip_first, exclude, include_linear, include_frozen)
         if guard == "default":
             # Rules that look for similar partners find them: what they measure says little about the layer.
             guard = CollapseGuard() if partner == "random" else CollapseGuard(mean_similarity=0.9, merge_rate=1.0)
@@ -149,9 +145,7 @@ class InMerge:
         self._quantiles_of: int | None = None  # the step that they were computed at
         self._attached: AttachedStep | None = None
         self._steps_in_evaluation = 0
-        self._captured: Results | None = None
-        self._replayed: Settings | None = None
-        self._last_settings: Settings | None = None
+        self._graph = GraphSteps(self)
         self.stopped: set[str] = set()
         self.step_count = 0
         self.plan = self._new_plan()
@@ -183,8 +177,8 @@ class InMerge:
         if not self._is_training():
             self._count_evaluation()
             return None
-        if self._is_capturing():
-            self._capture()
+        if self._graph.is_capturing():
+            self._graph.capture()
             return None
         step = self.step_count
         if not self._recipe.merges_at(step):
@@ -315,17 +309,18 @@ class InMerge:
     # --------------------------------------------------------------------------------------------------- CUDA graphs
 
     def prepare(self) -> None:
-        """Set the numbers of the next step in device memory, before a captured :meth:`step` is replayed, and count it.
+        """Put the numbers of the next step into device memory and count it, before each replay of a captured step.
 
-        Call it before the capture and before every replay. A step that does not merge is set to measure only. Inside
-        the graph nothing depends on the host, so schedules, ``start``, ``stop`` and ``every`` go on under replay::
+        What is captured depends on nothing on the host, so schedules, ``start``, ``stop`` and ``every`` go on under
+        replay; at a step that does not merge, the replay draws no filter. Also call it once before capturing, which
+        allocates and compiles what is needed, and counts nothing in the end::
 
-            merger.step()  # once, to build tables and compile
             merger.prepare()
             with torch.cuda.graph(graph):
                 ...
                 merger.step()
-            for _ in range(steps):
+            for x, y in loader:
+                ...
                 merger.prepare()
                 graph.replay()
 
@@ -333,64 +328,7 @@ class InMerge:
             RuntimeError: the weights take the eager path, whose decisions are drawn on the host.
             ValueError: a weight was moved or replaced after the capture: the graph would still write to the old one.
         """
-        check_outside_transforms()
-        if self.plan.path != "triton":
-            raise RuntimeError(
-                f"CUDA graphs need the kernels, but this plan takes the eager path ({self.plan.path_reason})"
-            )
-        if self._captured is not None and not self.plan.is_current():
-            raise ValueError("a weight was moved, replaced or (un)frozen after the capture; capture the graph again")
-        weights = self._current_weights()
-        launcher = self.plan.launcher(weights)
-        step = self.step_count
-        merges = self._recipe.merges_at(step)
-        if self._captured is None:
-            self._warm_up(launcher)
-        self._take_in_replay(launcher)
-        if merges:
-            settings = self._last_settings = self._settings(step)
-        else:  # the thresholds stay, or they would be copied for nothing
-            settings = dataclasses.replace(self._last_settings or self._settings(step), alpha=1.0, prob=0.0)
-        launcher.prepare(
-            self._recipe.seed, step, prob=settings.prob, alpha=settings.alpha, threshold=settings.thresholds,
-            write=merges,
-        )  # fmt: skip
-        self._replayed = settings if merges else None
-        self.step_count = step + 1
-
-    def _warm_up(self, launcher: Launcher) -> None:
-        """Compile and allocate what the captured launches need, in a run that samples nothing."""
-        with launcher.lock:
-            launcher.reserve_scratch(self._recipe.prob_at(max(self._recipe.start, self.step_count)))
-        nothing = (NEVER,) * len(self.plan.layers)
-        launcher.prepare(0, 0, prob=0.0, alpha=1.0, threshold=nothing, write=False)
-        launcher.run_from_memory(partner=self._recipe.partner)
-
-    def _take_in_replay(self, launcher: Launcher) -> None:
-        """Observe the replay before this one: its statistics lie where the captured call left them."""
-        settings, results = self._replayed, self._captured
-        if settings is None or results is None:
-            return
-        self.plan.effect.count_call(launcher.totals)
-        if self._is_observed(settings.step):
-            self._take_in_observations()
-            self._observe(settings, self._stats_of(results, settings.step))
-
-    def _is_capturing(self) -> bool:
-        return self.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    def _capture(self) -> None:
-        weights = self.plan.current_weights()
-        if weights is None or self._last_settings is None:
-            raise RuntimeError("call prepare() right before capturing: nothing is prepared, or a weight has changed")
-        self._captured = self.plan.launcher(weights).run_from_memory(partner=self._recipe.partner)
-        mark_written(weights)
-
-    def _stats_of(self, results: Results, step: int) -> MergeStats:
-        return MergeStats(
-            results, self.plan.names, self.plan.filters, skipped=self.plan.skipped, seed=self._recipe.seed, step=step,
-            dry_run=False, path="triton",
-        )  # fmt: skip
+        self._graph.prepare()
 
     # ------------------------------------------------------------------------------------------------------ optimizer
 
@@ -477,18 +415,3 @@ class InMerge:
 
     def __repr__(self) -> str:
         return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={self._recipe.seed})"
-
-
-def _selection(skip_first: Any, exclude: Any, include_linear: bool, include_frozen: bool) -> dict[str, Any]:
-    """The arguments of a plan; ``skip_first`` as patterns is ``exclude`` and nothing else."""
-    if isinstance(skip_first, str) or (isinstance(skip_first, Sequence) and not isinstance(skip_first, bytes)):
-        patterns = check_selection(0, skip_first) + check_selection(0, exclude)
-        skip_first = 0
-    else:
-        patterns = check_selection(skip_first, exclude)
-    return {
-        "skip_first": skip_first,
-        "exclude": patterns,
-        "include_linear": include_linear,
-        "include_frozen": include_frozen,
-    }

@@ -39,8 +39,14 @@ class AttachedStep:
         # Other optimizers are not called for a step that is skipped; fused and capturable ones get the scaler's verdict
         # as this attribute, skip on the device, and call their hooks all the same.
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf > 0):
-            return
+        if found_inf is not None:
+            if found_inf.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a GradScaler's verdict about this step lies on the device, where a CUDA graph that is being "
+                    "captured cannot be asked for it; use bfloat16, or call step() outside the graph"
+                )
+            if bool(found_inf > 0):
+                return
         self._call()
 
     def remove(self) -> None:
