@@ -103,6 +103,17 @@ class Monitor:
                 observation.logged = True
 
 
+def flat(row: Row, prefix: str = "inmerge") -> dict[str, float]:
+    """A row's numbers by tag, ``inmerge/merged`` or ``inmerge/layer4.0.conv1/merged``, without those that are NaN."""
+    groups = [(prefix, row), *((f"{prefix}/{name}", layer) for name, layer in row["layers"].items())]
+    return {
+        f"{tag}/{name}": value
+        for tag, numbers in groups
+        for name, value in numbers.items()
+        if name not in ("step", "layers", "filters") and not math.isnan(value)
+    }
+
+
 class DictLogger:
     """Keeps every row in memory, and writes them to a JSON file if asked to.
 
@@ -144,11 +155,5 @@ class TensorBoardLogger:
 
     def __call__(self, row: Row) -> None:
         """Write a row."""
-        self._write(self._prefix, row, row["step"])
-        for name, layer in row["layers"].items():
-            self._write(f"{self._prefix}/{name}", layer, row["step"])
-
-    def _write(self, prefix: str, numbers: Row, step: int) -> None:
-        for name, value in numbers.items():
-            if name not in ("step", "layers", "filters") and not math.isnan(value):
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+        for tag, value in flat(row, self._prefix).items():
+            self._writer.add_scalar(tag, value, row["step"])

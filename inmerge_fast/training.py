@@ -354,6 +354,11 @@ class InMerge:
         self._attached = AttachedStep(optimizer, self.plan.weights(), self._advance)
         return self
 
+    @property
+    def attached(self) -> bool:
+        """Whether it steps with an optimizer."""
+        return self._attached is not None
+
     def detach(self) -> None:
         """Undo :meth:`attach`."""
         if self._attached is not None:
