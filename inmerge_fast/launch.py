@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,14 @@ MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, i
 _KINDS = {torch.float32: tables.FLOAT32, torch.bfloat16: tables.BFLOAT16, torch.float16: tables.FLOAT16}
 
 
-def merge_options(has_strided: bool, target: str) -> dict[str, Any]:
-    """Compiler options of the merge kernel for ``target`` ("cuda" or "hip")."""
+def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Compiler options of the merge kernel with these constants for ``target`` ("cuda" or "hip")."""
     # With multiplication and addition fused, the blend would be rounded once less than the reference's.
     options: dict[str, Any] = {"enable_fp_fusion": False}
     if target == "cuda":
         # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
-        options["maxnreg"] = 128 if has_strided else 80
+        dtypes = sum(constants[name] for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16"))
+        options["maxnreg"] = 128 if constants["HAS_STRIDED"] else 88 if constants["IN_MEMORY"] or dtypes > 1 else 80
     return options
 
 
@@ -90,18 +92,19 @@ class Launcher:
         self.outcome = zeros(RESULT_SLOTS, padded, dtype=torch.int8)
         self.scratch = zeros(0, dtype=torch.int8)
         self.calls = -1
+        self.drawn_ahead = -1  # the latest call whose draw came before it, and so took its slot
         self._thresholds: tuple[float, ...] | None = None
-        self._reserved_prob = -1.0
+        self._reserved_prob = -1.0  # the prob that scratch is large enough for
         self._captured_scratch: list[torch.Tensor] = []
         self._drawn: tuple[int, int, int] | None = None  # what the next call's slot and the partners already hold
         kinds = table[:, tables.KIND.value]
-        self._has_strided = bool((kinds >= tables.STRIDED.value).any())
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
             "HAS_BFLOAT16": any(layer.dtype == torch.bfloat16 for layer in layers),
             "HAS_FLOAT16": any(layer.dtype == torch.float16 for layer in layers),
             "HAS_DENSE": bool((kinds < tables.STRIDED.value).any()),
-            "HAS_STRIDED": self._has_strided,
+            "HAS_STRIDED": bool((kinds >= tables.STRIDED.value).any()),
+            "IN_MEMORY": False,
             "BLOCK": min(1024, max(32, triton.next_power_of_2(longest))),
             "BARRIER": True,
             "SEM": "acq_rel",
@@ -125,10 +128,14 @@ class Launcher:
         self.programs = min(self.programs, rows)
 
     def reserve_scratch(self, prob: float) -> None:
-        """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average."""
+        """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average.
+
+        For 0.3 at least, and from there on in steps of 0.1, so that a schedule of ``prob`` does not allocate all along.
+        """
         if prob <= self._reserved_prob:
             return
-        share = SCRATCH_SHARE * prob * -np.expm1(-prob) / (0.3 * -np.expm1(-0.3))
+        enough = max(0.3, math.ceil(prob * 10) / 10)
+        share = SCRATCH_SHARE * enough * math.expm1(-enough) / (0.3 * math.expm1(-0.3))
         wanted = max(int(share * self.bytes), min(SMALL_SCRATCH, int(SMALL_SHARE * self.bytes)), 16)
         if self.scratch.numel() < wanted:
             check_not_capturing(self.device, "with a larger prob than before allocates scratch memory")
@@ -136,7 +143,7 @@ class Launcher:
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
             self._tables = [self._tables_of(slot) for slot in range(RESULT_SLOTS)]
-        self._reserved_prob = prob
+        self._reserved_prob = enough
 
     def _tables_of(self, slot: int) -> tuple[Arguments, Arguments]:
         """Tensor arguments of the draw and the merge that leave their results in ``slot``."""
@@ -217,6 +224,7 @@ class Launcher:
             )
             if next_draw is not None:
                 ahead = (next_draw[0], next_draw[1], coin_threshold(next_draw[2]))
+                self.drawn_ahead = self.calls + 1
                 self._draw.launch(
                     self._row_blocks, stream, self._tables[(slot + 1) % RESULT_SLOTS][0], (*ahead, self.rows)
                 )
@@ -248,23 +256,15 @@ class Launcher:
         with self.lock, self._on_device():
             if self._reserved_prob < 0:
                 raise RuntimeError("nothing was prepared: call prepare before run_from_memory")
-            stream = self.follow_current_stream()
-            self._drawn = None
+            stream, self._drawn = self.follow_current_stream(), None
             self.calls += 1
             slot = self.calls % RESULT_SLOTS
             limit = float(tables.FROM_TABLE.value)
             self._is_captured()
             self._draw_from_memory.launch(self._row_blocks, stream, self._tables[slot][0], (0, 0, 0, self.rows))
             self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
-            self.merge_drawn(
-                slot,
-                alpha=0.0,
-                threshold=limit,
-                dry_run=False,
-                matched=partner != "random",
-                in_memory=True,
-                **overrides,
-            )
+            overrides |= {"IN_MEMORY": True}
+            self.merge_drawn(slot, alpha=0.0, threshold=limit, dry_run=False, matched=partner != "random", **overrides)
             return Results(self, self.calls)
 
     def _is_captured(self) -> bool:
@@ -294,7 +294,6 @@ class Launcher:
         threshold: float | Sequence[float],
         dry_run: bool,
         matched: bool = False,
-        in_memory: bool = False,
         **overrides: Any,
     ) -> None:
         """Count and merge with the partners that are in the table, whoever chose them, or that were just matched."""
@@ -307,7 +306,7 @@ class Launcher:
         programs, capacity = self.programs, self.scratch.numel() // 16
         if overrides:
             programs, capacity = overrides.pop("programs", programs), overrides.pop("capacity", capacity)
-        numbers = (capacity, alpha, 1.0 - alpha, limit, int(in_memory), int(not dry_run), programs)
+        numbers = (capacity, alpha, 1.0 - alpha, limit, int(not dry_run), programs)
         self._merge_handle(overrides).launch(programs, stream, self._tables[slot][1], numbers)
         self._cut_short = False
 
@@ -322,9 +321,8 @@ class Launcher:
         key = tuple(sorted(overrides.items())) if overrides else ()
         if key not in self._merges:
             target = "hip" if torch.version.hip else "cuda"
-            self._merges[key] = Handle(
-                _merge_kernel, self._constants | overrides, merge_options(self._has_strided, target)
-            )
+            constants = self._constants | overrides
+            self._merges[key] = Handle(_merge_kernel, constants, merge_options(constants, target))
         return self._merges[key]
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
@@ -342,8 +340,9 @@ class Launcher:
             # torch.cuda.graph() synchronises before it captures, and a captured stream may not wait for another.
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 current.wait_stream(torch.cuda.ExternalStream(self._stream, self.device))
-            held = [*vars(self).values(), *(vars(self._matcher).values() if self._matcher else ())]
-            for value in held:  # or their memory would be reused as if only their first stream used it
+            matched = self._matcher.tensors() if self._matcher else []
+            # Or their memory would be reused as if only their first stream used it.
+            for value in [*vars(self).values(), *matched]:
                 if isinstance(value, torch.Tensor):
                     value.record_stream(current)
             self._stream = stream

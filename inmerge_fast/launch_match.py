@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 
 from .candidates import MergeLayer
-from .handle import Arguments, Handle
+from .handle import Arguments, Handle, check_not_capturing
 from .kernels.match import _list_kernel, _match_kernel
 
 LIST_BLOCK = 1024  # filters that the list kernel looks at together
 # One tile: 64 x 64 pairs, 32 elements deep, fits the registers of 128 threads (tests/aot_registers.json).
 TILE = {"ROWS": 64, "TILE": 64, "DEPTH": 32}
+WARPS = 8  # with 4, ranking a tile at random spills 300 bytes per thread on sm_90, and "nearest" 16 on sm_80
 TILES_OF_ELEMENTS = 4096  # short filters: a program takes several tiles, about as much work as one of 4,096 elements
 
 
@@ -99,15 +100,23 @@ class Matcher:
         self._list_handle.launch(
             len(self.groups), stream, Arguments(self.groups, partners, self.list, self.best, similarity), ()
         )
-        constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None} | overrides
+        constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None}
+        if partner == "similar" and constants["HAS_STRIDED"]:
+            constants["TILE"] = 32  # with 64 the addresses of strided filters spill 30 bytes in Triton 3.6
+        constants |= overrides
         ordered = {name: constants[name] for name in _match_kernel.arg_names if name in constants}
         key = tuple(ordered.items())
         if key not in self._handles:
-            self._handles[key] = Handle(_match_kernel, ordered, {})
+            check_not_capturing(self.groups.device, f"with partner={partner!r} builds a table")
+            self._handles[key] = Handle(_match_kernel, ordered, {"num_warps": WARPS})
         work = self.work(constants["ROWS"], constants["TILE"])
         self._handles[key].launch(
             len(work), stream, Arguments(layer_table, work, self.list, self.best, call), (seed or 0, step, threshold),
         )  # fmt: skip
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All device memory that the launches use."""
+        return [self.groups, self.list, self.best, *self._work.values()]
 
     def work(self, rows: int, tile: int) -> torch.Tensor:
         """The table of work items on the device."""

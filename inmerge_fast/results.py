@@ -67,7 +67,7 @@ class Results:
 
     def _slot(self) -> tuple[torch.Tensor, torch.Tensor]:
         launcher = self.launcher
-        if launcher.calls - self.call >= RESULT_SLOTS:
+        if max(launcher.calls, launcher.drawn_ahead) - self.call >= RESULT_SLOTS:
             raise RuntimeError(
                 f"the statistics of this call are gone: the plan keeps those of its last {RESULT_SLOTS} calls in "
                 "device memory; read them earlier"

@@ -10,15 +10,17 @@ order, neither does the result. ``kernels/count.py`` makes partners of the words
 - ``"similar"`` ranks the pairs above the threshold at random (``inmerge_fast/draw.py`` has the contract), so that the
   largest is any one of them: one pass, and no list of who qualifies.
 
-Numbers: float32 filters are multiplied as three TF32 products each (``tf32x3``), 16-bit ones exactly, and summed in
-float32. The merge kernel measures the chosen pair again and decides.
+Numbers: float32 filters are multiplied as three TF32 products each (``tf32x3``), which Triton sums in blocks of DEPTH
+elements on the tensor cores and from block to block in float32; 16-bit filters are multiplied exactly and summed on the
+tensor cores, which truncate. Expected error of a similarity, from an emulation (tests/test_match_kernels.py) and not
+yet measured on a GPU: 8e-7 and 7e-6 for 4,608 elements; one TF32 product alone would be off by 4e-5 to 3e-4. The tests
+allow 2e-6 and 3e-5. The merge kernel measures the chosen pair again, to 4e-7, and decides.
 
 Hazards: weights, partners and lists are only read; ``best`` is written by atomics alone.
 """
 
 import triton
 import triton.language as tl
-from triton.language.random import philox_impl
 
 from .merge import MIN_NORM, _alignment, _filter, _geometry, _is_used, _offsets, _weight, layer_threshold
 from .tables import (
@@ -70,6 +72,35 @@ def _list_kernel(group_ptr, partner_ptr, list_ptr, best_ptr, similarity_ptr, BLO
 
 
 @triton.jit
+def _squares(block):
+    """Squares, summed over four neighbours, which one thread holds: to sum all of a row would need other threads."""
+    block = block.to(tl.float32)
+    return tl.sum(tl.reshape(block * block, [block.shape[0], block.shape[1] // 4, 4]), axis=2)
+
+
+@triton.jit
+def _priority(key_low, key_high, j_filter):
+    """Priorities of pairs: Philox4x32-10 of (j, 0, 0, 0), of which only the first word is wanted.
+
+    Triton's own unrolls its ten rounds, and interleaving them for a whole tile took 1,900 bytes of stack per thread.
+    """
+    c0 = tl.broadcast_to(j_filter.to(tl.uint32)[None, :], [key_low.shape[0], j_filter.shape[0]])
+    c1 = tl.zeros_like(c0)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    k0, k1 = key_low, key_high
+    for _ in range(0, 10):
+        product = tl.umulhi(c2, tl.full([], 0xCD9E8D57, tl.uint32)) ^ c1 ^ k0[:, None]
+        c1 = tl.mul(c2, tl.full([], 0xCD9E8D57, tl.uint32), sanitize_overflow=False)
+        c2 = tl.umulhi(c0, tl.full([], 0xD2511F53, tl.uint32)) ^ c3 ^ k1[:, None]
+        c3 = tl.mul(c0, tl.full([], 0xD2511F53, tl.uint32), sanitize_overflow=False)
+        c0 = product
+        k0 = tl.add(k0, tl.full([], 0x9E3779B9, tl.uint32), sanitize_overflow=False)
+        k1 = tl.add(k1, tl.full([], 0xBB67AE85, tl.uint32), sanitize_overflow=False)
+    return (c0 >> 1).to(tl.int32)
+
+
+@triton.jit
 def _tile(
     weight, i_filter, m_i, j_filter, m_j, geometry,
     DENSE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,16 +109,15 @@ def _tile(
     p_i = _filter(weight, i_filter, geometry, DENSE)
     p_j = _filter(weight, j_filter, geometry, DENSE)
     dots = tl.zeros([i_filter.shape[0], j_filter.shape[0]], tl.float32)
-    squares_i = tl.zeros([i_filter.shape[0], DEPTH], tl.float32)
-    squares_j = tl.zeros([j_filter.shape[0], DEPTH], tl.float32)
+    squares_i = tl.zeros([i_filter.shape[0], DEPTH // 4], tl.float32)
+    squares_j = tl.zeros([j_filter.shape[0], DEPTH // 4], tl.float32)
     for o_block in range(0, geometry[0], DEPTH):
         o, m = _offsets(o_block, geometry, DENSE, DEPTH)
         b_i = tl.load(p_i[:, None] + o[None, :], mask=m_i[:, None] & m[None, :], other=0.0)
         b_j = tl.load(p_j[:, None] + o[None, :], mask=m_j[:, None] & m[None, :], other=0.0)
         dots = tl.dot(b_i, tl.trans(b_j), dots, input_precision=PRECISION)
-        f_i, f_j = b_i.to(tl.float32), b_j.to(tl.float32)
-        squares_i = tl.fma(f_i, f_i, squares_i)
-        squares_j = tl.fma(f_j, f_j, squares_j)
+        squares_i += _squares(b_i)
+        squares_j += _squares(b_j)
     return dots, tl.sum(squares_i, axis=1), tl.sum(squares_j, axis=1)
 
 
@@ -109,11 +139,10 @@ def _best_of_tile(
     if SIMILAR:
         allowed &= (similarity > limit) | (limit == ALWAYS)
         key = tl.full(dots.shape, NO_KEY, tl.int32)
-        if tl.max(tl.max(allowed.to(tl.int32), axis=1), axis=0) > 0:  # seldom: above the usual thresholds are few
-            zero = tl.zeros(dots.shape, tl.uint32)
-            other = zero + j_filter.to(tl.uint32)[None, :]
-            word, _1, _2, _3 = philox_impl(other, zero, zero, zero, zero + key_low[:, None], zero + key_high[:, None])
-            key = (word >> 1).to(tl.int32)
+        # Flat, because Triton 3.7's compiler for sm_100 fails on a reduction of a reduction of 16-bit products here.
+        any_allowed = tl.max(tl.reshape(allowed.to(tl.int32), [dots.shape[0] * dots.shape[1]]), axis=0)
+        if any_allowed > 0:  # seldom: above the usual thresholds are few, and ranks cost as much as 500 elements
+            key = _priority(key_low, key_high, j_filter)
     else:
         bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
         key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # sorts like the float

@@ -310,19 +310,18 @@ def _float_in_memory(pointer):
     return tl.load(pointer).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["capacity", "in_memory", "write", "programs"])
+@triton.jit(do_not_specialize=["capacity", "write", "programs"])
 def _merge_kernel(
     layer_ptr, row_layer_ptr, partner_ptr, readers_ptr, active_ptr, counter_ptr, slot_ptr, deferred_ptr, state_ptr,
-    scratch_ptr, similarity_ptr, outcome_ptr, totals_ptr, call_ptr, capacity, alpha, beta, threshold, in_memory, write,
-    programs,
+    scratch_ptr, similarity_ptr, outcome_ptr, totals_ptr, call_ptr, capacity, alpha, beta, threshold, write, programs,
     HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
-    HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
     BARRIER: tl.constexpr, SEM: tl.constexpr, NAIVE: tl.constexpr,
 ):  # fmt: skip
     """Merge all active rows of all layers.
 
-    ``write`` is 0 in a dry run; ``capacity`` is the size of scratch in units of 16 bytes. If ``in_memory`` is not 0,
-    alpha, beta and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own.
+    ``write`` is 0 in a dry run; ``capacity`` is the size of scratch in units of 16 bytes. With IN_MEMORY alpha, beta
+    and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own.
     BARRIER, SEM and NAIVE exist for the tests, which break the protocol and watch the race detector notice.
 
     Grid: ``(programs,)``, any number; each takes every ``programs``-th entry of the list of active rows.
@@ -330,7 +329,7 @@ def _merge_kernel(
     blend's second read of both its rows (from cache as far as it lasts), and once more in and out through scratch for
     merged rows that have readers (8 % of all rows at prob 0.3).
     """
-    if in_memory != 0:
+    if IN_MEMORY:
         alpha = _float_in_memory(call_ptr + ALPHA)
         beta = _float_in_memory(call_ptr + BETA)
         write = tl.load(call_ptr + WRITE).to(tl.int32)

@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from assembly import access, arithmetic, attributed, parameter_bits, unguarded_releases
+from assembly import (
+    access,
+    arithmetic,
+    attributed,
+    copy_to_shared,
+    matrix_product,
+    parameter_bits,
+    unguarded_releases,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("aot_registers.json")
@@ -41,6 +49,18 @@ MERGES = {
     "merge float32 strided": (DTYPES[:1], True),
     "merge all strided": (DTYPES, True),
 }
+FROM_MEMORY = ["draw from memory", "merge all from memory", "merge all strided from memory"]
+# The same, and the partner rule, of the match kernel.
+MATCHES = {
+    "nearest float32": (DTYPES[:1], False, "nearest"),
+    "similar float32": (DTYPES[:1], False, "similar"),
+    "similar bfloat16": (DTYPES[1:2], False, "similar"),
+    "nearest bfloat16": (DTYPES[1:2], False, "nearest"),
+    "similar float16": (DTYPES[2:], False, "similar"),
+    "nearest all strided": (DTYPES, True, "nearest"),
+    "similar all strided": (DTYPES, True, "similar"),
+}
+VARIANTS = ["draw", "prepare", *FROM_MEMORY, "list", "count", "count matched", *MERGES, *MATCHES]
 
 
 class AbsentGpu:
@@ -175,6 +195,8 @@ def compile_kernel(launches: Launches, kernel: Any, launch: dict[str, Any]) -> d
         "threads": options["num_warps"] * target.warp_size,
         "accesses": accesses,
         "arithmetic": maths,
+        "copies": Counter(filter(None, map(copy_to_shared, asm.splitlines()))),
+        "matrix_products": Counter(filter(None, map(matrix_product, asm.splitlines()))),
         "releases": releases,
         "unguarded_releases": unguarded,
         "parameter_bits": parameter_bits(asm, launch["signature"]),
@@ -192,10 +214,18 @@ def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
             launcher.run_from_memory()
         for kernel, launch in caught:
             kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            if kind == "draw" and launch["constants"].get((kernel.arg_names.index("IN_MEMORY"),)):
-                kind = "draw from memory"
             variant = name if kind == "merge" else kind
-            if variant not in result:
+            if kind in ("draw", "merge") and launch["constants"].get((kernel.arg_names.index("IN_MEMORY"),)):
+                variant += " from memory"
+            if variant not in result and variant in VARIANTS:
+                result[variant] = compile_kernel(launches, kernel, launch)
+    for name, (dtypes, strided, rule) in MATCHES.items():
+        with launches.on(arch) as caught:
+            launcher_of(dtypes, strided).run(seed=3, partner=rule, **call)
+        for kernel, launch in caught:
+            kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+            variant = {"match": name, "list": "list", "count": "count matched"}.get(kind)
+            if variant and variant not in result:
                 result[variant] = compile_kernel(launches, kernel, launch)
     return result
 

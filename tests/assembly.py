@@ -13,6 +13,10 @@ PTX_MATH = re.compile(r"\b(fma|mul|add)\.rn\S*?\.f32(x2)?\b")
 GCN_MATH = re.compile(r"\bv_(pk_)?(fma|fmac|fmamk|fmaak|mac|mad|mul|add)_(?:mix|legacy|f32|f16)")
 
 
+PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)")
+MATRIX_PRODUCT = re.compile(r"\b(wgmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*|v_mfma_\w+)")
+
+
 def functions_of(file: Path) -> dict[int, str]:
     """Which top-level function each line of a source file belongs to."""
     tops = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
@@ -52,6 +56,18 @@ def arithmetic(line: str) -> tuple[str, int] | None:
     if found := GCN_MATH.search(line):
         return ("fma" if found[2] not in ("mul", "add") else found[2]), 2 if found[1] else 1
     return None
+
+
+def copy_to_shared(line: str) -> int | None:
+    """How many bytes per thread a line copies from global to shared memory, past the registers."""
+    found = PTX_COPY.search(line)
+    return int(found[1], 16) if found else None
+
+
+def matrix_product(line: str) -> str | None:
+    """The instruction of a line that multiplies matrices."""
+    found = MATRIX_PRODUCT.search(line)
+    return found[1] if found else None
 
 
 def unguarded_releases(asm: str) -> tuple[int, list[str]]:

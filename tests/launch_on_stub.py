@@ -21,7 +21,7 @@ from inmerge_fast.draw import coin_threshold
 from inmerge_fast.launch import Launcher
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
-DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 10, 6, 21, 7  # all but the constants
+DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 10, 6, 20, 7  # all but the constants
 
 
 class StubDriver(CudaDriver):
@@ -134,7 +134,7 @@ def main():
         "rows": low(draw.parameters[9]) == launcher.rows,
         "capacity": low(merge.parameters[14]) == launcher.scratch.numel() // 16,
         "alpha_beta_threshold": [as_float(word) for word in merge.parameters[15:18]],
-        "memory_write_programs": [low(word) for word in merge.parameters[18:21]] == [0, 1, launcher.programs],
+        "write_programs": [low(word) for word in merge.parameters[18:20]] == [1, launcher.programs],
         "launches": {
             "first with a draw ahead": [kernel_of(record) for record in ahead],
             "then": [kernel_of(record) for record in drawn_before],
@@ -145,7 +145,7 @@ def main():
         and low(prepare.parameters[3]) == coin_threshold(0.3)
         and [as_float(prepare.parameters[i]) for i in (4, 5)] == [as_float(merge.parameters[i]) for i in (15, 16)]
         and low(prepare.parameters[6]) == 1,
-        "from_memory": len(from_memory) == 3 and low(from_memory[2].parameters[18]) == 1,
+        "from_memory": [functions.get(record.function) for record in from_memory] == [None, "count", None],
         "merge_launches": merge_launches,
         "operators_in_merge": in_merge,
         "operators_after": operators.seen[len(in_merge):],

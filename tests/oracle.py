@@ -15,6 +15,9 @@ from inmerge_fast.draw import priorities, priority_keys
 from inmerge_fast.reference import filter_of
 
 BAND = 1e-6
+# The match kernel's products on tensor cores are less exact, for up to 4,608 elements (kernels/match.py).
+MATCH_BAND = 2e-6
+MATCH_BAND_16_BITS = 3e-5
 
 
 @dataclass

@@ -7,7 +7,8 @@ the acquire sees the release. A race is found in every schedule that makes both 
 Triton compiles a program to threads, of which the detector tells two apart: *the first*, which executes scalar atomics,
 and *the others*. Any of them may have made a load or a store, so both count as having made it. An atomic orders only
 its own thread's accesses; a barrier joins the two. Hence loads are ordered before a release only with a barrier in
-between. The result of a scalar atomic comes to the other threads through a barrier of its own.
+between. The result of a scalar atomic comes to the other threads through a barrier of its own; but not if nobody uses
+the result, which the detector cannot see. It supposes that of all relaxed ones, as of the running totals.
 
 Not looked for: races among the threads of one program.
 """
@@ -137,7 +138,7 @@ class RaceDetector:
                 np.maximum(word.published, first, out=word.published)
             word.times[program] = self.time[program]
         self.time[program] += 1
-        if access.is_scalar:
+        if access.is_scalar and access.order != "relaxed":
             self.barrier(program)
         else:
             self._update(program)

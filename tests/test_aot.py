@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,10 +15,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from aot import ARCHS, ELEMENTS, MERGES, RECORD
-from assembly import access, arithmetic, attributed, unguarded_releases
-
-VARIANTS = ["draw", "draw from memory", "count", *MERGES]
+from aot import ARCHS, ELEMENTS, MATCHES, MERGES, RECORD, VARIANTS
+from assembly import access, arithmetic, attributed, copy_to_shared, matrix_product, unguarded_releases
 
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -75,6 +74,21 @@ def test_dense_filters_move_16_bytes_at_a_time(report, arch, variant):
 
 
 @every_arch
+@pytest.mark.parametrize("variant", MATCHES)
+def test_tiles_are_multiplied_by_tensor_cores_from_16_byte_copies(report, arch, variant):
+    dtypes, strided, _ = MATCHES[variant]
+    kernel = report["compiled"][arch][variant]
+    instructions = kernel["matrix_products"]
+    words = {"float32": r"tf32|f32_32x32x2_f32", "bfloat16": r"bf16|kind::f16", "float16": r"\.f16|kind::f16|x8_?f16"}
+    for dtype in dtypes:
+        count = sum(n for name, n in instructions.items() if re.search(words[dtype], name))
+        # Three TF32 products for one of float32; AMD's matrix units multiply float32 itself.
+        assert count >= (3 if dtype == "float32" and not arch.startswith("gfx") else 1), instructions
+    if not arch.startswith("gfx"):  # there 512 threads have only 8 bytes each of a 16-bit tile
+        assert set(kernel["copies"]) == {"16"} | ({"4"} if strided else set())
+
+
+@every_arch
 @every_merge
 def test_dots_are_fused_and_blends_are_not(report, arch, variant):
     dtypes, _ = MERGES[variant]
@@ -107,7 +121,7 @@ def test_seed_and_step_are_passed_as_64_bits(report, arch, variant):
     assert (bits["seed"], bits["step"], bits["coin_threshold"], bits["rows"]) == (64, 64, 32, 32)
 
 
-@pytest.mark.parametrize("kernel", ["_draw_kernel", "_count_kernel", "_merge_kernel"])
+@pytest.mark.parametrize("kernel", ["_draw_kernel", "_list_kernel", "_match_kernel", "_count_kernel", "_merge_kernel"])
 def test_all_launches_of_a_plan_mean_the_same_kernel(report, kernel):
     assert len(report["specialisations"][kernel]) == 1, "\n".join(report["specialisations"][kernel])
 
@@ -157,6 +171,22 @@ def test_accesses_are_recognised(line, expected):
 )
 def test_arithmetic_is_recognised(line, expected):
     assert arithmetic(line) == expected
+
+
+WGMMA = "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32"
+
+
+@pytest.mark.parametrize(
+    ("line", "size", "product"),
+    [
+        ("	cp.async.cg.shared.global [ %r126 + 0 ], [ %rd37 + 0 ], 0x10, %r127;", 16, None),
+        ("	cp.async.wait_group 	0;", None, None),
+        ("	wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 {%r1}, 0;", None, WGMMA),
+        ("	v_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5], a[0:15]", None, "v_mfma_f32_32x32x8_bf16"),
+    ],
+)  # fmt: skip
+def test_copies_and_matrix_products_are_recognised(line, size, product):
+    assert (copy_to_shared(line), matrix_product(line)) == (size, product)
 
 
 RELEASE = "\tatom.global.gpu.acq_rel.add.u32 %r188, [ %rd65 + 0 ], %r187;"

@@ -36,8 +36,10 @@ def test_a_dry_run_between_forward_and_backward_is_harmless(device):
     conv = nn.Conv2d(3, 6, 3).to(device)
     x = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
     loss = conv(x).square().sum()
+    before = conv.weight.detach().clone()
     stats = inmerge_fast.merge_(conv, dry_run=True, **MERGE_ALL)
     assert (stats.passed, stats.merged) == (6, 0)
+    assert_same_bits(conv.weight, before)
     loss.backward()
 
 

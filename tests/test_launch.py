@@ -54,7 +54,7 @@ def test_arguments_arrive_whole(on_stub):
     assert on_stub["rows"]
     assert on_stub["capacity"]
     assert on_stub["alpha_beta_threshold"] == [float(np.float32(x)) for x in (0.8, 1.0 - 0.8, 0.25)]
-    assert on_stub["memory_write_programs"]
+    assert on_stub["write_programs"]
 
 
 def test_a_known_next_call_is_drawn_ahead_and_need_not_draw(on_stub):

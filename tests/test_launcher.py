@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from oracle import assert_is_reference, bits
+from oracle import bits
 
 from inmerge_fast import MergePlan, NoEffectWarning, draw, merge_, reference_merge
 
@@ -15,10 +15,10 @@ from test_kernel_details import CALL, _CountingKernel  # noqa: E402
 from test_kernels import ALPHA, alike, assert_merged_and_clean, cycle, launcher_of, tensors_of  # noqa: E402
 
 from inmerge_fast import handle, launch  # noqa: E402
-from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor  # noqa: E402
+from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor, _largest_similarity  # noqa: E402
 from inmerge_fast.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
-from inmerge_fast.launch import Launcher  # noqa: E402
+from inmerge_fast.launch import RESULT_SLOTS, Launcher  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 
@@ -31,13 +31,17 @@ def _interpreter():
 # ------------------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("launches_before", [0, 1, 2])
-def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, launches_before):
+CUT_SHORT = [("random", launches) for launches in range(3)] + [("nearest", launches) for launches in range(5)]
+
+
+@pytest.mark.parametrize(("partner", "launches_before"), CUT_SHORT)
+def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, partner, launches_before):
     """Ctrl-C while the merge kernel compiles comes between the count and the merge: rows counted, and never merged."""
     monkeypatch.setenv("INMERGE_INTERPRET", "1")
-    weight = alike(9, 20)
+    call = {"prob": 1.0, "threshold": -1.0, "alpha": 0.75, "seed": 1, "partner": partner}
+    weight, twin = alike(9, 20), alike(9, 20)
     plan = MergePlan(weight)
-    merge_(plan, prob=1.0, threshold=-1.0, seed=1, step=0)
+    merge_(plan, step=0, **call)
     original, launched = Handle.launch, []
 
     def interrupted(self, *arguments):
@@ -49,17 +53,36 @@ def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, l
     with monkeypatch.context() as patch:
         patch.setattr(Handle, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            merge_(plan, prob=1.0, threshold=-1.0, seed=1, step=1)
-    before = weight.clone()
+            merge_(plan, step=1, **call)
     launcher = plan.launcher([weight])
-    with bounds(*tensors_of(launcher, [weight]).values()):
+    everything = [
+        *tensors_of(launcher, [weight]).values(),
+        *(launcher.matcher.tensors() if partner != "random" else []),
+    ]
+    with bounds(*everything):
         for step in (2, 3):
-            assert merge_(plan, prob=1.0, threshold=-1.0, alpha=0.75, seed=1, step=step).merged == 9
-            assert_is_reference(
-                before, weight, prob=1.0, threshold=-1.0, alpha=0.75, seed=1, step=step, layer=0
-            )  # fmt: skip
-            before = weight.clone()
+            assert merge_(plan, step=step, **call).merged == 9
+    for step in (0, 2, 3):
+        merge_(twin, step=step, **call)
+    assert torch.equal(weight, twin)
     assert not launcher.state.any()
+
+
+def test_drawing_ahead_takes_a_slot_and_its_statistics_are_gone():
+    weights = [alike(9, 20)]
+    launcher = launcher_of(weights)
+
+    def run(step, **ahead):
+        return launcher.run(1, step, prob=0.5, alpha=ALPHA, threshold=-1.0, dry_run=True, **ahead)
+
+    calls = [run(step, next_draw=(1, step + 1, 0.5)) for step in range(RESULT_SLOTS)]
+    with pytest.raises(RuntimeError, match="statistics of this call are gone"):
+        calls[0].fetch()
+    for step in range(1, RESULT_SLOTS):
+        coin, _ = draw(1, step, 0, 9, 0.5)
+        assert calls[step].fetch().counts.tolist() == [coin.sum()]
+    assert run(RESULT_SLOTS).fetch().counts.tolist() == [draw(1, RESULT_SLOTS, 0, 9, 0.5)[0].sum()]
+    calls[2].fetch()
 
 
 # ------------------------------------------------------------------------------------------------------------ captures
@@ -182,12 +205,13 @@ def on_streams(monkeypatch):
     launcher = launcher_of(weights)
     launcher.weights = weights  # keeps them alive
     launcher.reserve_scratch(0.3)
+    launcher.run(1, 0, prob=0.3, **CALL, dry_run=True, partner="nearest")  # builds what partner rules need
     launcher.device = CUDA
-    for name, value in vars(launcher).items():
-        if isinstance(value, torch.Tensor):
-            recorded = value.as_subclass(_Recorded)
-            recorded.streams = []
-            setattr(launcher, name, recorded)
+    for holder in (vars(launcher), vars(launcher.matcher), launcher.matcher._work):
+        for name, value in holder.items():
+            if isinstance(value, torch.Tensor):
+                holder[name] = value.as_subclass(_Recorded)
+                holder[name].streams = []
     current = []
 
     def switch(stream, capturing=False):
@@ -208,6 +232,7 @@ def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(o
     assert second.waited_for == [0], "once: on the same stream calls follow each other anyway"
     assert captured.waited_for == [], "a captured stream may not wait for another"
     assert first.waited_for == [9]
+    assert all(tensor.streams == [0, 7, 9, 0] for tensor in launcher.matcher.tensors())
     for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
         assert getattr(launcher, name).streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
 
@@ -249,6 +274,17 @@ def test_scratch_is_at_most_15_percent_for_small_layers_too(shape, dtype):
     launcher.reserve_scratch(0.3)
     assert launcher.scratch.numel() <= max(0.15 * launcher.bytes, 16)  # one unit: there is no smaller one
     assert launcher.scratch.numel() >= 0.12 * launcher.bytes - 1
+
+
+def test_a_schedule_of_prob_allocates_scratch_a_few_times_at_most():
+    launcher, seen = launcher_of([torch.empty(512, 1152)]), []
+    for prob in np.linspace(0, 1, 1001):
+        launcher.reserve_scratch(float(prob))
+        seen.append(launcher.scratch)
+    assert all(scratch is seen[0] for scratch in seen[:301]), "up to 0.3 once"
+    assert len({id(scratch) for scratch in seen}) <= 8
+    launcher.reserve_scratch(0.3)
+    assert launcher.scratch is seen[-1]
 
 
 @pytest.mark.parametrize(("limit", "value"), [("MAX_BYTES", 719), ("MAX_ELEMENTS", 19)])
@@ -303,6 +339,13 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say():
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
     assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active
     assert counting.atomics == active + launcher._row_blocks
+
+
+def test_the_largest_similarity_of_all_may_be_negative():
+    weights = [torch.tensor([[1.0, 0.0], [-0.6, 0.8]]), torch.tensor([[1.0, 0.0], [-0.28, 0.96]])]
+    launcher = launcher_of(weights)
+    launcher.run(1, 0, prob=1.0, alpha=ALPHA, threshold=0.5, dry_run=False)
+    assert _largest_similarity(launcher.totals) == pytest.approx(-0.28)
 
 
 def test_more_than_1024_filters_and_the_largest_words():
