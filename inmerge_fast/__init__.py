@@ -8,6 +8,7 @@ on, ``MergeStats`` what a call did and ``similarity`` how alike the filters are;
 from .draw import draw
 from .guard import CollapseGuard, CollapseWarning
 from .merge import merge_
+from .merge_plot import plot_merges
 from .monitor import DictLogger, TensorBoardLogger
 from .plan import MergePlan
 from .reference import ReferenceResult, reference_merge, reference_partners
@@ -36,6 +37,7 @@ __all__ = [
     "draw",
     "linear",
     "merge_",
+    "plot_merges",
     "reference_merge",
     "reference_partners",
     "similarity",

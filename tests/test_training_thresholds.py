@@ -229,3 +229,22 @@ def test_effective_rank_on_demand():
     assert ranks["3"] == pytest.approx(1.0, abs=1e-3)
     assert 4 < ranks["0"] <= 6
     assert ranks == {s.name: s.effective_rank for s in inmerge_fast.similarity(model).layers}
+
+
+def test_a_plot_shows_every_layer_and_step(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = DictLogger()
+    merger = InMerge(net(), prob=1.0, threshold=-1.0, skip_first=0, loggers=[log], observe_every=1, every=4, guard=None)
+    with pytest.raises(ValueError, match="nothing has been observed yet"):
+        inmerge_fast.plot_merges(log.rows)
+    for _ in range(9):
+        merger.step()
+    merger.flush()
+    figure = inmerge_fast.plot_merges(log.rows, str(tmp_path / "merges.png"))
+    assert (tmp_path / "merges.png").stat().st_size > 5000
+    above, below, _ = figure.axes
+    assert above.lines[0].get_ydata().tolist() == [row["merged"] for row in log.rows]
+    assert above.lines[0].get_xdata().tolist() == [0, 4, 8]
+    assert [label.get_text() for label in below.get_yticklabels()] == ["0", "3", "5"]
+    assert below.collections[0].get_array().tolist() == [[100.0] * 3] * 3
+    assert inmerge_fast.plot_merges(log.rows[:1]).axes
