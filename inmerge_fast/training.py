@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
-from torch.nn.modules.conv import _ConvNd
 from torch.optim.swa_utils import AveragedModel
 
-from .candidates import unwrap_compiled
+from .candidates import is_mergeable_module, unwrap_compiled
 from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded, several_ranks
 from .draw import MAX_STEP, check_word
 from .filters import check_outside_transforms
@@ -230,12 +229,12 @@ class InMerge:
     # ---------------------------------------------------------------------------------------------- plan and settings
 
     def _new_plan(self) -> MergePlan:
-        arguments = dict(self._selection)
-        if not isinstance(self._model, nn.Module) or isinstance(self._model, (nn.Linear, _ConvNd)):
-            arguments = {}
-        if isinstance(self._model, nn.Module) and is_sharded(self._model):
-            return ShardedPlan(self._model, **arguments)
-        return MergePlan(self._model, **arguments)
+        is_model = isinstance(self._model, nn.Module) and not is_mergeable_module(self._model)
+        if is_model and is_sharded(self._model):  # type: ignore[arg-type]
+            return ShardedPlan(self._model, **self._selection)  # type: ignore[arg-type]
+        # Layers and weights that were given one by one are meant, frozen or not.
+        selection = self._selection if is_model else self._selection | {"include_frozen": True}
+        return MergePlan(self._model, **selection)
 
     def _current_weights(self) -> list[torch.Tensor]:
         weights = self.plan.current_weights()

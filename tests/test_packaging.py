@@ -311,7 +311,8 @@ def test_import_is_light(bare_python, checkout, tmp_path):
 import sys
 import inmerge_fast
 import torch
-heavy = ["triton", "torch._dynamo", "torch._inductor", "inmerge_fast.kernels"]
+heavy = ["triton", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "inmerge_fast.kernels"]
+heavy += ["matplotlib", "lightning", "transformers", "tensorboard"]
 print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())
 """
     assert run(bare_python, "-c", code, cwd=tmp_path, PYTHONPATH=checkout) == "[] False\n"

@@ -279,6 +279,20 @@ def test_layers_can_be_left_out_by_name():
         InMerge(net(), skip_first="layer1.*")
 
 
+def test_layers_given_one_by_one_are_all_meant():
+    model = net()
+    model[3].weight.requires_grad_(False)
+    merger = InMerge([model[0], model[3]], prob=1.0, threshold=-1.0)
+    first = merger.plan
+    assert merger.step().merged == merger.step().merged == 14
+    assert merger.plan is first
+    model[3].eval()
+    assert merger.step() is None
+    assert InMerge(model[5], prob=1.0, threshold=-1.0).step().merged == 12
+    with pytest.raises(ValueError, match="choose among the layers of a model"):
+        InMerge([model[0]], exclude="0")
+
+
 def test_master_weights_of_a_half_precision_model():
     """The optimizer steps float32 copies; those are merged, and the model gets them rounded."""
     model = net().to(torch.bfloat16)

@@ -188,7 +188,11 @@ def _other_shardings_raise(mesh):
     assert merger.step() is not None
     frozen = sharded(net(), mesh)
     frozen[1].weight.requires_grad_(False)
-    assert InMerge(frozen, skip_first=0).plan.names == ["0", "2", "3"]
+    optimizer = torch.optim.SGD(frozen.parameters(), lr=0.1)
+    merger = InMerge(frozen, skip_first=0).attach(optimizer)
+    assert merger.plan.names == ["0", "2", "3"]
+    optimizer.step()
+    assert merger.step_count == 1
 
 
 @pytest.mark.parametrize("world", [2, 3])
