@@ -26,11 +26,10 @@ def draw_all(found: Sequence[Results], folder: Path) -> Iterator[Path]:
     """Draw all plots of all devices; yields their paths."""
     from benchmarks.report import slug
 
+    plots = {"merge": {"ratios": draw_ratios, "floor": draw_floor}, "scaling": {"scaling": draw_scaling}}
     with mpl.rc_context(STYLE):
         for results in found:
-            if results.bench != "merge":
-                continue
-            for name, draw in (("ratios", draw_ratios), ("floor", draw_floor)):
+            for name, draw in plots.get(results.bench, {}).items():
                 path = folder / f"{slug(results.device)}-{name}.svg"
                 figure = draw(results)
                 figure.savefig(path, metadata={"Date": None})
@@ -87,6 +86,36 @@ def draw_floor(results: Results) -> Figure:
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.set_major_formatter("{x:,.7g}")
         ticks.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def draw_scaling(results: Results) -> Figure:
+    """One panel for each series: time of ``merge_`` and of eager sampled, and the floor, as the work grows."""
+    column, what = ("device_us", "device time") if results.on_gpu else ("wall_us", "wall time")
+    labels = {
+        "filters": "filters, 1152 elements each",
+        "elements": "elements per filter, 512 filters",
+        "layers": "layers of 128 filters, 1152 elements each",
+        "prob": "p, 512 filters, 4608 elements each",
+    }
+    figure = Figure(figsize=(10, 6.8), layout="constrained")
+    for axis, (series, label) in zip(figure.subplots(2, 2).flat, labels.items(), strict=True):
+        for provider in ("eager sampled", "merge_"):
+            for regime, style in zip(REGIMES, ("o-", "o--"), strict=True):
+                rows = [r for r in results.pick(series=series, provider=provider, regime=regime) if column in r]
+                axis.plot([r["value"] for r in rows], [r[column] for r in rows], style, color=COLOURS[provider],
+                          label=f"{provider}, {regime}", markersize=3)  # fmt: skip
+        for regime, style in zip(REGIMES, ("-", "--"), strict=True):
+            rows = results.pick(series=series, provider="merge_", regime=regime)
+            axis.plot([r["value"] for r in rows], [r["floor_us"] for r in rows], style, color="black",
+                      label=f"floor, {regime}", linewidth=1)  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{what}, µs")
+        axis.grid(alpha=0.25)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:,.7g}")
+            ticks.set_minor_formatter(NullFormatter())
+    figure.suptitle(f"{what.capitalize()} as the work grows (float32); {results.device}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", fontsize=9)
     return figure
 
 

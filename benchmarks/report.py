@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets import Target, host_targets, merge_targets, training_targets
+from benchmarks.targets import Target, host_targets, merge_targets, scaling_targets, training_targets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -190,12 +190,15 @@ def render(found: Sequence[Results]) -> str:
                     " Measured without a GPU over a CUDA driver that does nothing; a real one adds 2 to 3 µs a launch."
                 )
             parts += [caption, make(here[bench]), machine(here[bench])]
-        for name, title in (("ratios", "time of every provider over that of `merge_`"),
-                            ("floor", "time against the bytes that must move, with the floor")):  # fmt: skip
+        for bench, name, title in (
+            ("merge", "ratios", "time of every provider over that of `merge_`"),
+            ("merge", "floor", "time against the bytes that must move, with the floor"),
+            ("scaling", "scaling", "time as the number of filters, elements, layers and p grow"),
+        ):
             path = PLOTS / f"{slug(device)}-{name}.svg"
-            if "merge" in here:
+            if bench in here:
                 parts.append(f"![{device}: {title}]({path.relative_to(ROOT).as_posix()})")
-    targets = [*merge_targets(found), *host_targets(found), *training_targets(found)]
+    targets = [*merge_targets(found), *host_targets(found), *training_targets(found), *scaling_targets(found)]
     parts += ["### Targets", "The best committed figures against what this project aims at.", target_table(targets)]
     return "\n\n".join(parts)
 

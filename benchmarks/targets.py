@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,3 +121,18 @@ def training_targets(found: Sequence[Results]) -> list[Target]:
     return [
         Target("share of a ResNet-50 training step (batch 64, AMP, channels_last), device", 0.3, _worst(shares), " %")
     ]
+
+
+def scaling_targets(found: Sequence[Results]) -> list[Target]:
+    """Whether device time grows no faster than the bytes: the exponent between the two largest points of a series."""
+    exponents = []
+    for results in _of(found, "scaling", on_gpu=True):
+        for series in ("filters", "elements", "layers"):
+            rows = results.pick(series=series, provider="merge_", regime="all pass")
+            before, last = sorted(rows, key=lambda row: row["floor_bytes"])[-2:]
+            exponents.append(
+                math.log(last["device_us"] / before["device_us"])
+                / math.log(last["floor_bytes"] / before["floor_bytes"])
+            )
+    what = "growth of GPU device time with the bytes: exponent at the large end of a series"
+    return [Target(what, 1.1, _worst(exponents))]

@@ -51,7 +51,7 @@ class MergeLayer:
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         # Weak, because a cached plan must not keep its target alive, not even through a hook that refers back to it.
         self._holder = weakref.ref(candidate.holder)
-        self._reference = weakref.ref(weight)
+        self._id = id(weight)  # a weak reference would keep torch.utils.swap_tensors from converting the module
         self._pointer, self._stride = weight.data_ptr(), weight.stride()
 
     @property
@@ -65,7 +65,7 @@ class MergeLayer:
         weight = self.weight
         return (
             weight is not None
-            and weight is self._reference()  # first: a tensor put in its place may have no address to ask for
+            and id(weight) == self._id  # first: a tensor put in its place may have no address to ask for
             and weight.data_ptr() == self._pointer
             and weight.dtype is self.dtype
             and weight.shape == self.shape

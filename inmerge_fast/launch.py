@@ -322,7 +322,10 @@ class Launcher:
         if key not in self._merges:
             target = "hip" if torch.version.hip else "cuda"
             constants = self._constants | overrides
-            self._merges[key] = Handle(_merge_kernel, constants, merge_options(constants, target))
+            options = merge_options(constants, target)
+            if "num_warps" in overrides:
+                options["num_warps"] = constants.pop("num_warps")
+            self._merges[key] = Handle(_merge_kernel, constants, options)
         return self._merges[key]
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:

@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ class Structure:
         with_weight = [holder for holder in holders if "weight" in holder._parameters]
         self._holders = [self._watch(holder) for holder in with_weight]
         self._others = [self._watch(holder) for holder in holders if "weight" not in holder._parameters]
-        weights = [holder._parameters["weight"] for holder in with_weight]
-        self._weights = [_nothing if weight is None else weakref.ref(weight) for weight in weights]
+        # No weak references to Parameters: torch.utils.swap_tensors refuses what has one. Nor are they needed: a plan
+        # looks at nothing of a weight but its memory, which is compared anyway, and at which layers share one.
+        self._weights = [id(holder._parameters["weight"]) for holder in with_weight]
         self._tensors = [self._watch(tensor) for tensor in tensors]
 
     def _watch(self, value: Any) -> weakref.ref[Any]:
@@ -59,15 +59,10 @@ class Structure:
             gained = any("weight" in holder()._parameters for holder in self._others)  # type: ignore[union-attr]
         except (AttributeError, KeyError):  # an object died just now, or a layer has lost its weight
             return None
-        same_weights = all(map(is_, weights, [weight() for weight in self._weights]))
-        if gained or children != self._children or not same_weights:
+        if gained or children != self._children or list(map(id, weights)) != self._weights:
             return None
         weights += [tensor() for tensor in self._tensors]
         return None if self._died else weights
-
-
-def _nothing() -> None:
-    return None
 
 
 # Of a dict with str keys, the collector's referents are its values in order: 9 us less than asking each dict for them.

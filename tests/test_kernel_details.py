@@ -310,6 +310,9 @@ def test_a_kernel_with_other_constants_is_another_kernel():
     assert launcher._merge_handle({"BLOCK": 8}) is not usual
     assert launcher._merge_handle({"BLOCK": 8})._constants["BLOCK"] == 8
     assert launcher._merge_handle({}) is usual
+    tuned = launcher._merge_handle({"num_warps": 8})
+    assert tuned._options == usual._options | {"num_warps": 8}
+    assert tuned._constants == usual._constants
 
 
 class _CountingKernel(triton.JITFunction):

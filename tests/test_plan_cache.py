@@ -124,6 +124,23 @@ def test_a_changed_target_is_noticed(device, change):
         )
 
 
+def test_conversions_that_swap_tensors_are_not_kept_from_it(device):
+    """``torch.utils.swap_tensors`` refuses tensors that somebody refers to weakly."""
+    model = mixed_net().to(device)
+    inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    plan = MergePlan(model, skip_first=0)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.half()
+        assert not plan.is_current()
+        inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    stats = inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    assert stats.merged == sum(layer.filters for layer in stats.layers)
+
+
 def test_training_does_not_outdate_a_plan():
     model = mixed_net()
     plan = MergePlan(model)
