@@ -53,7 +53,7 @@ class Results:
                 copied = [tensor.clone() for tensor in on_device]
                 return lambda: self._pairs(*copied)
             with torch.inference_mode(False):
-                on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in on_device]
+                on_host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in on_device]
             for host, device in zip(on_host, on_device, strict=True):
                 host.copy_(device, non_blocking=True)
             arrived = torch.cuda.Event()

@@ -34,6 +34,7 @@ from packaging.requirements import Requirement
 import inmerge_fast
 
 ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = {"demo", "plots", "tensorboard", "lightning", "huggingface", "test"}
 FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
 MODES = ["regular", "default", "strict", "compat"]  # the last three are setuptools' editable modes
 
@@ -195,7 +196,7 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == inmerge_fast.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
 
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
 
