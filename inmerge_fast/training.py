@@ -171,6 +171,7 @@ class InMerge:
             raise RuntimeError("this InMerge is attached to an optimizer and steps with it; detach() it first")
         return self._advance()
 
+    @_disable_dynamo  # again, for an optimizer step inside a compiled function
     def _advance(self) -> MergeStats | None:
         check_outside_transforms()
         if not self._is_training():

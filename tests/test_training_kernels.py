@@ -79,8 +79,9 @@ def test_prepared_steps_are_the_same_steps(partner, monkeypatch):
     for _ in range(9):
         merger.prepare()
         launcher.calls -= 1  # a replay leaves its statistics where the captured call did
-        launcher.run_from_memory(partner=partner)
-        plain.step()
+        replayed = launcher.run_from_memory(partner=partner)
+        stats = plain.step()
+        assert replayed.fetch().counts.sum() == (stats.sampled if stats else 0)
     assert merger.step_count == plain.step_count == 9
     assert_same_weights(model, twin)
     merger.flush()
