@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets import Target, host_targets, merge_targets, scaling_targets, training_targets
+from benchmarks.targets import Target, host_targets, match_targets, merge_targets, scaling_targets, training_targets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -164,6 +164,21 @@ def target_table(targets: Iterable[Target]) -> str:
     return table(["target", "bound", "measured", ""], lines)
 
 
+def match_table(results: Results) -> str:
+    """Time of every provider for every network, for every filter and for the sampled ones."""
+    providers = list(dict.fromkeys(row["provider"] for row in results.rows))
+    header = ["network", "dtype", "prob", *(f"`{p}`" if p in ("match", "merge_") else p for p in providers),
+              "floor by flops", "by bytes"]  # fmt: skip
+    column = "device_us" if results.on_gpu else "wall_us"
+    lines = []
+    for net, dtype, prob in dict.fromkeys((row["net"], row["dtype"], row["prob"]) for row in results.rows):
+        rows = {row["provider"]: row for row in results.pick(net=net, dtype=dtype, prob=prob)}
+        times = [microseconds(rows[name][column]) if name in rows else "-" for name in providers]
+        floors = [microseconds(rows["match"][f"floor_{kind}_us"]) for kind in ("flops", "bytes")]
+        lines.append([net, dtype, f"{prob:g}", *times, *floors])
+    return table(header, lines)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "merge": (
         "Wall time of one merge of the layers after the tenth convolution, from call to done, cold cache, α = 0.8, "
@@ -172,6 +187,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
         merge_table,
     ),
     "training": ("What merging adds to a whole training step where every sampled pair merges.", training_table),
+    "match": (
+        'Finding the nearest partner of every sampled filter (`match`), and `merge_(partner="nearest")` as a whole, '
+        "against normalising, multiplying and taking the argmax of all filters layer by layer (eager, and compiled), "
+        "and the matrix products alone (gemm); device time on a GPU, wall time on a CPU.",
+        match_table,
+    ),
     "host": ("Time until a call returns, its target checked and everything queued, with a cached plan.", host_table),
 }
 
@@ -197,8 +218,9 @@ def render(found: Sequence[Results]) -> str:
         ):
             path = PLOTS / f"{slug(device)}-{name}.svg"
             if bench in here:
-                parts.append(f"![{device}: {title}]({path.relative_to(ROOT).as_posix()})")
-    targets = [*merge_targets(found), *host_targets(found), *training_targets(found), *scaling_targets(found)]
+                parts.append(f"![{device}: {title}]({path.relative_to(RESULTS.parents[1]).as_posix()})")
+    targets = [*merge_targets(found), *match_targets(found), *host_targets(found), *training_targets(found),
+               *scaling_targets(found)]  # fmt: skip
     parts += ["### Targets", "The best committed figures against what this project aims at.", target_table(targets)]
     return "\n\n".join(parts)
 

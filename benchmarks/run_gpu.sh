@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 8 minutes at most.
+# All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 9 minutes at most.
 # usage: bash benchmarks/run_gpu.sh [folder for the results]   (default: $OUT, or ./gpu-results)
 # Leaves environment.txt, tests.txt, benchmarks.txt and results/<device>/*.json there: at most 8 files, 2 folders deep.
 # Exits with 1 if a test or a benchmark failed or reached its limit; the others run all the same. Copy the folder
@@ -58,13 +58,14 @@ tests 100 -q $parallel $ignored tests
 bench 15 bench_host --samples 100
 bench 105 bench_merge --repeats 40 --seconds 0.5 --compile-nets VGG19
 bench 45 bench_training
+bench 45 bench_match --repeats 40 --seconds 0.5 --compile-nets VGG19
 bench 25 bench_scaling --repeats 20 --seconds 0.2
 
 echo "== Nsight Compute" | tee -a "$out/benchmarks.txt"
 if command -v ncu >/dev/null; then
     metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
-    timeout --kill-after=5 25 ncu --metrics "$metrics" --kernel-name 'regex:_(draw|count|merge)_kernel' \
+    timeout --kill-after=5 25 ncu --metrics "$metrics" --kernel-name 'regex:_(draw|list|match|count|merge)_kernel' \
         "$python" -m benchmarks.once --calls 3 2>&1 | tee -a "$out/benchmarks.txt" ||
         echo "ncu failed" | tee -a "$out/benchmarks.txt"
 else

@@ -97,6 +97,27 @@ def merge_targets(found: Sequence[Results]) -> list[Target]:
     ]  # fmt: skip
 
 
+def match_targets(found: Sequence[Results]) -> list[Target]:
+    """Targets of ``bench_match``, whose search is of all pairs where prob is 1."""
+    files = _of(found, "match", on_gpu=True)
+    every: dict[str, object] = {"dtype": "float32", "prob": 1.0}
+
+    def ratios(over: str, under: str, column: str, **wanted: object) -> Iterator[float]:
+        for results in files:
+            for row in results.pick(provider=over, **every, **wanted):
+                for other in results.pick(provider=under, **every, net=row["net"]):
+                    yield row[column] / other[column]
+
+    times = (row["device_us"] for results in files for row in results.pick(provider="match", net="ResNet-50", **every))
+    return [
+        Target("GPU device time, nearest partner of every filter: VGG19, over its TF32 matrix products", 1.5,
+               _worst(ratios("match", "gemm", "device_us", net="VGG19")), "x"),
+        Target("the same, ResNet-50", 200, _worst(times), " µs"),
+        Target("the same in wall time, all networks: `eager` over `match`", 5,
+               _worst(ratios("eager", "match", "wall_us"), at_most=False), "x", at_most=False),
+    ]  # fmt: skip
+
+
 def host_targets(found: Sequence[Results]) -> list[Target]:
     """Targets of ``bench_host``. Over a stub driver the driver's own 2 to 3 us a launch are missing."""
     measured = _of(found, "host", on_gpu=True) or _of(found, "host", on_gpu=False)

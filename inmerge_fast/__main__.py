@@ -1,13 +1,15 @@
-"""``python -m inmerge_fast``: the demo."""
+"""``python -m inmerge_fast``: the demo, and ``python -m inmerge_fast inspect``: a look at a saved model."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 
 from .demo import PAPER, Options, load_data, run
+from .inspection import main as inspect_model
 
 
 def _within(kind: Callable[[str], float], low: float, high: float, what: str) -> Callable[[str], float]:
@@ -39,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m inmerge_fast",
         description="Train a small CNN on real images without in-model merging, with the paper's setting, and with a "
         "threshold read off the network's own similarities, and show what merging does and what it costs.",
+        epilog="python -m inmerge_fast inspect FILE looks at the filters of a saved model.",
     )
     parser.add_argument("--data", metavar="FILE.npz", help="a file in MedMNIST format: images or volumes, with one or "
                         "several labels each (default: scikit-learn's digits)")  # fmt: skip
@@ -60,17 +63,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=_within(int, 0, 2**63 - 1, "an integer in [0, 2**63)"), default=0, metavar="N",
                         help="seed of weights, data order and merging (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--save", metavar="FILE", help="save the state dict of arm c's network when it is trained")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="torch device (default: %(default)s)")  # fmt: skip
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the demo.
+    """Run the demo, or ``inspect``.
 
     Args:
         arguments: command line without the program's name; ``sys.argv`` if None.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "inspect":
+        inspect_model(arguments[1:])
+        return
     parser = _parser()
     options = Options(**vars(parser.parse_args(arguments)))
     try:

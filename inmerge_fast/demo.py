@@ -7,6 +7,7 @@ import dataclasses
 import platform
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -47,6 +48,7 @@ class Options:
     device: str = "cpu"
     batch_size: int = 32
     quick: bool = False
+    save: str | None = None
 
     def epoch_counts(self) -> tuple[int, int]:
         """Backbone epochs, and epochs of each arm.
@@ -69,6 +71,8 @@ def load_data(options: Options) -> ImageSet:
         SystemExit: a package of the extra ``demo`` is missing.
     """
     require("tqdm", "tqdm")  # before the minutes of work that would be lost
+    if options.save is not None and not Path(options.save).absolute().parent.is_dir():
+        raise ValueError(f"--save: there is no folder {Path(options.save).absolute().parent}")
     if options.data is None:
         return load_digits()
     limits = (900, 500) if options.quick else (2000, 2000)
@@ -109,6 +113,11 @@ def run(options: Options, data: ImageSet) -> None:
         history = train(net, data, after, arm.setting, f"arm {arm.key}")
         outcomes.append(Outcome(arm, net, history, measure_similarities(net, options.seed)))
     report(outcomes, data)
+    if options.save is not None:
+        torch.save(outcomes[-1].net.state_dict(), options.save)
+        print(
+            f"\nThe network of arm c is in {options.save}; to look at it: python -m inmerge_fast inspect {options.save}"
+        )
 
 
 def _print_setup(options: Options, data: ImageSet, net: nn.Module, before: Schedule, after: Schedule) -> None:

@@ -286,6 +286,20 @@ class Launcher:
                 **overrides,
             )  # fmt: skip
 
+    def find_partners(self, seed: int, step: int, *, prob: float, partner: str, threshold: float) -> None:
+        """Draw and match without merging, which leaves the best pairs in device memory; for benchmarks and tests."""
+        with self.lock, self._on_device():
+            self.reserve_scratch(prob)
+            stream, self._drawn = self.follow_current_stream(), None
+            self._draw.launch(
+                self._row_blocks, stream, self._tables[0][0], (seed, step, coin_threshold(prob), self.rows)
+            )
+            self._match(partner, stream, 0, (seed, step), self._threshold_argument(threshold), {})
+
+    def found_partners(self) -> torch.Tensor:
+        """What :meth:`find_partners` found: int64 ``(rows,)``, row numbers; only sampled rows with a partner count."""
+        return (self.matcher.best & tables.FURTHEST_ROW.value) ^ tables.FURTHEST_ROW.value
+
     def merge_drawn(
         self,
         slot: int,

@@ -14,7 +14,7 @@ from .handle import Arguments, Handle, check_not_capturing
 from .kernels.match import _list_kernel, _match_kernel
 
 LIST_BLOCK = 1024  # filters that the list kernel looks at together
-# One tile: 64 x 64 pairs, 32 elements deep, fits the registers of 128 threads (tests/aot_registers.json).
+# One tile: 64 x 64 pairs, 32 elements deep, fits the registers of 256 threads (tests/aot_registers.json).
 TILE = {"ROWS": 64, "TILE": 64, "DEPTH": 32}
 WARPS = 8  # with 4, ranking a tile at random spills 300 bytes per thread on sm_90, and "nearest" 16 on sm_80
 TILES_OF_ELEMENTS = 4096  # short filters: a program takes several tiles, about as much work as one of 4,096 elements

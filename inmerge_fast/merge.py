@@ -63,8 +63,8 @@ def merge_(
             filters merges. Filters with NaN or Inf never merge and are never read.
         partner: which other filter of its group a filter looks at: ``"random"``, any, as published; ``"similar"``, a
             random one among those above ``threshold``; ``"nearest"``, the most similar one (the lowest index on ties).
-            The last two compare all pairs first. Two similarities closer than about 1e-6, to each other or to the
-            threshold, may be told apart differently on different devices.
+            The last two compare all pairs first. Similarities closer than 5e-6 to each other or to the threshold
+            may be told apart differently on different devices.
         skip_first: how many of a model's first candidate layers (depthwise ones included) to leave out: an int that
             many, a float in [0, 1) that share of them, but never all. 0.6 is 10 of VGG19's 16, as in the paper; 10
             reproduces the paper elsewhere.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from .filters import FilterLayout
 from .match import check_partner_rule
-from .pairs import similarity_blocks, unit_filters
+from .pairs import filters_of, similarity_blocks
 from .plan import MergePlan, Target
 from .stats import describe_skipped
 
@@ -122,10 +122,13 @@ class Similarity:
         skipped: ``(name, reason)`` of every other candidate layer.
     """
 
-    def __init__(self, plan: MergePlan, layers: Sequence[LayerSimilarity]) -> None:
+    def __init__(
+        self, plan: MergePlan, layers: Sequence[LayerSimilarity], skipped: Sequence[tuple[str, str]], kept: object
+    ) -> None:
         self.layers = tuple(layers)
-        self.skipped = plan.skipped
+        self.skipped = tuple(skipped)
         self._plan = plan
+        self._kept = kept  # the plan refers to its weights weakly, and a state dict may be all that holds them
 
     def __getitem__(self, name: str) -> LayerSimilarity:
         return self.layers[self._index(name)]
@@ -147,12 +150,14 @@ class Similarity:
         if name is None and len(self.layers) > 1:
             raise ValueError(f"name must be one of the {len(self.layers)} layers, e.g. {self.layers[0].name!r}")
         index = 0 if name is None else self._index(name)
-        units, finite = unit_filters(self._plan.weights()[index], self._plan.layers[index].layout)
-        groups, size, _ = units.shape
-        matrix = units.new_full((groups, size, groups, size), torch.nan)
+        filters = filters_of(self._plan.weights()[index], self._plan.layers[index].layout, exact=True)
+        groups, size, _ = filters.values.shape
+        matrix = filters.values.new_full((groups, size, groups, size), torch.nan)
+        everyone = torch.arange(size, device=matrix.device)
         for g in range(groups):
-            for block, rows in similarity_blocks(units[g], units[g]):
-                matrix[g, block, g] = rows.masked_fill(~(finite[g] & finite[g, block, None]), torch.nan)
+            finite = filters.finite[g]
+            for block, rows in similarity_blocks(everyone, filters.values[g], filters.inverse_norms[g]):
+                matrix[g, block, g] = rows.masked_fill(~(finite & finite[block, None]), torch.nan)
         return matrix.view(groups * size, groups * size)
 
     def threshold_for_rate(self, rate: float, partner: str = "random") -> dict[str, float]:
@@ -187,7 +192,7 @@ class Similarity:
 
 
 def similarity(
-    target: Target | MergePlan,
+    target: Target | MergePlan | Mapping[str, object],
     *,
     skip_first: float = 0,
     exclude: str | Sequence[str] = (),
@@ -198,7 +203,9 @@ def similarity(
 
     Args:
         target: a convolution, a ``Linear``, a weight tensor, an iterable of those, a model, or a
-            :class:`inmerge_fast.MergePlan`; see :func:`inmerge_fast.merge_`.
+            :class:`inmerge_fast.MergePlan`; see :func:`inmerge_fast.merge_`. Or a state dict: its floating-point
+            tensors of at least 3 dimensions (2 with ``include_linear``), each with its filters along dim 0 and in one
+            group, since a state dict does not say which are transposed or grouped.
         skip_first: see :func:`inmerge_fast.merge_`; here no layer is left out by default.
         exclude: see :func:`inmerge_fast.merge_`.
         include_linear: see :func:`inmerge_fast.merge_`.
@@ -217,35 +224,59 @@ def similarity(
         print(found)
         thresholds = found.threshold_for_rate(0.05)  # by layer: 5 % of the sampled pairs would merge
     """
+    kept = None
     if isinstance(target, MergePlan):
         if (skip_first, exclude, include_linear) != (0, (), False):
             raise ValueError("skip_first, exclude and include_linear are set where a MergePlan is built")
         plan = target
+    elif isinstance(target, Mapping):
+        kept = target = _weights_of(target, skip_first, exclude, 2 if include_linear else 3)
+        plan = MergePlan(list(target.values()))
     else:
         plan = MergePlan(target, skip_first=skip_first, exclude=exclude, include_linear=include_linear)
-    return Similarity(
-        plan,
-        [
-            summarise_layer(layer.name, weight, layer.layout, effective_rank)
-            for layer, weight in zip(plan.layers, plan.weights(), strict=True)
-        ],
-    )
+    names, skipped = [layer.name for layer in plan.layers], list(plan.skipped)
+    if isinstance(target, dict):
+        keys = list(target)
+        names = [keys[layer.layer_id] for layer in plan.layers]
+        skipped = [(keys[int(name.split(":")[0])], reason) for name, reason in plan.skipped]
+    layers = [
+        summarise_layer(name, weight, layer.layout, effective_rank)
+        for name, layer, weight in zip(names, plan.layers, plan.weights(), strict=True)
+    ]
+    return Similarity(plan, layers, skipped, kept)
+
+
+def _weights_of(
+    state: Mapping[str, object], skip_first: float, exclude: str | Sequence[str], dims: int
+) -> dict[str, torch.Tensor]:
+    if skip_first != 0 or exclude not in ((), ""):
+        raise ValueError("skip_first and exclude choose among the layers of a model; leave entries out of the dict")
+    weights = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= dims
+    }
+    if not weights:
+        raise ValueError(f"the state dict has {len(state)} entries, but no floating-point tensor of {dims} dimensions")
+    return weights
 
 
 @torch.no_grad()
 def summarise_layer(name: str, weight: torch.Tensor, layout: FilterLayout, effective_rank: bool) -> LayerSimilarity:
     """Summary of one weight, see :func:`similarity`."""
-    units, finite = unit_filters(weight, layout)
-    groups, _, elements = units.shape
-    pair_counts = torch.zeros(BINS, dtype=torch.int64, device=units.device)
+    filters = filters_of(weight, layout, exact=True)
+    values, finite = filters.values, filters.finite
+    groups, _, elements = values.shape
+    pair_counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
     nearest_counts = torch.zeros_like(pair_counts)
-    sums = units.new_zeros(3)  # pairs, similarity, its square
-    largest = units.new_full((), -torch.inf)
+    sums = values.new_zeros(3)  # pairs, similarity, its square
+    largest = values.new_full((), -torch.inf)
     for g in range(groups):
-        members = units[g, finite[g]]
+        members = finite[g].nonzero()[:, 0]
         if len(members) < 2:
             continue
-        for block, found in similarity_blocks(members, members):
+        everyone = torch.arange(len(members), device=members.device)
+        for block, found in similarity_blocks(everyone, values[g, members], filters.inverse_norms[g, members]):
             rows = torch.arange(len(found), device=found.device)
             found[rows, rows + block.start] = torch.nan
             others = found[~found.isnan()]
@@ -262,12 +293,12 @@ def summarise_layer(name: str, weight: torch.Tensor, layout: FilterLayout, effec
         groups=groups,
         elements=elements,
         finite=int(finite.sum()),
-        zero=int(((units == 0).all(2) & finite).sum()),
+        zero=int((values == 0).all(2).sum()),
         pairs=int(pairs),
         mean=mean,
         std=math.sqrt(max(square / pairs - mean * mean, 0.0)) if pairs else math.nan,
         max=float(largest) if pairs else math.nan,
-        effective_rank=_effective_rank(units) if effective_rank else math.nan,
+        effective_rank=_effective_rank(filters.units()) if effective_rank else math.nan,
         pair_counts=pair_counts.cpu().numpy(),
         nearest_counts=nearest_counts.cpu().numpy(),
     )

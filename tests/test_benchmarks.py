@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import inmerge_fast
-from benchmarks import bench_merge, bench_scaling, bench_training, providers, report, targets
+from benchmarks import bench_match, bench_merge, bench_scaling, bench_training, providers, report, targets
 from benchmarks.timing import time_interleaved, write_results
 from benchmarks.work import REGIMES, SEED, Settings, bytes_of_draw, mean_bytes
 
@@ -118,10 +118,11 @@ def test_results_are_rewritten_whole_or_not_at_all(tmp_path):
     ("bench", "columns"),
     [
         (bench_merge, {"net", "dtype", "regime", "provider", "wall_us", "floor_us", "floor_bytes", "samples"}),
+        (bench_match, {"net", "dtype", "prob", "provider", "wall_us", "floor_flops_us", "floor_bytes_us", "flops"}),
         (bench_scaling, {"series", "value", "provider", "wall_us", "floor_us"}),
         (bench_training, {"net", "step_us", "merge_host_us", "ab_us", "ab_low_us", "ab_high_us", "share_percent"}),
     ],
-    ids=["merge", "scaling", "training"],
+    ids=["merge", "match", "scaling", "training"],
 )
 def test_quick_runs_write_what_the_report_reads(bench, columns, tmp_path, capsys):
     assert bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -161,6 +162,52 @@ def test_targets_take_the_worst_figure_and_say_what_was_not_measured():
     text = report.target_table(aims.values())
     assert f"| {report.NOT_MEASURED} | open |" in text
     assert "**missed**" in text
+
+
+def test_match_targets_compare_the_search_of_all_pairs_with_its_products():
+    def row(provider, device, wall=900.0, net="VGG19", prob=1.0):
+        return {
+            "net": net,
+            "dtype": "float32",
+            "prob": prob,
+            "provider": provider,
+            "device_us": device,
+            "wall_us": wall,
+        }
+
+    assert all(target.measured is None for target in targets.match_targets([]))
+    rows = [row("gemm", 40.0), row("match", 50.0, 100.0), row("match", 1.0, prob=0.3), row("eager", 500.0),
+            row("match", 250.0, net="ResNet-50", wall=300.0), row("eager", 2000.0, net="ResNet-50")]  # fmt: skip
+    products, resnet, eager = targets.match_targets([results_of(rows, gpu=True, bench="match")])
+    assert (products.measured, products.reached) == (1.25, True)
+    assert (resnet.measured, resnet.reached) == (250.0, False)
+    assert (eager.measured, eager.reached) == (3.0, False)
+    assert not any(t.measured for t in targets.match_targets([results_of(rows, gpu=False, bench="match")]))
+
+
+@pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.interpreted)])
+def test_searches_are_checked_and_a_wrong_one_is_not_timed(interpreted, monkeypatch):
+    if interpreted:
+        pytest.importorskip("triton")
+        from interpreter import apply_fixes
+
+        apply_fixes()
+        monkeypatch.setenv("INMERGE_INTERPRET", "1")
+    plan, _weights = plan_of()
+    assert plan.path == ("triton" if interpreted else "eager")
+    searches = {"eager": bench_match.eager(plan), "match": bench_match.found_by_match(plan)}
+    bench_match.check(plan, searches)
+    with pytest.raises(AssertionError, match="match, layer .*: off by"):
+        bench_match.check(plan, {"match": lambda: [found.roll(1) for found in searches["eager"]()]})
+
+
+def test_the_floors_of_a_search_are_its_flops_and_bytes():
+    plan, _weights = plan_of()
+    floors = bench_match.floors(plan, 0.5, rate=1e6)
+    flops = 2 * (48 * 48 * 40 + 20 * 20 * 33)
+    assert floors["flops"] == flops
+    assert floors["floor_flops_us"] == pytest.approx(0.5 * flops)
+    assert floors["floor_bytes_us"] > 0
 
 
 def test_host_targets_prefer_a_gpu_and_name_the_stub():
