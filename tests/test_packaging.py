@@ -34,7 +34,7 @@ from packaging.requirements import Requirement
 import inmerge_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"demo", "plots", "tensorboard", "lightning", "huggingface", "test"}
+EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "test"}
 FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
 MODES = ["regular", "default", "strict", "compat"]  # the last three are setuptools' editable modes
 
