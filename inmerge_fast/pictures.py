@@ -153,7 +153,7 @@ def filter_pairs(name: str, filters: Sequence[torch.Tensor], matrix: torch.Tenso
     for part, (i, j, similarity) in zip(parts, chosen, strict=False):
         tiles = [_tiles(filters[k].detach().cpu().double()) for k in (i, j)]
         limit = np.nanquantile(np.abs(np.concatenate([tile.ravel() for tile in tiles])), 0.99) or 1.0
-        part.suptitle(f"similarity {similarity:.4f}", fontsize=11)
+        part.suptitle(f"similarity {round(similarity, 4) + 0.0:.4f}", fontsize=11)
         for ax, k, tile in zip(part.subplots(1, 2, squeeze=False).flat, (i, j), tiles, strict=True):
             cmap = colormaps["RdBu_r"].with_extremes(bad="0.85")
             ax.imshow(tile, cmap=cmap, vmin=-limit, vmax=limit, interpolation="nearest")

@@ -231,3 +231,16 @@ def test_layers_without_a_finite_pair_are_left_out(tmp_path):
     assert most_alike(found) == []
     assert write_pictures({}, found, [], tmp_path) == []
     assert "Tensor" in describe(found)
+
+
+def test_the_demos_own_checkpoint_can_be_inspected(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "demo.pt"
+    brief = ["--quick", "--epochs", "1", "--backbone-epochs", "1", "--device", "cpu"]
+    main([*brief, "--save", str(path)])
+    assert f"python -m inmerge_fast inspect {path}" in capsys.readouterr().out
+    main(["inspect", str(path), "--no-pictures"])
+    assert "\nconv8.weight " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*brief, "--save", str(tmp_path / "gone" / "demo.pt")])
+    assert "--save: there is no folder" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from inmerge_fast import draw, reference_merge, reference_partners
 from inmerge_fast.draw import priorities, priority_keys
 from inmerge_fast.filters import filter_layout
 from inmerge_fast.match import match_layer
+from inmerge_fast.pairs import filters_of
 
 RULES = ["nearest", "similar"]
 CALL = {"seed": 2**63 + 11, "step": 2**40 + 3, "prob": 0.6, "alpha": 0.75}
@@ -232,3 +233,19 @@ def test_choices_do_not_depend_on_matmul_settings(setting):
         torch.set_float32_matmul_precision("highest")
     for rule, a, b in zip(RULES, expected, found, strict=True):
         assert a.tolist() == b.tolist(), rule
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_float32_is_multiplied_in_float64_where_less_than_float32_is_allowed(precision):
+    """Whatever this CPU would make of the permission."""
+    weight = torch.randn(4, 3)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        allowed_less = torch.backends.mkldnn.matmul.fp32_precision in ("bf16", "tf32")
+        values = filters_of(weight, filter_layout(weight, "w"), exact=False).values
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert values.dtype == (torch.float64 if allowed_less else torch.float32)
+    assert allowed_less or precision != "medium"
+    if precision == "highest":
+        assert values.data_ptr() == weight.data_ptr()  # no copy
