@@ -8,7 +8,7 @@ package of that name on ``sys.path`` would shadow Hugging Face's ``kernels`` (te
 from setuptools import setup
 
 setup(
-    packages=["inmerge_fast", "inmerge_fast.kernels"],
+    packages=["inmerge_fast", "inmerge_fast.integrations", "inmerge_fast.kernels"],
     package_dir={"inmerge_fast.kernels": "kernels"},
     package_data={"inmerge_fast": ["py.typed"]},
 )

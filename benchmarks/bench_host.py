@@ -53,15 +53,17 @@ def time_host(call: Callable[[int], object], samples: int, between: Callable[[],
 def rows_of(
     name: str, model: nn.Module, skip_first: int, samples: int, device: torch.device
 ) -> list[dict[str, object]]:
-    """The whole call by target, the whole call by plan, and its launches alone."""
+    """The whole call by target, by plan, and as a training step that draws ahead; and its launches alone."""
     model = model.to(device)
     selection = {"skip_first": skip_first} if skip_first else {}
     plan = inmerge_fast.MergePlan(model, **selection)
     launcher = plan.launcher(plan.weights())
+    merger = inmerge_fast.InMerge(model, seed=0, guard=None, **SETTINGS, **selection)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     parts = {
         "merge_": lambda step: inmerge_fast.merge_(model, seed=0, step=step, **SETTINGS, **selection),
         "merge_ with a plan": lambda step: inmerge_fast.merge_(plan, seed=0, step=step, **SETTINGS),
+        "InMerge.step": lambda _: merger.step(),
         "launches": lambda step: launcher.run(0, step, dry_run=False, **SETTINGS),
     }
     about = {"target": name, "layers": len(plan.layers), "driver": "cuda" if device.type == "cuda" else "stub"}

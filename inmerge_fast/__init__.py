@@ -1,27 +1,43 @@
 """In-model merging (InMerge) of convolution filters as a fast in-place PyTorch operation.
 
-``merge_`` does one merging step. ``MergePlan`` shows which layers it works on, ``MergeStats`` what a call did and
-``similarity`` how alike the filters are; ``draw``, ``reference_partners`` and ``reference_merge`` define its decisions
-and its arithmetic. See the README for where to call it.
+``merge_`` does one merging step, ``InMerge`` those of a whole training run. ``MergePlan`` shows which layers they work
+on, ``MergeStats`` what a call did and ``similarity`` how alike the filters are; ``draw``, ``reference_partners`` and
+``reference_merge`` define the decisions and the arithmetic. See the README for where to call them.
 """
 
 from .draw import draw
+from .guard import CollapseGuard, CollapseWarning
 from .merge import merge_
+from .merge_plot import plot_merges
+from .monitor import DictLogger, TensorBoardLogger
 from .plan import MergePlan
 from .reference import ReferenceResult, reference_merge, reference_partners
+from .schedules import cosine, linear
 from .similarity import LayerSimilarity, Similarity, similarity
 from .stats import LayerStats, MergeStats, NoEffectWarning
+from .thresholds import NoiseThreshold, QuantileThreshold
+from .training import InMerge
 
 __all__ = [
+    "CollapseGuard",
+    "CollapseWarning",
+    "DictLogger",
+    "InMerge",
     "LayerSimilarity",
     "LayerStats",
     "MergePlan",
     "MergeStats",
     "NoEffectWarning",
+    "NoiseThreshold",
+    "QuantileThreshold",
     "ReferenceResult",
     "Similarity",
+    "TensorBoardLogger",
+    "cosine",
     "draw",
+    "linear",
     "merge_",
+    "plot_merges",
     "reference_merge",
     "reference_partners",
     "similarity",

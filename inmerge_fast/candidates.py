@@ -28,6 +28,11 @@ class Candidate:
     layer_id: int
     holder: nn.Module | torch.Tensor
 
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """The weight as it is now; None if the module computes it or has none."""
+        return self.holder._parameters.get("weight") if isinstance(self.holder, nn.Module) else self.holder
+
 
 class MergeLayer:
     """One layer of a plan: where its filters are, and whether they are still there.
@@ -157,6 +162,17 @@ def split_excluded(
         else:
             kept.append(candidate)
     return kept, left_out
+
+
+def split_frozen(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Candidates of a model whose weights are trained, and those whose weights require no gradient."""
+    kept: list[Candidate] = []
+    frozen: list[Candidate] = []
+    for candidate in candidates:
+        weight = candidate.weight
+        is_frozen = isinstance(weight, torch.Tensor) and not weight.requires_grad
+        (frozen if is_frozen else kept).append(candidate)
+    return kept, frozen
 
 
 def examine(candidates: Iterable[Candidate]) -> tuple[list[MergeLayer], list[tuple[str, str]]]:

@@ -88,13 +88,16 @@ def require(module: str, package: str) -> Any:
 
 def load_digits() -> ImageSet:
     """Handwritten digits that come with scikit-learn: 1797 grey images of 8x8 pixels, 10 classes."""
+    images, labels = read_digits()
+    train, test = slice(DIGITS_TRAIN), slice(DIGITS_TRAIN, None)
+    return _image_set("scikit-learn digits", images[train], labels[train], images[test], labels[test], 10, [])
+
+
+def read_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """scikit-learn's digits ``(1797, 8, 8)``, 0 to 16, and their labels, shuffled: ``DIGITS_TRAIN`` to train with."""
     digits = require("sklearn.datasets", "scikit-learn").load_digits()
     order = np.random.default_rng(DIGITS_SEED).permutation(len(digits.target))
-    train, test = order[:DIGITS_TRAIN], order[DIGITS_TRAIN:]
-    images = digits.images.astype(np.float32)
-    return _image_set(
-        "scikit-learn digits", images[train], digits.target[train], images[test], digits.target[test], 10, []
-    )
+    return digits.images[order].astype(np.float32), digits.target[order]
 
 
 def load_npz(path: str | Path, *, max_train: int, max_test: int, seed: int) -> ImageSet:
@@ -107,6 +110,33 @@ def load_npz(path: str | Path, *, max_train: int, max_test: int, seed: int) -> I
         max_train: use a random choice of this many training images if there are more, and of a third as many volumes.
         max_test: the same for test images.
         seed: seed of that choice.
+
+    Raises:
+        ValueError: the file is missing, or is not such a file; the message names it and says why.
+    """
+    arrays, classes = read_npz(path)
+    rng, notes, chosen = np.random.default_rng(seed), [], {}
+    noun, cost = ("volumes", VOLUME_COST) if is_volumes(arrays["train_images"]) else ("images", 1)
+    for split, word, most in (("train", "training", max_train // cost), ("test", "test", max_test // cost)):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if len(images) > most:
+            kept = np.sort(rng.permutation(len(images))[:most])
+            notes.append(f"a random {most} of the {len(images)} {word} {noun} are used, to stay within two minutes")
+            images, labels = images[kept], labels[kept]
+        chosen[split] = images, labels
+    notes.append(f"the validation {noun} are not used")
+    return _image_set(Path(path).name, *chosen["train"], *chosen["test"], classes, notes)
+
+
+def read_npz(path: str | Path) -> tuple[dict[str, npt.NDArray], int]:
+    """Read and check all splits of a file in MedMNIST format.
+
+    Args:
+        path: as for :func:`load_npz`.
+
+    Returns:
+        The arrays ``{train,val,test}_{images,labels}``, with labels ``(N,)`` where there is one per image and
+        ``(N, K)`` in a multi-label set; and the number of classes or labels.
 
     Raises:
         ValueError: the file is missing, or is not such a file; the message names it and says why.
@@ -124,22 +154,11 @@ def load_npz(path: str | Path, *, max_train: int, max_test: int, seed: int) -> I
                 )
     if arrays["train_labels"].ndim == 1:
         _check_classes(path, arrays)
-        classes = int(arrays["train_labels"].max()) + 1  # the images chosen below may lack a rare one
+        classes = int(arrays["train_labels"].max()) + 1  # a choice of images may lack a rare one
     else:
         _check_multi_label(path, arrays)
         classes = arrays["train_labels"].shape[1]
-
-    rng, notes, chosen = np.random.default_rng(seed), [], {}
-    noun, cost = ("volumes", VOLUME_COST) if _is_volumes(arrays["train_images"]) else ("images", 1)
-    for split, word, most in (("train", "training", max_train // cost), ("test", "test", max_test // cost)):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if len(images) > most:
-            kept = np.sort(rng.permutation(len(images))[:most])
-            notes.append(f"a random {most} of the {len(images)} {word} {noun} are used, to stay within two minutes")
-            images, labels = images[kept], labels[kept]
-        chosen[split] = images, labels
-    notes.append(f"the validation {noun} are not used")
-    return _image_set(Path(path).name, *chosen["train"], *chosen["test"], classes, notes)
+    return arrays, classes
 
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray]:
@@ -216,7 +235,8 @@ def _check_multi_label(path: str | Path, arrays: Mapping[str, npt.NDArray]) -> N
         raise ValueError(f"{path}: train_labels are the same for every image; there is nothing to learn")
 
 
-def _is_volumes(images: npt.NDArray) -> bool:
+def is_volumes(images: npt.NDArray) -> bool:
+    """Whether the images, in MedMNIST's layout, are volumes."""
     return images.ndim == 4 and images.shape[-1] != 3
 
 
@@ -229,11 +249,11 @@ def _image_set(
     classes: int,
     notes: list[str],
 ) -> ImageSet:
-    noun, most = ("volumes", VOLUME_SIDE) if _is_volumes(train_images) else ("images", MAX_SIDE)
+    noun, most = ("volumes", VOLUME_SIDE) if is_volumes(train_images) else ("images", MAX_SIDE)
     sides = train_images.shape[1:] if noun == "volumes" else train_images.shape[1:3]
     size = tuple(min(max(side, MIN_SIDE), most) for side in sides)
     resized = "" if size == sides else f", resized to {'x'.join(map(str, size))}"
-    train_x, test_x = (_channels_first(images, size) for images in (train_images, test_images))
+    train_x, test_x = (channels_first(images, size) for images in (train_images, test_images))
     mean, spread = train_x.mean(), train_x.std().clamp(min=1e-6)
     kind = "grey" if train_x.shape[1] == 1 else "RGB"
     counts = f"{len(train_x)} training and {len(test_x)} test {noun}, {classes} "
@@ -254,11 +274,12 @@ def _image_set(
     )
 
 
-def _channels_first(images: npt.NDArray, size: tuple[int, ...]) -> torch.Tensor:
+def channels_first(images: npt.NDArray, size: tuple[int, ...]) -> torch.Tensor:
+    """Images in MedMNIST's layout as float32 ``(N, channels, *size)``, resized if they are of another size."""
     chunks = []
     for start in range(0, len(images), CHUNK):
         x = torch.from_numpy(images[start : start + CHUNK].astype(np.float32))
-        x = x.permute(0, 3, 1, 2) if x.ndim == 4 and not _is_volumes(images) else x[:, None]
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 and not is_volumes(images) else x[:, None]
         chunks.append(x if x.shape[2:] == size else _resize(x, size))
     return torch.cat(chunks).contiguous()
 

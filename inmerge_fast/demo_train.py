@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -169,50 +170,109 @@ def train(net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSett
     return history
 
 
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        loss: mean loss of its images, a scalar on the device.
+        merged: what each call of ``merge`` in it returned.
+        merge_seconds: time of the first of them.
+        seconds: time of the whole step.
+    """
+
+    loss: torch.Tensor
+    merged: list[MergeStats]
+    merge_seconds: float
+    seconds: float
+
+
+def epoch_steps(
+    schedule: Schedule,
+    epoch: int,
+    images: int,
+    optimizer: torch.optim.Optimizer,
+    loss_at: Callable[[torch.Tensor, int], torch.Tensor],
+    merge: Callable[[int], MergeStats | None] | None,
+    *,
+    device: torch.device,
+    micro_batches: int = 1,
+    merge_each_forward: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Step]:
+    """Train through one epoch of a schedule, merging before the forward pass.
+
+    Args:
+        schedule: order of the images, learning rates and number of steps.
+        epoch: which of the schedule's epochs, from 0.
+        images: number of training images.
+        optimizer: its learning rate is set before every step.
+        loss_at: computes the mean loss of the images at some indices ``(n,)`` int64; the second argument is the step.
+        merge: called with a counter that grows from call to call; None trains without merging.
+        device: device of the indices.
+        micro_batches: parts of a batch whose gradients are accumulated before the step.
+        merge_each_forward: merge before the forward pass of every part, not once per step.
+        clock: gives the time in seconds.
+
+    Yields:
+        Each step, after it was made.
+    """
+    number, batches, size = schedule.first_epoch + epoch, schedule.batches(images), schedule.batch_size
+    order = np.random.default_rng([schedule.seed, number]).permutation(images)
+    shuffled = torch.from_numpy(order).to(device)
+    for batch in range(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate((epoch * batches + batch) / (schedule.epochs * batches))
+        step, start = number * batches + batch, clock()
+        merged, merge_seconds, losses = [], math.nan, []
+        chosen = shuffled[batch * size : (batch + 1) * size]
+        optimizer.zero_grad()
+        for part, indices in enumerate(chosen.tensor_split(micro_batches)):
+            if merge is not None and (part == 0 or merge_each_forward):
+                stats = merge(step * micro_batches + part if merge_each_forward else step)
+                merged += [stats] if stats is not None else []
+                merge_seconds = clock() - start if part == 0 else merge_seconds
+            loss = loss_at(indices, step) * (len(indices) / len(chosen))
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        yield Step(sum(losses[1:], losses[0]), merged, merge_seconds, clock() - start)
+
+
 def _run_epochs(
     net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSetting | None, label: str, history: History
 ) -> None:
-    device, size = data.train_x.device, schedule.batch_size
-    functional = nn.functional
+    device, functional = data.train_x.device, nn.functional
     loss_of = functional.binary_cross_entropy_with_logits if data.multi_label else functional.cross_entropy
-    batches = schedule.batches(len(data.train_x))
-    steps = schedule.epochs * batches
     optimizer = torch.optim.SGD(net.parameters(), lr=schedule.high, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+    def loss_at(indices: torch.Tensor, _: int) -> torch.Tensor:
+        return loss_of(net(data.train_x[indices]), data.train_y[indices])
+
+    def merge(step: int) -> MergeStats:
+        assert setting is not None
+        return merge_(
+            net, alpha=setting.alpha, prob=setting.prob, threshold=setting.threshold, seed=schedule.seed, step=step
+        )
+
     merge_times, step_times = [], []
+    images = len(data.train_x)
     # A log file gets a line every 10 seconds instead of ten a second.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    with require("tqdm", "tqdm").tqdm(total=steps, desc=label, unit=" steps", mininterval=interval) as bar:
+    total = schedule.epochs * schedule.batches(images)
+    with require("tqdm", "tqdm").tqdm(total=total, desc=label, unit=" steps", mininterval=interval) as bar:
         for epoch in range(schedule.epochs):
-            number = schedule.first_epoch + epoch
-            order = np.random.default_rng([schedule.seed, number]).permutation(len(data.train_x))
-            shuffled = torch.from_numpy(order).to(device)
             history.merged.append(0)
             losses = []
             net.train()
-            for batch in range(batches):
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.rate((epoch * batches + batch) / steps)
-                chosen = shuffled[batch * size : (batch + 1) * size]
-                start = merge_end = _now(device)
-                stats = None
-                if setting is not None:
-                    stats = merge_(
-                        net,
-                        alpha=setting.alpha,
-                        prob=setting.prob,
-                        threshold=setting.threshold,
-                        seed=schedule.seed,
-                        step=number * batches + batch,
-                    )
-                    merge_end = _now(device)
-                loss = loss_of(net(data.train_x[chosen]), data.train_y[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                step_times.append(_now(device) - start)
-                losses.append(loss.item())
-                if stats is not None:
-                    merge_times.append(merge_end - start)
+            for step in epoch_steps(
+                schedule, epoch, images, optimizer, loss_at, merge if setting is not None else None,
+                device=device, clock=lambda: _now(device),
+            ):  # fmt: skip
+                step_times.append(step.seconds)
+                losses.append(step.loss.item())
+                for stats in step.merged:
+                    merge_times.append(step.merge_seconds)
                     history.count(stats)
                 bar.update()
             history.right = evaluate(net, data)

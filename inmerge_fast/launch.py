@@ -6,7 +6,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,8 @@ from .kernels.draw import _draw_kernel
 from .kernels.merge import FLAG, _merge_kernel
 from .kernels.prepare import _prepare_kernel
 from .launch_match import Matcher
-from .stats import SampledPairs
+from .results import RESULT_SLOTS, Results
 
-RESULT_SLOTS = 8  # calls whose statistics stay readable
 ROW_BLOCK = 256  # rows per program of the draw and the count
 SCRATCH_SHARE = 0.12  # of the layers' bytes, at prob 0.3; merged rows with readers need 8 % on average
 SMALL_SCRATCH = 1 << 16  # bytes up to which scratch may be SMALL_SHARE: a few rows of a small layer are above average
@@ -49,35 +47,6 @@ def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
 def can_merge(layers: Sequence[MergeLayer]) -> bool:
     """Whether the kernels know the dtypes of all layers; float64 takes the eager path."""
     return all(layer.dtype in _KINDS and layer.layout.filters < FLAG.value for layer in layers)
-
-
-@dataclass(frozen=True)
-class Results:
-    """Where a call's results are: a slot, readable until ``RESULT_SLOTS`` later calls have reused it."""
-
-    launcher: Launcher
-    call: int
-
-    def fetch(self) -> SampledPairs:
-        """Wait for the device and copy the results to the host.
-
-        Raises:
-            RuntimeError: the slot has been reused.
-        """
-        launcher = self.launcher
-        with launcher.lock:
-            if max(launcher.calls, launcher.drawn_ahead) - self.call >= RESULT_SLOTS:
-                raise RuntimeError(
-                    f"the statistics of this call are gone: the plan keeps those of its last {RESULT_SLOTS} calls in "
-                    "device memory; read them earlier"
-                )
-            slot = self.call % RESULT_SLOTS
-            launcher.follow_current_stream()  # the call may have run on another one
-            similarity = launcher.similarity[slot, : launcher.rows].cpu().double().numpy()
-            outcome = launcher.outcome[slot, : launcher.rows].cpu().numpy()
-        sampled = outcome != tables.NOT_SAMPLED.value
-        counts = np.add.reduceat(sampled, launcher.row_start[:-1], dtype=np.int64)
-        return SampledPairs(counts, similarity[sampled], outcome[sampled] == tables.PASSED.value)
 
 
 class Launcher:

@@ -16,6 +16,7 @@ from torch import nn
 # torch.compiler.disable, applied at the first call: at import it would pull in Dynamo and Triton (2 s).
 from torch._compile import _disable_dynamo
 
+from .candidates import MergeLayer
 from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
 from .eager import merge_layer_
 from .filters import check_outside_transforms
@@ -181,7 +182,7 @@ def _run_kernels(
     )
     if not dry_run and coin_threshold(prob) > 0:
         plan.effect.count_call(launcher.totals)
-    return results.fetch
+    return results
 
 
 def _run_eager(
@@ -194,26 +195,51 @@ def _run_eager(
     for planned, weight, threshold, start, end in zip(
         plan.layers, weights, each, plan.row_start[:-1], plan.row_start[1:], strict=True
     ):
-        sampled = coin[start:end].nonzero()[0]
-        looked_at = partner[start:end][sampled]
-        if rule != "random":
-            looked_at = match_layer(
-                weight, planned.layout, sampled, rule, threshold=threshold, seed=seed, step=step,
-                layer=planned.layer_id,
-            )  # fmt: skip
-        found = looked_at >= 0
-        similarity, passed = merge_layer_(
-            weight, planned.layout, sampled[found], looked_at[found], alpha=alpha, threshold=threshold, dry_run=dry_run
-        )
-        if not found.all():
-            similarity, passed = _spread(similarity, found, torch.nan), _spread(passed, found, False)
-        counts.append(sampled.size)
+        count, similarity, passed = merge_drawn_layer_(
+            planned, weight, coin[start:end], partner[start:end], seed=seed, step=step, alpha=alpha,
+            threshold=threshold, rule=rule, dry_run=dry_run,
+        )  # fmt: skip
+        counts.append(count)
         similarities.append(similarity)
         passes.append(passed)
     similarity, passed = torch.cat(similarities), torch.cat(passes)
     if not dry_run:
         plan.effect.count_pairs(similarity, passed)
     return lambda: SampledPairs(np.array(counts), similarity.cpu().double().numpy(), passed.cpu().numpy())
+
+
+def merge_drawn_layer_(
+    layer: MergeLayer,
+    weight: torch.Tensor,
+    coin: npt.NDArray[np.bool_],
+    partner: npt.NDArray[np.int64],
+    *,
+    seed: int,
+    step: int,
+    alpha: float,
+    threshold: float,
+    rule: str,
+    dry_run: bool,
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Merge one layer in place on the eager path, with its coins and random partners, ``(N,)`` each.
+
+    Returns:
+        The number of sampled filters A; their similarities ``(A,)``, NaN where there is none; bool ``(A,)``, whether
+        they passed.
+    """
+    sampled = coin.nonzero()[0]
+    looked_at = partner[sampled]
+    if rule != "random":
+        looked_at = match_layer(
+            weight, layer.layout, sampled, rule, threshold=threshold, seed=seed, step=step, layer=layer.layer_id
+        )
+    found = looked_at >= 0
+    similarity, passed = merge_layer_(
+        weight, layer.layout, sampled[found], looked_at[found], alpha=alpha, threshold=threshold, dry_run=dry_run
+    )
+    if not found.all():
+        similarity, passed = _spread(similarity, found, torch.nan), _spread(passed, found, False)
+    return sampled.size, similarity, passed
 
 
 def _spread(values: torch.Tensor, found: npt.NDArray[np.bool_], missing: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ import importlib.util
 import numbers
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -23,6 +24,7 @@ from .candidates import (
     is_mergeable_module,
     module_candidates,
     split_excluded,
+    split_frozen,
     unwrap_compiled,
 )
 from .draw import draw_filters
@@ -53,6 +55,7 @@ class MergePlan:
         skip_first: see :func:`inmerge_fast.merge_`; models only.
         exclude: see :func:`inmerge_fast.merge_`; models only.
         include_linear: see :func:`inmerge_fast.merge_`; models only.
+        include_frozen: whether weights that require no gradient take part; models only.
         layer: layer id of a single layer in the draw; 0 for models and iterables, which number their layers.
 
     Attributes:
@@ -71,11 +74,13 @@ class MergePlan:
         skip_first: float = DEFAULT_SKIP_FIRST,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
+        include_frozen: bool = True,
         layer: int = 0,
     ) -> None:
         patterns = check_selection(skip_first, exclude)
         check_outside_transforms()
         roots: list[nn.Module | torch.Tensor]
+        frozen: list[Candidate] = []
         if isinstance(target, nn.Module):
             target = unwrap_compiled(target)
         if isinstance(target, nn.Module) and not is_mergeable_module(target):
@@ -84,6 +89,9 @@ class MergePlan:
             roots = [target]
             candidates, tied = module_candidates(target, include_linear)
             kept, left_out = split_excluded(candidates, tied, skip_first, patterns)
+            if not include_frozen:
+                kept, frozen = split_frozen(kept)
+                left_out += [(candidate.name, "frozen (requires_grad is False)") for candidate in frozen]
         else:
             if skip_first not in (DEFAULT_SKIP_FIRST, 0) or patterns:
                 raise ValueError(
@@ -107,6 +115,8 @@ class MergePlan:
         self._storage = Storage(self.layers, weights)
         place_of = {id(weight): place for place, weight in enumerate(self._structure.weights() or ())}
         self._places = [place_of[id(weight)] for weight in weights]
+        self._without_frozen = not include_frozen
+        self._frozen = [weakref.ref(candidate.holder) for candidate in frozen]
         self.effect = EffectMonitor()
         self._kernels_fit: str | None = None
         self._launcher: Launcher | None = None
@@ -205,7 +215,16 @@ class MergePlan:
         if found is None or (self._has_inference_weights and not torch.is_inference_mode_enabled()):
             return None
         weights = [found[place] for place in self._places]
+        if self._without_frozen and not self._same_are_frozen(weights):
+            return None
         return weights if self._storage.holds(weights) else None
+
+    def _same_are_frozen(self, weights: Sequence[torch.Tensor]) -> bool:
+        # Their holders are alive, or the structure would have changed.
+        return all(weight.requires_grad for weight in weights) and not any(
+            holder()._parameters["weight"].requires_grad  # type: ignore[union-attr]
+            for holder in self._frozen
+        )
 
     def draw(self, seed: int, step: int, prob: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Coins and partners (indices within the layer) of all filters, layer after layer: ``(rows,)`` each."""

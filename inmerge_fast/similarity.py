@@ -240,7 +240,7 @@ def similarity(
         names = [keys[layer.layer_id] for layer in plan.layers]
         skipped = [(keys[int(name.split(":")[0])], reason) for name, reason in plan.skipped]
     layers = [
-        _summarise(name, weight, layer.layout, effective_rank)
+        summarise_layer(name, weight, layer.layout, effective_rank)
         for name, layer, weight in zip(names, plan.layers, plan.weights(), strict=True)
     ]
     return Similarity(plan, layers, skipped, kept)
@@ -262,7 +262,8 @@ def _weights_of(
 
 
 @torch.no_grad()
-def _summarise(name: str, weight: torch.Tensor, layout: FilterLayout, effective_rank: bool) -> LayerSimilarity:
+def summarise_layer(name: str, weight: torch.Tensor, layout: FilterLayout, effective_rank: bool) -> LayerSimilarity:
+    """Summary of one weight, see :func:`similarity`."""
     filters = filters_of(weight, layout, exact=True)
     values, finite = filters.values, filters.finite
     groups, _, elements = values.shape

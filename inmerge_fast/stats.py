@@ -94,6 +94,18 @@ class MergeStats:
             self._layers = self._summarise(self._fetch())
         return self._layers
 
+    def prefetch(self) -> None:
+        """Begin to copy the numbers to the host without waiting; reading them later waits for that copy only.
+
+        From then on later calls cannot overwrite them.
+
+        Raises:
+            RuntimeError: the device memory that held them has been reused by later calls.
+        """
+        begin = getattr(self._fetch, "prefetch", None)  # the kernels' results have it
+        if begin is not None and self._layers is None:
+            self._fetch = begin()
+
     def _summarise(self, pairs: SampledPairs) -> tuple[LayerStats, ...]:
         ends = np.cumsum(pairs.counts)
         layers = []

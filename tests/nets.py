@@ -12,14 +12,18 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+VGG_CONVS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # convolutions of each stage
 
-def vgg19(classes: int = 1000, hidden: int = 4096) -> nn.Sequential:
-    """VGG19 (arXiv 1409.1556). ``hidden`` is the width of its classifier: 4096 of them hold 86 % of its parameters."""
+
+def vgg(depth: int, classes: int = 1000, hidden: int = 4096, *, batch_norm: bool = False) -> nn.Sequential:
+    """VGG16 or VGG19 (arXiv 1409.1556). ``hidden`` is the width of its classifier: 4096 of them hold 86 % of VGG19."""
     features: list[nn.Module] = []
     channels = 3
-    for stage_width, convs in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
+    for stage_width, convs in zip((64, 128, 256, 512, 512), VGG_CONVS[depth], strict=True):
         for _ in range(convs):
-            features += [nn.Conv2d(channels, stage_width, 3, padding=1), nn.ReLU(inplace=True)]
+            features.append(nn.Conv2d(channels, stage_width, 3, padding=1))
+            features += [nn.BatchNorm2d(stage_width)] if batch_norm else []
+            features.append(nn.ReLU(inplace=True))
             channels = stage_width
         features.append(nn.MaxPool2d(2))
     classifier = nn.Sequential(
@@ -39,6 +43,10 @@ def vgg19(classes: int = 1000, hidden: int = 4096) -> nn.Sequential:
             classifier=classifier,
         )
     )
+
+
+def vgg19(classes: int = 1000, hidden: int = 4096) -> nn.Sequential:
+    return vgg(19, classes, hidden)
 
 
 class BasicBlock(nn.Module):
@@ -88,31 +96,49 @@ def _downsample(channels: int, width: int, stride: int) -> nn.Sequential:
 
 
 class ResNet(nn.Module):
-    """ResNet (arXiv 1512.03385) of four stages."""
+    """ResNet (arXiv 1512.03385) of four stages.
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], classes: int) -> None:
+    ``width`` is that of the first stage. For images of about 28 pixels, ``small_images`` replaces the 7x7 stem with
+    stride 2 and its pooling by a 3x3 convolution, as is usual for CIFAR and MedMNIST.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        depths: tuple[int, ...],
+        classes: int,
+        *,
+        channels: int = 3,
+        width: int = 64,
+        small_images: bool = False,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        channels = 64
+        kernel, stride = (3, 1) if small_images else (7, 2)
+        self.conv1 = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.pool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+        channels = width
         for index, depth in enumerate(depths):
-            width = 64 * 2**index
+            stage_width = width * 2**index
             blocks = []
             for place in range(depth):
-                blocks.append(block(channels, width, stride=2 if index > 0 and place == 0 else 1))
-                channels = width * block.expansion
+                blocks.append(block(channels, stage_width, stride=2 if index > 0 and place == 0 else 1))
+                channels = stage_width * block.expansion
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.bn1(self.conv1(x)).relu()
-        x = nn.functional.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.pool(self.bn1(self.conv1(x)).relu())
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
 
 
 def resnet18(classes: int = 1000) -> ResNet:
     return ResNet(BasicBlock, (2, 2, 2, 2), classes)
+
+
+def resnet34(classes: int = 1000) -> ResNet:
+    return ResNet(BasicBlock, (3, 4, 6, 3), classes)
 
 
 def resnet50(classes: int = 1000) -> ResNet:

@@ -34,6 +34,7 @@ from packaging.requirements import Requirement
 import inmerge_fast
 
 ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "test"}
 FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
 MODES = ["regular", "default", "strict", "compat"]  # the last three are setuptools' editable modes
 
@@ -195,7 +196,7 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == inmerge_fast.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
 
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
 
@@ -311,7 +312,8 @@ def test_import_is_light(bare_python, checkout, tmp_path):
 import sys
 import inmerge_fast
 import torch
-heavy = ["triton", "torch._dynamo", "torch._inductor", "inmerge_fast.kernels"]
+heavy = ["triton", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "inmerge_fast.kernels"]
+heavy += ["matplotlib", "lightning", "transformers", "tensorboard"]
 print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())
 """
     assert run(bare_python, "-c", code, cwd=tmp_path, PYTHONPATH=checkout) == "[] False\n"

@@ -1,0 +1,134 @@
+"""``python -m benchmarks.paper EXPERIMENT``: run one of the paper's experiments and show what came out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import confirm, report
+from .data import md5_of
+from .experiments import EXPERIMENTS, Experiment, Options
+from .figures import write_figures
+from .grid import Where, execute, is_leader
+from .tables import manifest_name, markdown, write_manifest, write_tables
+
+RESULTS = Path(__file__).parent / "results"
+QUICK_RESULTS = Path("paper-quick")  # ignored by git: tiny runs say nothing
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper",
+        description="The InMerge paper's experiments with paired seeds, equal epochs and a noise floor. Runs that have "
+        "a result file are not repeated, so that a killed command goes on where it was.",
+    )
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, *confirm.STAGES, "report"],
+                        help="what to run; report writes tables, figures and RESULTS.md from the files")  # fmt: skip
+    parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH "
+                        "ChestX-ray14 (default: digits; of table-chestxray14: chestxray14)")  # fmt: skip
+    parser.add_argument(
+        "--root", help="folder of the data (default: the environment variable INMERGE_DATA, else ~/.medmnist)"
+    )
+    parser.add_argument(
+        "--size", type=int, help="side of the images: 28, 64, 128 or 224 for MedMNIST, any for ChestX-ray14"
+    )
+    parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg16, vgg19, vgg16_bn, "
+                        "vgg19_bn, resnet18, resnet34, resnet50, densenet121; timm:NAME")  # fmt: skip
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="pre-trained weights, a state_dict saved by PyTorch"
+    )
+    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds 0 to N - 1 of every arm")
+    parser.add_argument("--backbone-epochs", type=_count, metavar="N", help="epochs before the arms, without merging")
+    parser.add_argument("--arm-epochs", type=_count, metavar="N", help="epochs of every arm")
+    parser.add_argument("--batch-size", type=_count, metavar="N", help="images per step")
+    parser.add_argument(
+        "--micro-batches", type=_count, default=1, metavar="N", help="parts of a batch, gradients accumulated"
+    )
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--each-forward", action="store_true",
+                        help="merge before every forward pass, as published, not once per step")  # fmt: skip
+    parser.add_argument("--in-validation", action="store_true",
+                        help="validate after each epoch and merge in it, as published")  # fmt: skip
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=_count, metavar="N",
+                        help="processes at a time, one thread each (default: one per core; 1 on a GPU)")  # fmt: skip
+    parser.add_argument("--out", type=Path, help=f"folder of result files (default: {RESULTS.name}/ beside this "
+                        f"command; with --quick {QUICK_RESULTS}/)")  # fmt: skip
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="log there for TensorBoard, too")
+    parser.add_argument("--show", action="store_true", help="train nothing, show the runs that are done")
+    parser.add_argument("--quick", action="store_true", help="tiny runs that only show that everything works")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def show(experiment: Experiment, out: Path) -> Path:
+    """Write the manifest, tables and figures of an experiment and print its tables."""
+    path = write_manifest(experiment, out)
+    written = [*write_tables(path), *write_figures(path)]
+    print(f"\n{markdown(path)}\nwritten: {', '.join(str(one) for one in written)}")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        arguments: command line without the program's name; ``sys.argv`` if None.
+    """
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = given.processes or (cores if given.device == "cpu" else 1)
+    data, root = given.data or ("chestxray14" if given.experiment == "table-chestxray14" else "digits"), given.root
+    if data.endswith(".npz") and Path(data).exists():  # only its name goes into result files
+        data, root = Path(data).name, str(Path(data).resolve().parent)
+    elif Path(data).is_dir() and data != "chestxray14":
+        data, root = Path(data).resolve().name, str(Path(data).resolve().parent)
+    device = given.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    where = Where(out, root, device, processes, given.tensorboard, given.weights)
+    if given.weights is not None and not given.weights.is_file():
+        parser.error(f"argument --weights: {given.weights}: there is no such file")
+    weights = f"{given.weights.name}, md5 {md5_of(given.weights)}" if given.weights is not None else None
+    options = Options(
+        data=data, size=given.size, model=given.model, weights=weights, seeds=given.seeds,
+        backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
+        bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
+        micro_batches=given.micro_batches, quick=given.quick,
+    )  # fmt: skip
+    try:
+        if given.experiment == "report":
+            report.write(out)
+        elif given.experiment in confirm.STAGES:
+            confirm.STAGES[given.experiment](options, where)
+        else:
+            experiment = EXPERIMENTS[given.experiment](options)
+            try:
+                if not given.show:
+                    execute(experiment.runs(), where)
+            except ValueError as error:
+                if given.experiment != "table-chestxray14" or options.data != "chestxray14":
+                    raise
+                print(f"no data, so our row stays empty: {error}")
+            if is_leader():
+                print(f"results of {manifest_name(experiment)} in {out}")
+                show(experiment, out)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Arms against their baseline: means, paired differences with intervals, Holm's correction, two-level bootstrap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inmerge_fast.demo_data import require
+
+LEVEL = 0.95
+# Column title and place in a result file of what is compared, all in [0, 1] and shown in percent.
+METRICS: dict[str, tuple[str, ...]] = {
+    "acc": ("clean", "acc"),
+    "AUC": ("clean", "auc"),
+    "corrupted acc": ("corrupted", "acc"),
+    "corrupted AUC": ("corrupted", "auc"),
+    "noise acc": ("noise", "acc"),
+    "noise AUC": ("noise", "auc"),
+    "FGSM 8/255 acc": ("attacked", "fgsm 8/255"),
+    "PGD 2/255 acc": ("attacked", "pgd 2/255"),
+}
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean of paired differences, in percentage points, with Student's interval and p.
+
+    Attributes:
+        mean: of the differences.
+        sd: their standard deviation; NaN for one pair.
+        low: lower end of the interval; NaN for one pair.
+        high: upper end.
+        p: two-sided p of a mean of 0; 1 if all differences are 0, NaN for one pair.
+        n: pairs.
+        p_holm: p after Holm's correction over the settings of the table; NaN outside of it.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    p: float
+    n: int
+    p_holm: float = math.nan
+
+
+def paired(differences: Sequence[float]) -> Paired:
+    """Summarise differences."""
+    values = np.asarray(differences, dtype=float)
+    n, mean = len(values), float(values.mean())
+    if n == 1:
+        return Paired(mean, math.nan, math.nan, math.nan, math.nan, 1)
+    sd = float(values.std(ddof=1))
+    if sd == 0:
+        return Paired(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0, n)
+    t = require("scipy.stats", "scikit-learn").t
+    error = sd / math.sqrt(n)
+    half = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * error
+    return Paired(mean, sd, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, n - 1)), n)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the order given; NaN stays NaN and does not count."""
+    out = [math.nan] * len(values)
+    order = sorted((index for index, p in enumerate(values) if not math.isnan(p)), key=lambda index: values[index])
+    highest = 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * values[index]))
+        out[index] = highest
+    return out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of a table.
+
+    Attributes:
+        label: the arm.
+        kind: "baseline", "reseeded", "backbone" or "setting".
+        n: seeds.
+        mean: of each metric, in percent.
+        sd: of each metric, NaN with one seed.
+        difference: to the baseline of the same seed, empty for the baseline.
+        per_step: filters merged per step; NaN for arms that do not merge.
+        rank: mean effective rank before and after, as shares of the highest.
+        collapsed: seeds whose filters collapsed.
+        identical: seeds whose weights are the baseline's, bit for bit.
+        merging: the arm's setting, or None.
+    """
+
+    label: str
+    kind: str
+    n: int
+    mean: dict[str, float]
+    sd: dict[str, float]
+    difference: dict[str, Paired]
+    per_step: float
+    rank: tuple[float, float]
+    collapsed: int
+    identical: int
+    merging: dict[str, Any] | None
+
+
+def value_of(result: Mapping[str, Any], metric: str) -> float:
+    """A metric of one result, in percent; NaN where it could not be measured."""
+    group, key = METRICS[metric]
+    value = result["metrics"][group][key]
+    return math.nan if value is None else 100 * value
+
+
+def compare(arms: Sequence[Sequence[Mapping[str, Any]]]) -> list[Row]:
+    """Rows of a table.
+
+    Args:
+        arms: results of each arm, one per seed; the first arm is the baseline. Arms without results are left out.
+
+    Raises:
+        ValueError: an arm started from another backbone than the baseline of its seed, or saw other data: they cannot
+            be compared.
+    """
+    base = {result["seed"]: result for result in arms[0]}
+    rows = []
+    for results in arms:
+        if results:
+            rows.append(_row(results, base, is_base=results is arms[0]))
+    for metric in METRICS:
+        chosen = [row for row in rows if row.kind == "setting"]
+        adjusted = holm([row.difference[metric].p for row in chosen])
+        for row, p in zip(chosen, adjusted, strict=True):
+            one = row.difference[metric]
+            row.difference[metric] = Paired(one.mean, one.sd, one.low, one.high, one.p, one.n, p)
+    return rows
+
+
+def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], is_base: bool) -> Row:
+    arm = results[0]["arm"]
+    kind = "backbone" if arm["stop"] else "reseeded" if arm["reseed"] else "setting" if arm["merging"] else "baseline"
+    values = {metric: [value_of(result, metric) for result in results] for metric in METRICS}
+    differences: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    identical = 0
+    for result in results:
+        partner = base.get(result["seed"])
+        if partner is None:
+            raise ValueError(f"{arm['label']}: seed {result['seed']} has no baseline")
+        for what, one, other in (
+            ("backbone", result["digests"]["backbone"], partner["digests"]["backbone"]),
+            ("data", result["data"], partner["data"]),
+            ("recipe", result["recipe"], partner["recipe"]),
+        ):
+            if one != other:
+                raise ValueError(f"{arm['label']}, seed {result['seed']}: another {what} than the baseline's")
+        identical += result["digests"]["weights"] == partner["digests"]["weights"]
+        for metric in METRICS:
+            differences[metric].append(value_of(result, metric) - value_of(partner, metric))
+    merging = [result["merging"] for result in results if result["merging"] is not None]
+    return Row(
+        label=arm["label"],
+        kind=kind,
+        n=len(results),
+        mean={metric: float(np.mean(each)) for metric, each in values.items()},
+        sd={metric: float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for metric, each in values.items()},
+        difference={} if is_base else {metric: paired(each) for metric, each in differences.items()},
+        per_step=float(np.mean([one["per_step"] for one in merging])) if merging else math.nan,
+        rank=(
+            float(np.mean([result["filters"]["rank_before"] for result in results])),
+            float(np.mean([result["filters"]["rank"] for result in results])),
+        ),
+        collapsed=sum(result["filters"]["collapsed"] for result in results),
+        identical=identical,
+        merging=arm["merging"],
+    )
+
+
+def two_level_bootstrap(
+    labels: npt.NDArray,
+    pairs: Sequence[tuple[Sequence[npt.NDArray], Sequence[npt.NDArray]]],
+    metric: Callable[[npt.NDArray, npt.NDArray], float],
+    *,
+    repeats: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Interval of a mean paired difference over seeds *and* images, since all seeds share the test images.
+
+    Every repeat draws seeds and images with replacement, the same images for all drawn seeds and both arms.
+
+    Args:
+        labels: of the images.
+        pairs: for every seed the scores of both arms, ``(N, K)`` for each of several corruptions, over which the metric
+            is averaged.
+        metric: of labels and scores.
+        repeats: of the bootstrap.
+        seed: of its draws.
+
+    Returns:
+        Mean difference (second minus first), lower and upper end of the percentile interval.
+    """
+    rng = np.random.default_rng(seed)
+
+    def difference(pair: tuple[Sequence[npt.NDArray], Sequence[npt.NDArray]], images: npt.NDArray) -> float:
+        first, second = (np.mean([metric(labels[images], scores[images]) for scores in arm]) for arm in pair)
+        return float(second - first)
+
+    everything = np.arange(len(labels))
+    mean = float(np.mean([difference(pair, everything) for pair in pairs]))
+    drawn = []
+    for _ in range(repeats):
+        images = rng.integers(len(labels), size=len(labels))
+        seeds = rng.integers(len(pairs), size=len(pairs))
+        counts = np.bincount(seeds, minlength=len(pairs))
+        values = [count * difference(pairs[index], images) for index, count in enumerate(counts) if count]
+        drawn.append(sum(values) / len(pairs))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return mean, float(low), float(high)

@@ -1,0 +1,161 @@
+"""What a run is: a recipe, an arm and a seed. Their values decide everything, so they name the run's file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the arms of a comparison have in common.
+
+    Attributes:
+        name: short name for folders and tables.
+        data: as for :func:`benchmarks.paper.data.load`.
+        size: side of the images, None for the data set's own.
+        model: as for :func:`benchmarks.paper.models.build`.
+        weights: name and MD5 of the file with pre-trained weights, or None.
+        optimizer: "sgd" (momentum 0.9) or "adam".
+        backbone_epochs: epochs before the arms part, without merging.
+        arm_epochs: epochs of every arm.
+        high: learning rate at the start of the backbone.
+        middle: where the backbone ends and the arms start; cosine in between.
+        low: where the arms end.
+        weight_decay: L2 penalty of the optimizer.
+        batch_size: images per step.
+        micro_batches: parts of a batch whose gradients are accumulated.
+        flip: random horizontal flips.
+        bf16: autocast to bfloat16.
+        severities: of the corruptions, 1 to 5.
+        limit: use this many images of every part, evenly spaced, or None for all.
+    """
+
+    name: str
+    data: str
+    model: str
+    size: int | None = None
+    weights: str | None = None
+    optimizer: str = "sgd"
+    backbone_epochs: int = 10
+    arm_epochs: int = 4
+    high: float = 0.05
+    middle: float = 0.01
+    low: float = 0.0001
+    weight_decay: float = 5e-4
+    batch_size: int = 64
+    micro_batches: int = 1
+    flip: bool = False
+    bf16: bool = False
+    severities: tuple[int, ...] = (3, 5)
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How an arm merges.
+
+    Attributes:
+        alpha: share of itself that a merged filter keeps.
+        prob: probability that a filter looks at a partner.
+        threshold: fixed similarity threshold, ignored with ``z``.
+        z: threshold of z / sqrt(D) in each layer, D its fan-in; None for the fixed one.
+        partner: "random", "similar" or "nearest".
+        skip_first: first layers left out, as in ``merge_``.
+        include_linear: whether ``Linear`` layers take part.
+        start: share of the arm's steps before merging starts.
+        decay: whether ``prob`` falls to 0 (cosine) over the arm.
+        each_forward: merge before every forward pass, as the published code does, not once per optimizer step.
+        in_validation: merge before every forward pass of a validation after each epoch too, as the published code does.
+    """
+
+    alpha: float = 0.8
+    prob: float = 0.3
+    threshold: float = 0.3
+    z: float | None = None
+    partner: str = "random"
+    skip_first: float = 0.6
+    include_linear: bool = False
+    start: float = 0.0
+    decay: bool = False
+    each_forward: bool = False
+    in_validation: bool = False
+
+    def label(self) -> str:
+        """The setting in a few words, without what is at its default and usually so."""
+        words = [
+            f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}",
+            f"alpha {self.alpha:g}",
+            f"p {self.prob:g}",
+        ]
+        if self.partner != "random":
+            words.append(self.partner)
+        if self.skip_first != Merging.skip_first:
+            words.append(f"skip {self.skip_first:g}")
+        words += [word for word, on in (("Linear", self.include_linear), ("decaying p", self.decay),
+                  ("each forward", self.each_forward), ("in validation", self.in_validation)) if on]  # fmt: skip
+        if self.start:
+            words.append(f"from {100 * self.start:g} % on")
+        return ", ".join(words)
+
+
+PAPER = Merging()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to continue from the backbone.
+
+    Attributes:
+        merging: how to merge; None for a baseline.
+        reseed: train in another data order: the noise floor.
+        stop: do not train any further: what the epochs of the arms alone bring.
+    """
+
+    merging: Merging | None = None
+    reseed: bool = False
+    stop: bool = False
+
+    def label(self) -> str:
+        """Name of the arm in tables."""
+        if self.merging is None:
+            return "backbone" if self.stop else "baseline, reseeded" if self.reseed else "baseline"
+        return self.merging.label()
+
+
+BASELINE, RESEEDED, BACKBONE = Arm(), Arm(reseed=True), Arm(stop=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed; ``split`` is what it is measured on: "val" to choose settings, "test" to report them."""
+
+    recipe: Recipe
+    arm: Arm
+    seed: int
+    split: str = "test"
+    keep_scores: bool = field(default=False, compare=False)
+
+    def file(self) -> str:
+        """Path of the run's file below the folder of results."""
+        kind = self.arm.label().replace(" %", "pc").replace(", ", "_").replace(" ", "-")
+        key = digest({"recipe": chosen(self.recipe), "arm": chosen(self.arm)})
+        return f"{self.recipe.name}/{kind}.{key}/{self.split}-{self.seed:03d}.json"
+
+
+def chosen(values: Any) -> dict[str, Any]:
+    """Fields that are not at their default, so that a new option does not rename the files of old runs."""
+    out = {}
+    for one in dataclasses.fields(values):
+        value = getattr(values, one.name)
+        if value != one.default:
+            out[one.name] = chosen(value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
+def digest(values: Any) -> str:
+    """Eight hex digits that name a configuration."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

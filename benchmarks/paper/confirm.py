@@ -1,0 +1,172 @@
+"""The search for a setting with a gain: choose on corrupted validation images, write a plan, look at the test set once.
+
+``search`` trains six settings of the space that the paper leaves open and measures them on the *validation* images.
+``plan`` chooses from those results by the rule below and writes what will be confirmed, to be committed before anything
+else. ``confirm`` does the plan: fresh seeds, the test images, Holm's correction, and intervals over seeds and images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .compare import Paired, compare, holm, paired, two_level_bootstrap, value_of
+from .config import BASELINE, Arm, Merging, Recipe, Run
+from .experiments import Experiment, Options, recipes
+from .grid import Where, execute, is_leader, load_result
+from .metrics import auc
+from .tables import manifest_name, markdown, read_manifest, write_manifest, write_tables
+
+CANDIDATES = (
+    Merging(z=3.0),
+    Merging(z=2.5, decay=True),
+    Merging(z=3.0, partner="nearest", alpha=0.9),
+    Merging(z=2.5, partner="similar", prob=0.1),
+    Merging(z=2.5, start=0.5),
+    Merging(z=2.0, alpha=0.95, prob=0.05),
+)
+METRIC = "corrupted AUC"
+SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 8, 20, 100
+MOST_CONFIRMED = 2
+BOOTSTRAP_REPEATS = 500
+RULE = (
+    f"at most {MOST_CONFIRMED} settings, those with the largest mean paired difference in {METRIC} on the validation "
+    "images, if it is above 0 and no seed collapsed"
+)
+DECISION = (
+    "a gain is confirmed if p after Holm's correction over the settings confirmed is below 0.05, the mean difference "
+    "is above 0, and so is the lower end of the two-level bootstrap's 95 % interval (seeds x images)"
+)
+
+
+def search_experiment(options: Options) -> Experiment:
+    """The search: measured on validation images only."""
+    seeds = tuple(range(options.seeds or (2 if options.quick else SEARCH_SEEDS)))
+    arms = (BASELINE, *(Arm(setting) for setting in CANDIDATES))
+    return Experiment("search", "Search on validation images", ((recipes(options)[0], arms),), seeds, split="val")
+
+
+def search(options: Options, where: Where) -> None:
+    """Run the search and show its table."""
+    experiment = search_experiment(options)
+    execute(experiment.runs(), where)
+    if is_leader():
+        path = write_manifest(experiment, where.out)
+        write_tables(path)
+        print(markdown(path))
+
+
+def plan_path(options: Options, out: Path) -> Path:
+    """Where the plan of a data set is."""
+    return out / f"plan.{recipes(options)[0].name}.json"
+
+
+def plan(options: Options, where: Where) -> None:
+    """Choose from the search and write the plan.
+
+    Raises:
+        ValueError: the search is not complete, or there is a plan already.
+    """
+    experiment, path = search_experiment(options), plan_path(options, where.out)
+    if path.exists():
+        raise ValueError(
+            f"{path}: there is a plan already, and a second look would not be one look; delete it to start over"
+        )
+    missing = [run.file() for run in experiment.runs() if not (where.out / run.file()).exists()]
+    if missing:
+        raise ValueError(
+            f"the search is not complete: {len(missing)} runs are missing, as {missing[0]}; run search first"
+        )
+    manifest = where.out / f"{manifest_name(experiment)}.json"
+    rows = compare(read_manifest(manifest)[1][0])[1:]
+    ranked = sorted(zip(rows, CANDIDATES, strict=True), key=lambda pair: -pair[0].difference[METRIC].mean)
+    chosen = [setting for row, setting in ranked if row.difference[METRIC].mean > 0 and not row.collapsed][
+        :MOST_CONFIRMED
+    ]
+    first, count = FIRST_FRESH_SEED, 3 if options.quick else CONFIRM_SEEDS
+    content = {
+        "recipe": dataclasses.asdict(experiment.groups[0][0]),
+        "metric": METRIC,
+        "rule": RULE,
+        "decision": DECISION,
+        "search": {row.label: {"d_mean": row.difference[METRIC].mean, "collapsed": row.collapsed} for row in rows},
+        "confirm": [dataclasses.asdict(setting) for setting in chosen],
+        "seeds": list(range(first, first + count)),
+        "split": "test",
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    labels = "; ".join(setting.label() for setting in chosen) or "nothing: no setting of the search qualifies"
+    print(f"{path}: to be confirmed on the test images with {count} fresh seeds: {labels}\nCommit it before confirm.")
+
+
+def confirm_experiment(path: Path) -> Experiment:
+    """What a plan says is to be done.
+
+    Raises:
+        ValueError: there is no plan.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no plan; run search and plan first")
+    content = json.loads(path.read_text())
+    recipe = Recipe(**{**content["recipe"], "severities": tuple(content["recipe"]["severities"])})
+    arms = (BASELINE, *(Arm(Merging(**setting)) for setting in content["confirm"]))
+    title = "Confirmation on the test images"
+    return Experiment("confirm", title, ((recipe, arms),), tuple(content["seeds"]), split="test", keep_scores=True)
+
+
+def confirm(options: Options, where: Where) -> None:
+    """Do the plan and write ``confirm.<recipe>.result.json``."""
+    experiment = confirm_experiment(plan_path(options, where.out))
+    if len(experiment.groups[0][1]) == 1:
+        print("the plan confirms nothing: no setting of the search qualified")
+        return
+    execute(experiment.runs(), where)
+    if not is_leader():
+        return
+    path = write_manifest(experiment, where.out)
+    write_tables(path)
+    print(markdown(path))
+    print(json.dumps(verdict(experiment, where.out), indent=1))
+
+
+def result_path(experiment: Experiment, out: Path) -> Path:
+    """Where the verdict is written."""
+    return out / f"{manifest_name(experiment)}.result.json"
+
+
+def verdict(experiment: Experiment, out: Path) -> dict[str, Any]:
+    """Apply the plan's decision to the runs and write it down."""
+    (recipe, arms) = experiment.groups[0]
+    one: dict[Arm, list[Run]] = {arm: [Run(recipe, arm, seed) for seed in experiment.seeds] for arm in arms}
+    scores = {arm: [np.load((out / run.file()).with_suffix(".npz")) for run in runs] for arm, runs in one.items()}
+    results = {arm: [load_result(out / run.file()) for run in runs] for arm, runs in one.items()}
+    labels = scores[arms[0]][0]["labels"]
+    names = [key for key in scores[arms[0]][0].files if key not in ("labels", "clean") and not key.startswith("noise-")]
+    tested: list[tuple[Arm, Paired, tuple[float, float, float]]] = []
+    for arm in arms[1:]:
+        values = zip(results[arms[0]], results[arm], strict=True)
+        difference = paired([value_of(b, METRIC) - value_of(a, METRIC) for a, b in values])
+        pairs = [
+            ([a[name] for name in names], [b[name] for name in names])
+            for a, b in zip(scores[arms[0]], scores[arm], strict=True)
+        ]
+        tested.append((arm, difference, two_level_bootstrap(labels, pairs, auc, repeats=BOOTSTRAP_REPEATS)))
+    adjusted = holm([difference.p for _, difference, _ in tested])
+    content = {
+        arm.label(): {
+            "d_mean": difference.mean, "d_low": difference.low, "d_high": difference.high, "p": difference.p,
+            "p_holm": p, "bootstrap_low": 100 * low, "bootstrap_high": 100 * high,
+            "confirmed": bool(p < 0.05 and difference.mean > 0 and low > 0), "seeds": difference.n,
+        }
+        for (arm, difference, (_, low, high)), p in zip(tested, adjusted, strict=True)
+    }  # fmt: skip
+    result_path(experiment, out).write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+STAGES: dict[str, Callable[[Options, Where], None]] = {"search": search, "plan": plan, "confirm": confirm}

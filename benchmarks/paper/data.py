@@ -1,0 +1,184 @@
+"""Data sets by name or file: scikit-learn's digits, MedMNIST, any ``.npz`` in its layout, NIH ChestX-ray14."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from inmerge_fast.demo_data import DIGITS_TRAIN, is_volumes, read_digits, read_npz
+
+SPLITS = ("train", "val", "test")
+SIZES = {2: (28, 64, 128, 224), 3: (28, 64)}  # MedMNIST's, by the dimensions of its images
+DIGITS_VAL = 297  # of the 797 digits that the demo tests with; the remaining 500 are the test set here
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one part of a data set.
+
+    Attributes:
+        images: uint8 ``(N, channels, [depth,] height, width)``, in memory or mapped from a file.
+        labels: int64 ``(N,)``; float32 ``(N, K)``, 0 or 1, of a multi-label set.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set with a training, a validation and a test part.
+
+    Attributes:
+        name: short name for tables and folders.
+        task: "multi-class" (binary ones included) or "multi-label".
+        labels: names of the classes or labels.
+        train: what the backbone and the arms are trained on.
+        val: what settings are chosen on.
+        test: what is reported.
+        source: where the images came from, with a digest.
+    """
+
+    name: str
+    task: str
+    labels: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    source: str
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of an image."""
+        return self.train.images.shape[1]
+
+    @property
+    def dims(self) -> int:
+        """2 for images, 3 for volumes."""
+        return self.train.images.ndim - 2
+
+    def split(self, name: str) -> Split:
+        """The part called ``name``: train, val or test."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+    def describe(self) -> str:
+        """Counts and shape in a line."""
+        shape = "x".join(map(str, self.train.images.shape[2:]))
+        return (
+            f"{self.name}: {len(self.train)}/{len(self.val)}/{len(self.test)} training/validation/test images of "
+            f"{self.channels}x{shape}, {self.task}, {len(self.labels)} labels; {self.source}"
+        )
+
+
+def load(spec: str, *, size: int | None = None, root: str | Path | None = None) -> DataSet:
+    """Load a data set.
+
+    Args:
+        spec: ``digits``; a MedMNIST name such as ``pneumoniamnist``; the path of an ``.npz`` file in MedMNIST's layout;
+            the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``. Paths may be relative to ``root``.
+        size: side of the images, for MedMNIST (28, 64, 128, 224; volumes 28, 64) and ChestX-ray14 (any; 224 if None).
+        root: folder of the data; the environment variable ``INMERGE_DATA``, else ``~/.medmnist``, if None.
+
+    Raises:
+        ValueError: the data cannot be found or used; the message names the file and the cure.
+    """
+    from .chestxray import load_chestxray14  # needs Pillow, the others do not
+
+    folder = Path(root or os.environ.get("INMERGE_DATA") or "~/.medmnist").expanduser()
+    if spec == "digits":
+        if size not in (None, 8):
+            raise ValueError(f"size must be 8 or left out for digits, got {size}")
+        return _digits()
+    if spec.endswith(".npz"):
+        if size is not None:
+            raise ValueError(f"size must be left out for a file ({spec}): its images have the size they have")
+        path = Path(spec) if Path(spec).exists() else folder / spec
+        return _from_npz(path, path.stem)
+    for path in (Path(spec), folder / spec):
+        if spec == "chestxray14" or path.is_dir():
+            return load_chestxray14(path if path.is_dir() else folder / spec, size=size or 224)
+    return _medmnist(spec, size or 28, folder)
+
+
+def _digits() -> DataSet:
+    images, labels = read_digits()
+    grey = (images * (255 / 16)).round().astype(np.uint8)
+    ends = [0, DIGITS_TRAIN, DIGITS_TRAIN + DIGITS_VAL, len(grey)]
+    train, val, test = (_split(grey[a:b], labels[a:b]) for a, b in itertools.pairwise(ends))
+    return DataSet("digits", "multi-class", tuple("0123456789"), train, val, test, "scikit-learn's load_digits")
+
+
+def _from_npz(path: Path, name: str, labels: tuple[str, ...] | None = None) -> DataSet:
+    arrays, classes = read_npz(path)
+    train, val, test = (_split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS)
+    task = "multi-label" if arrays["train_labels"].ndim == 2 else "multi-class"
+    names = labels if labels is not None else tuple(map(str, range(classes)))
+    return DataSet(name, task, names, train, val, test, f"{path.name}, md5 {md5_of(path)}")
+
+
+def _split(images: npt.NDArray, labels: npt.NDArray) -> Split:
+    x = torch.from_numpy(np.ascontiguousarray(images))
+    x = x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 and not is_volumes(images) else x[:, None]
+    kind = np.float32 if labels.ndim == 2 else np.int64
+    return Split(x, torch.from_numpy(labels.astype(kind)))
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file, as MedMNIST publishes it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest() if hasattr(hashlib, "file_digest") else _md5(file.read())
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def _medmnist(name: str, size: int, folder: Path) -> DataSet:
+    try:
+        from medmnist.info import INFO
+    except ImportError as error:
+        raise ValueError(
+            f"data {name!r}: MedMNIST names need the medmnist package: pip install --no-deps medmnist (with its "
+            "dependencies pip would replace torch), or give the path of an .npz file"
+        ) from error
+    if name not in INFO:
+        raise ValueError(f"data must be digits, a folder, an .npz file or one of {', '.join(INFO)}, got {name!r}")
+    info, volumes = INFO[name], name.endswith("3d")
+    if size not in SIZES[3 if volumes else 2]:
+        raise ValueError(f"size of {name} must be one of {SIZES[3 if volumes else 2]}, got {size}")
+    suffix = "" if size == 28 else f"_{size}"
+    path = folder / f"{name}{suffix}.npz"
+    url, wanted = info[f"url{suffix}"], info[f"MD5{suffix}"]
+    if not path.exists():
+        _download(url, path)
+    found = md5_of(path)
+    if found != wanted:
+        raise ValueError(
+            f"{path}: MD5 is {found}, MedMNIST's file has {wanted}; delete it and fetch {url} again, or pass its path "
+            "as data to use it as it is"
+        )
+    return _from_npz(path, f"{name}{suffix}", tuple(info["label"][key] for key in sorted(info["label"], key=int)))
+
+
+def _download(url: str, path: Path) -> None:
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(part))
+        part.replace(path)
+    except (OSError, urllib.error.URLError) as error:
+        raise ValueError(
+            f"{path}: there is no such file and it could not be downloaded ({error}); fetch {url} and put it there, or "
+            "set INMERGE_DATA to the folder that holds it"
+        ) from error

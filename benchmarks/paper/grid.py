@@ -1,0 +1,224 @@
+"""Runs many runs: resumes, several processes with one thread each or the ranks of ``torchrun``, progress, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from inmerge_fast.demo_data import require
+
+from . import protocol
+from .config import Recipe, Run, digest
+from .data import load
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where runs are done and kept.
+
+    Attributes:
+        out: folder of the result files.
+        root: folder of the data, None for the default of :func:`benchmarks.paper.data.load`.
+        device: torch device.
+        processes: processes at a time, each with one thread on a CPU.
+        tensorboard: folder of TensorBoard's logs, or None.
+        weights: file with pre-trained weights, or None.
+    """
+
+    out: Path
+    root: str | None = None
+    device: str = "cpu"
+    processes: int = 1
+    tensorboard: str | None = None
+    weights: Path | None = None
+
+
+_benches: dict[tuple[str, int | None, int | None], protocol.Bench] = {}
+
+
+def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
+    """The data of a recipe, loaded once per process."""
+    key = (recipe.data, recipe.size, recipe.limit)
+    if key not in _benches:
+        data = load(recipe.data, size=recipe.size, root=where.root)
+        _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit, where.weights)
+    return _benches[key]
+
+
+def execute(runs: Sequence[Run], where: Where) -> None:
+    """Do the runs that have no file yet. Each is written when it is done, so that a kill loses only those under way.
+
+    Raises:
+        ValueError: the data of a recipe cannot be used, before anything is trained.
+    """
+    with _ranks(where) as rank:
+        pending = [run for run in dict.fromkeys(runs) if not (where.out / run.file()).exists()]
+        if dist.is_initialized():
+            shared = [pending]
+            dist.broadcast_object_list(shared, src=0)  # no rank may see a file that another one did not
+            pending = shared[0]
+        if rank == 0:
+            print(f"{len(set(runs)) - len(pending)} of {len(set(runs))} runs are done already", flush=True)
+        for recipe in dict.fromkeys(run.recipe for run in pending):
+            bench_for(recipe, where)
+        tasks: dict[tuple[Recipe, int], list[Run]] = {}
+        for run in sorted(pending, key=lambda run: run.seed):  # whole seeds first: half a grid is then balanced
+            tasks.setdefault((run.recipe, run.seed), []).append(run)
+        if where.processes > 1 and len(tasks) > 1 and not dist.is_initialized():
+            _in_pool(list(tasks.values()), pending, where)
+            return
+        with _bar(len(pending), disable=rank > 0) as bar:
+            for task in tasks.values():
+                for run in _do(task, where):
+                    bar.update()
+                    bar.set_postfix_str(f"{run.recipe.name} {run.arm.label()} seed {run.seed}"[:60], refresh=False)
+
+
+def _bar(total: int, disable: bool = False) -> Any:
+    tty = os.isatty(2)
+    return require("tqdm", "tqdm").tqdm(
+        total=total, unit=" runs", disable=disable, mininterval=0.1 if tty else 30.0, smoothing=0.05
+    )
+
+
+def _in_pool(tasks: list[list[Run]], pending: list[Run], where: Where) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
+    with context.Pool(where.processes, _one_thread) as pool, _bar(len(pending)) as bar:
+        result = pool.starmap_async(_do_all, [(task, where) for task in tasks], chunksize=1)
+        while not result.ready():
+            result.wait(POLL_SECONDS)
+            bar.update(sum((where.out / run.file()).exists() for run in pending) - bar.n)
+        result.get()  # raises what a process raised
+        bar.update(len(pending) - bar.n)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _do_all(task: list[Run], where: Where) -> None:
+    for _ in _do(task, where):
+        pass
+
+
+def _do(task: list[Run], where: Where) -> Iterator[Run]:
+    """Runs with the same recipe and seed: from one backbone."""
+    if where.device == "cpu":
+        torch.set_num_threads(1)  # more are slower on nets this small and on shared cores, and change the rounding
+    bench = bench_for(task[0].recipe, where)
+    backbone = _backbone(task[0].recipe, task[0].seed, bench, where)
+    for run in task:
+        with _logger(run, where) as log:
+            result, scores = protocol.run_arm(run, bench, backbone, log)
+        if dist.is_initialized():
+            _check_ranks(run, result)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            _write(where.out / run.file(), result, scores if run.keep_scores else None)
+        yield run
+
+
+def _check_ranks(run: Run, result: dict[str, Any]) -> None:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, result["digests"])
+    # Batch-norm statistics are each rank's own between synchronisations, so the weights alone are compared.
+    if len({values["parameters"] for values in found}) > 1:
+        raise RuntimeError(f"the ranks have drifted apart in {run.file()}: {found}")
+
+
+def _write(path: Path, result: dict[str, Any], scores: dict[str, Any] | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if scores is not None:
+        part = path.with_suffix(".part.npz")
+        np.savez_compressed(part, **scores)
+        part.replace(path.with_suffix(".npz"))
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(_without_nan(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
+    part.replace(path)  # last, and at once: a run with a JSON file is complete
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be measured is null."""
+    if isinstance(value, dict):
+        return {str(key): _without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _backbone(recipe: Recipe, seed: int, bench: protocol.Bench, where: Where) -> protocol.State:
+    values = protocol.backbone_identity(recipe, bench, seed)
+    path = where.out / "checkpoints" / f"{recipe.name}-{digest(values)}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    state = protocol.train_backbone(recipe, bench, seed)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        torch.save(state, part)
+        part.replace(path)
+    if dist.is_initialized():
+        dist.barrier()
+        return torch.load(path, weights_only=True)  # rank 0's batch-norm statistics
+    return state
+
+
+@contextlib.contextmanager
+def _logger(run: Run, where: Where) -> Iterator[Any]:
+    if where.tensorboard is None or (dist.is_initialized() and dist.get_rank() > 0):
+        yield None
+        return
+    SummaryWriter = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
+    writer = SummaryWriter(str(Path(where.tensorboard) / run.file().removesuffix(".json")))
+    try:
+        yield writer.add_scalar
+    finally:
+        writer.close()
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that writes and prints: the only one, or rank 0 of ``torchrun``."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _ranks(where: Where) -> Iterator[int]:
+    """Join the ranks of ``torchrun``, if it started this process; gives this one's number."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    if where.device.startswith("cuda"):
+        torch.cuda.set_device(where.device)
+    dist.init_process_group("nccl" if where.device.startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """One run's result.
+
+    Raises:
+        ValueError: the file is not one; the message names it.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a result: {error}; delete it and run again") from error
+    missing = {"recipe", "arm", "seed", "data", "digests", "metrics", "filters"} - set(result)
+    if missing:
+        raise ValueError(f"{path}: is not a result: {', '.join(sorted(missing))} missing; delete it and run again")
+    return result

@@ -1,0 +1,125 @@
+"""Networks by name: the paper's, small ones for 28 px, the sequence models, and any of timm's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from inmerge_fast.demo_train import build_net
+from tests import nets
+
+from .data import DataSet
+from .sequence_models import mamba_small, vit_small
+
+# As torchvision names and registers them, so that its ImageNet weights fit. They take three channels.
+PUBLISHED: dict[str, Callable[[int], nn.Module]] = {
+    "vgg16": lambda classes: nets.vgg(16, classes),
+    "vgg19": lambda classes: nets.vgg(19, classes),
+    "vgg16_bn": lambda classes: nets.vgg(16, classes, batch_norm=True),
+    "vgg19_bn": lambda classes: nets.vgg(19, classes, batch_norm=True),
+    "resnet18": nets.resnet18,
+    "resnet34": nets.resnet34,
+    "resnet50": nets.resnet50,
+    "densenet121": nets.densenet121,
+}
+SMALL = ("vgg8", "resnet18_small", "vit_small", "mamba_small")  # take the channels that the images have
+SMALL_SIDE, PUBLISHED_SIDE = 16, 32  # smallest images they can pool; smaller ones are enlarged
+OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and what it takes.
+
+    Attributes:
+        net: the network; gives logits ``(N, classes)``.
+        channels: colour channels it takes.
+        side: side of the images it takes.
+        normalisation: ``(means, spreads)`` it was pre-trained with; None for those of the training images.
+    """
+
+    net: nn.Module
+    channels: int
+    side: int
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+def build(name: str, data: DataSet, seed: int, weights: str | Path | None = None) -> Model:
+    """Build a network with random weights, or pre-trained ones from a file.
+
+    Args:
+        name: a key of :data:`PUBLISHED`, one of :data:`SMALL`, or ``timm:`` and a name that timm knows.
+        data: gives the number of classes, the channels and the size.
+        seed: seed of the random weights.
+        weights: a ``state_dict`` saved by PyTorch, for example torchvision's ImageNet weights; the last layer is left
+            out if its shape differs.
+
+    Raises:
+        ValueError: the name is unknown, the data does not fit it, or the file does not.
+    """
+    torch.manual_seed(seed)
+    classes, side = len(data.labels), data.train.images.shape[-1]
+    if data.dims == 3 and name != "vgg8":
+        raise ValueError(f"model of volumes ({data.name}) must be vgg8, got {name!r}")
+    if name in PUBLISHED:
+        model = Model(PUBLISHED[name](classes), 3, max(side, PUBLISHED_SIDE))
+    elif name == "vgg8":
+        model = Model(build_net(data.channels, classes, seed, data.dims), data.channels, max(side, SMALL_SIDE))
+    elif name == "resnet18_small":
+        net = nets.ResNet(nets.BasicBlock, (2, 2, 2, 2), classes, channels=data.channels, width=16, small_images=True)
+        model = Model(net, data.channels, max(side, SMALL_SIDE))
+    elif name in ("vit_small", "mamba_small"):
+        side = max(side, SMALL_SIDE)
+        maker = vit_small if name == "vit_small" else mamba_small
+        model = Model(maker(data.channels, classes, side), data.channels, side)
+    elif name.startswith("timm:"):
+        model = Model(_from_timm(name.removeprefix("timm:"), classes), 3, max(side, PUBLISHED_SIDE))
+    else:
+        raise ValueError(f"model must be one of {', '.join([*PUBLISHED, *SMALL])} or timm:NAME, got {name!r}")
+    if weights is None:
+        return model
+    _load_weights(model.net, Path(weights))
+    return Model(model.net, model.channels, model.side, IMAGENET if model.channels == 3 else None)
+
+
+def _from_timm(name: str, classes: int) -> nn.Module:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
+        raise ValueError(
+            f"model 'timm:{name}': timm cannot be imported ({error}); install it with --no-deps, and a torchvision "
+            "that fits the torch you have, or pip replaces torch"
+        ) from error
+    if not timm.is_model(name):
+        raise ValueError(f"model 'timm:{name}': timm has no such model; see timm.list_models()")
+    return timm.create_model(name, pretrained=False, num_classes=classes)
+
+
+def _load_weights(net: nn.Module, path: Path) -> None:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file of weights") from error
+    except Exception as error:  # torch.load raises whatever its readers do
+        raise ValueError(f"{path}: cannot be read as PyTorch weights: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: must hold a state_dict, got {type(loaded).__name__}")
+    loaded = {OLD_DENSENET_KEY.sub(r"\1\2", key): value for key, value in loaded.items()}
+    own = net.state_dict()
+    last = [key for key in own if key.endswith(".weight")][-1].removesuffix("weight")
+    head = {key for key in own if key.startswith(last)}
+    wrong = [
+        key for key, value in own.items() if key not in head and getattr(loaded.get(key), "shape", None) != value.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path}: does not fit this model: {len(wrong)} tensors missing or of another shape, as {wrong[0]}"
+        )
+    fitting = {key: loaded[key] for key in own if getattr(loaded.get(key), "shape", None) == own[key].shape}
+    net.load_state_dict(own | fitting)

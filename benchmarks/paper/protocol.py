@@ -1,0 +1,355 @@
+"""The protocol: a backbone, then arms from that state with the same data in the same order for the same epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from inmerge_fast import MergePlan, NoEffectWarning, __version__
+from inmerge_fast.demo_train import MOMENTUM, Schedule, epoch_steps
+
+from . import robustness
+from .config import Recipe, Run
+from .data import SPLITS, DataSet, Split
+from .merging import Merger
+from .metrics import accuracy, auc, class_aucs, filter_state
+from .models import Model, build
+
+EVAL_BATCH = 128
+DEVICE_BYTES = 2 * 2**30
+CACHE_BYTES = 64 * 2**20  # corrupted copies of small sets are kept, since every run looks at them
+RESEED = 1_000_003  # added to the seed of the data order
+State = dict[str, torch.Tensor]
+
+
+class Bench:
+    """A data set on a device, and what is computed from it once for all runs.
+
+    Args:
+        data: the images.
+        device: where the networks are.
+        limit: use this many images of every part, evenly spaced; None for all.
+        weights: file with pre-trained weights of the network, or None.
+    """
+
+    def __init__(
+        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Path | None = None
+    ) -> None:
+        if limit is not None:
+            train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
+            data = dataclasses.replace(data, train=train, val=val, test=test)
+        self.data, self.device, self.weights = data, device, weights
+        self._copies: dict[tuple[str, str, float], torch.Tensor] = {}
+        sample = data.train.images[:: max(1, len(data.train) // 5000)].float() / 255
+        dims = [0, *range(2, sample.ndim)]
+        self.normalisation = (tuple(sample.mean(dims).tolist()), tuple(sample.std(dims).clamp(min=1e-6).tolist()))
+
+    def prepare(self, model: Model, unit: torch.Tensor) -> torch.Tensor:
+        """What the network takes, from images in [0, 1] on the device: resized, in its channels, normalised."""
+        if unit.shape[-1] < model.side:
+            mode = "trilinear" if unit.ndim == 5 else "bilinear"
+            unit = functional.interpolate(unit, size=(model.side,) * (unit.ndim - 2), mode=mode)
+        if unit.shape[1] < model.channels:
+            unit = unit.expand(-1, model.channels, *unit.shape[2:])
+        mean, spread = model.normalisation or self.normalisation
+        shape = (-1, *[1] * (unit.ndim - 2))
+        return (unit - unit.new_tensor(mean).view(shape)) / unit.new_tensor(spread).view(shape)
+
+    def copies(self, split: str, kind: str, level: float) -> torch.Tensor:
+        """Corrupted (``kind`` a corruption) or noisy (``kind`` "noise") copies of a part's images."""
+        key = (split, kind, level)
+        if key in self._copies:
+            return self._copies[key]
+        images = self.data.split(split).images
+        noisy = kind == "noise"
+        out = robustness.add_noise(images, level) if noisy else robustness.corrupt(images, kind, int(level))
+        if out.numel() <= CACHE_BYTES:
+            self._copies[key] = out
+        return out
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss: binary cross-entropy of the labels, or cross-entropy of the classes."""
+        if self.data.task == "multi-label":
+            return functional.binary_cross_entropy_with_logits(logits.float(), labels)
+        return functional.cross_entropy(logits.float(), labels)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores ``(N, K)`` from logits."""
+        return logits.float().sigmoid() if self.data.task == "multi-label" else logits.float().softmax(1)
+
+
+def _thinned(part: Split, limit: int) -> Split:
+    kept = torch.arange(limit) * len(part) // limit if limit < len(part) else torch.arange(len(part))
+    return Split(part.images[kept], part.labels[kept])
+
+
+def schedules(recipe: Recipe, seed: int, reseed: bool = False) -> tuple[Schedule, Schedule]:
+    """Schedules of the backbone and of an arm; a reseeded arm sees the data in another order."""
+    before = Schedule(0, recipe.backbone_epochs, recipe.high, recipe.middle, recipe.batch_size, seed)
+    order = seed + RESEED if reseed else seed
+    return before, Schedule(
+        recipe.backbone_epochs, recipe.arm_epochs, recipe.middle, recipe.low, recipe.batch_size, order
+    )
+
+
+def train_backbone(recipe: Recipe, bench: Bench, seed: int) -> State:
+    """Weights after the epochs that all arms share."""
+    model = build(recipe.model, bench.data, seed, bench.weights)
+    _place(model, bench)
+    _train(model, recipe, bench, schedules(recipe, seed)[0], None)
+    return {key: value.detach().cpu().clone() for key, value in model.net.state_dict().items()}
+
+
+def backbone_identity(recipe: Recipe, bench: Bench, seed: int) -> dict[str, Any]:
+    """Everything that the backbone's weights depend on."""
+    values = dataclasses.asdict(recipe)
+    for unused in ("name", "arm_epochs", "low", "severities"):
+        del values[unused]
+    return values | {"seed": seed, "source": bench.data.source} | environment(bench.device)
+
+
+def run_arm(
+    run: Run, bench: Bench, backbone: State, log: Callable[[str, float, int], None] | None = None
+) -> tuple[dict[str, Any], dict[str, npt.NDArray]]:
+    """Train and measure one arm.
+
+    Args:
+        run: what to do.
+        bench: the data.
+        backbone: state from :func:`train_backbone` with the same recipe and seed.
+        log: called with a name, a value and a step, for example ``SummaryWriter.add_scalar``.
+
+    Returns:
+        The result, ready for JSON, and the scores of every evaluation by name with the labels.
+    """
+    recipe, merging = run.recipe, run.arm.merging
+    start = time.perf_counter()
+    model = build(recipe.model, bench.data, run.seed, bench.weights)
+    model.net.load_state_dict(backbone)
+    _place(model, bench)
+    schedule = schedules(recipe, run.seed, run.arm.reseed)[1]
+    linear = (merging is not None and merging.include_linear) or recipe.model in ("vit_small", "mamba_small")
+    plan = MergePlan(model.net, skip_first=0.6 if merging is None else merging.skip_first, include_linear=linear)
+    before = filter_state(plan)
+    merger = None
+    if merging is not None:
+        steps = recipe.arm_epochs * schedule.batches(len(bench.data.train))
+        merger = Merger(model.net, merging, run.seed, steps * (recipe.micro_batches if merging.each_forward else 1))
+    losses: list[float] = []
+    if not run.arm.stop:
+        losses = _train(model, recipe, bench, schedule, merger, log)
+    after = filter_state(plan)
+    metrics, scores = _measure(model, recipe, bench, run.split)
+    result = {
+        "recipe": dataclasses.asdict(recipe),
+        "arm": {"label": run.arm.label(), **dataclasses.asdict(run.arm)},
+        "seed": run.seed,
+        "split": run.split,
+        "data": {
+            "name": bench.data.name,
+            "images": [len(bench.data.split(name)) for name in SPLITS],
+            "source": bench.data.source,
+            "task": bench.data.task,
+        },
+        "digests": {
+            "backbone": digest_of(backbone),
+            "weights": digest_of(model.net.state_dict()),
+            "parameters": digest_of(dict(model.net.named_parameters())),
+        },
+        "metrics": metrics,
+        "loss": losses,
+        "filters": {
+            "before": dataclasses.asdict(before),
+            "after": dataclasses.asdict(after),
+            "rank_before": before.mean_rank,
+            "rank": after.mean_rank,
+            "similarity": after.mean_similarity,
+            "collapsed": after.collapsed(before),
+        },
+        "merging": None if merger is None else merger.summary(),
+        "environment": environment(bench.device) | {"seconds": round(time.perf_counter() - start, 2)},
+    }
+    return result, scores
+
+
+def _place(model: Model, bench: Bench) -> None:
+    # channels_last: an epoch of PneumoniaMNIST takes vgg8 3.6 s of one core, and 4.5 s without.
+    layout = torch.channels_last if bench.data.dims == 2 else torch.contiguous_format
+    model.net.to(bench.device, memory_format=layout)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge a run."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "inmerge_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def digest_of(state: State) -> str:
+    """Sixteen hex digits that differ if any bit of a state does."""
+    total = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        total.update(key.encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def _train(
+    model: Model,
+    recipe: Recipe,
+    bench: Bench,
+    schedule: Schedule,
+    merger: Merger | None,
+    log: Callable[[str, float, int], None] | None = None,
+) -> list[float]:
+    """Train in place; the mean loss of each epoch."""
+    net, train = model.net, bench.data.train
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if recipe.batch_size % (ranks * recipe.micro_batches):
+        raise ValueError(
+            f"batch_size {recipe.batch_size} must be a multiple of {ranks} ranks x {recipe.micro_batches} parts"
+        )
+    whole = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
+    optimizer = _optimizer(recipe, net)
+    # On the device if they fit: 2 GiB are 40,000 grey images of 224x224.
+    images = train.images.to(bench.device) if train.images.numel() <= DEVICE_BYTES else train.images
+    labels = train.labels.to(bench.device)
+
+    def loss_at(indices: torch.Tensor, step: int) -> torch.Tensor:
+        mine = indices[rank::ranks]
+        unit = images[mine.to(images.device)].to(bench.device).float() / 255
+        if recipe.flip:
+            # Decided by image, not by place: ranks and parts of a batch do not change who is flipped.
+            coins = np.random.default_rng([schedule.seed, step, 1]).random(len(train)) < 0.5
+            chosen = torch.from_numpy(coins[mine.cpu().numpy()]).to(bench.device)
+            unit = torch.where(chosen.view(-1, *[1] * (unit.ndim - 1)), unit.flip(-1), unit)
+        with _autocast(recipe, bench.device):
+            logits = whole(bench.prepare(model, unit))
+        return bench.loss(logits, labels[mine])
+
+    losses: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)  # every result counts its merges
+        for epoch in range(schedule.epochs):
+            net.train()
+            torch.manual_seed(schedule.seed * 1000 + schedule.first_epoch + epoch)  # dropout
+            total = [
+                step.loss
+                for step in epoch_steps(
+                    schedule, epoch, len(train), optimizer, loss_at, merger, device=bench.device,
+                    micro_batches=recipe.micro_batches,
+                    merge_each_forward=merger is not None and merger.setting.each_forward,
+                )
+            ]  # fmt: skip
+            losses.append(float(torch.stack(total).mean()))
+            if merger is not None and merger.setting.in_validation:
+                _validate_merging(model, recipe, bench, merger)
+            if log is not None:
+                log("loss", losses[-1], epoch)
+                if merger is not None:
+                    log("merges", merger.merged, epoch)
+    if not math.isfinite(losses[-1]):
+        warnings.warn(f"the loss of {recipe.name} is {losses[-1]} in the last epoch", stacklevel=2)
+    return losses
+
+
+def _optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(net.parameters(), lr=recipe.high, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(net.parameters(), lr=recipe.high, weight_decay=recipe.weight_decay)
+    raise ValueError(f"optimizer must be sgd or adam, got {recipe.optimizer!r}")
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bf16)
+
+
+def _validate_merging(model: Model, recipe: Recipe, bench: Bench, merger: Merger) -> None:
+    """The published code's validation: it merges before every forward pass there too."""
+    for images in bench.data.val.images.split(recipe.batch_size):
+        merger.in_validation()
+        _logits(model, recipe, bench, images)
+
+
+@torch.no_grad()
+def _logits(model: Model, recipe: Recipe, bench: Bench, images: torch.Tensor) -> torch.Tensor:
+    model.net.eval()
+    out = []
+    for chunk in images.split(EVAL_BATCH):
+        with _autocast(recipe, bench.device):
+            out.append(model.net(bench.prepare(model, chunk.to(bench.device).float() / 255)).float())
+    return torch.cat(out)
+
+
+def _measure(model: Model, recipe: Recipe, bench: Bench, split: str) -> tuple[dict[str, Any], dict[str, npt.NDArray]]:
+    part = bench.data.split(split)
+    labels = part.labels.numpy()
+    scores: dict[str, npt.NDArray] = {"labels": labels}
+
+    def measured(name: str, images: torch.Tensor) -> dict[str, float]:
+        scores[name] = bench.probabilities(_logits(model, recipe, bench, images)).cpu().numpy()
+        return {"acc": accuracy(labels, scores[name]), "auc": auc(labels, scores[name])}
+
+    metrics: dict[str, Any] = {"clean": measured("clean", part.images)}
+    metrics["class_auc"] = dict(zip(bench.data.labels, class_aucs(labels, scores["clean"]), strict=True))
+    corrupted = {
+        name: {str(level): measured(f"{name}-{level}", bench.copies(split, name, level)) for level in recipe.severities}
+        for name in robustness.CORRUPTIONS
+    }
+    noise = {
+        f"{sigma:g}": measured(f"noise-{sigma:g}", bench.copies(split, "noise", sigma))
+        for sigma in robustness.NOISE_SIGMAS
+    }
+    flat = [values for by_level in corrupted.values() for values in by_level.values()]
+    metrics |= {
+        "corrupted": {key: float(np.mean([values[key] for values in flat])) for key in ("acc", "auc")},
+        "by_corruption": corrupted,
+        "noise": {key: float(np.mean([values[key] for values in noise.values()])) for key in ("acc", "auc")},
+        "by_noise": noise,
+        "attacked": _attacked(model, bench, part),
+    }
+    return metrics, scores
+
+
+def _attacked(model: Model, bench: Bench, part: Split) -> dict[str, float]:
+    """Accuracy on attacked images, in float32: gradients of bfloat16 would make the attack weaker."""
+    count = min(len(part), robustness.ATTACKED)
+    right: dict[str, list[npt.NDArray]] = {}
+    kinds = [(f"fgsm {round(eps * 255)}/255", eps, 1) for eps in robustness.FGSM_EPSILONS]
+    kinds.append((f"pgd {round(robustness.PGD_EPSILON * 255)}/255", robustness.PGD_EPSILON, robustness.PGD_STEPS))
+    model.net.eval()
+    for images, labels in zip(
+        part.images[:count].split(EVAL_BATCH), part.labels[:count].split(EVAL_BATCH), strict=True
+    ):
+        unit, truth = images.to(bench.device).float() / 255, labels.to(bench.device)
+
+        def loss_of(x: torch.Tensor, truth: torch.Tensor = truth) -> torch.Tensor:
+            return bench.loss(model.net(bench.prepare(model, x)), truth)
+
+        for name, epsilon, steps in kinds:
+            changed = robustness.attack(loss_of, unit, epsilon, steps)
+            with torch.no_grad():
+                scores = bench.probabilities(model.net(bench.prepare(model, changed)))
+            right.setdefault(name, []).append(scores.cpu().numpy())
+    truth = part.labels[:count].numpy()
+    return {name: accuracy(truth, np.concatenate(chunks)) for name, chunks in right.items()}

@@ -1,0 +1,122 @@
+"""``RESULTS.md``: every table, figure and verdict, from the result files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .compare import Row
+from .experiments import EXPERIMENTS
+from .figures import write_figures
+from .tables import SHOWN, difference_text, markdown, rows_of, write_tables
+
+ORDER = [*EXPERIMENTS, "search", "confirm"]
+HEAD = """# Does in-model merging help? What these experiments found
+
+Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, one JSON per run. How
+runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
+[protocol.py](protocol.py): all arms of a seed start from the same backbone, see the same images in the same order for
+the same number of epochs, keep the weights of their last epoch, and no setting is chosen on what is reported.
+
+"""
+LIMITS = """## Limits
+
+- **Data.** scikit-learn's digits (8x8 pixels; 1000/297/500 images) and PneumoniaMNIST at 28x28. Its file was
+  put together from public copies of the images: its counts are the official ones per split, its order is not, so its
+  MD5 differs from MedMNIST's; 8 images occur in both the training and the validation part. Not run: PathMNIST,
+  DermaMNIST, BloodMNIST, ChestX-ray14, any size above 28.
+- **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm), and a small vision transformer and
+  Mamba. Not run: the paper's ImageNet-pretrained VGG19 at 224 px, ResNets and DenseNets of full size. What is said here
+  says nothing about them.
+- **Schedules** are short, and the arms are 3 to 6 epochs; the paper's are 30 and 10.
+- **Machine.** CPU only, float32, one thread per run; no GPU was at hand.
+- **Corruptions** are of MedMNIST-C's kinds with our own parameters ([robustness.py](robustness.py)), made for any size;
+  MedMNIST-C's own need images of 224 px.
+- **Statistics.** Student's intervals over few seeds; seeds share the test images, so that intervals over seeds say
+  nothing about other images (the confirmation's bootstrap does). Holm's correction is within a table and metric, not
+  across tables.
+"""
+
+
+def write(out: Path) -> Path:
+    """Write all tables, figures and ``RESULTS.md`` beside the folder of results again.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    manifests = find_manifests(out)
+    if not manifests:
+        raise ValueError(f"{out}: holds no manifest of an experiment; run one first")
+    parts = [HEAD.format(folder=out.name), "## In short\n"]
+    parts += [f"- {line}" for path in manifests for line in summary(path)]
+    parts.append(f"\n{LIMITS}")
+    for path in manifests:
+        write_tables(path)
+        parts.append(markdown(path))
+        if write_figures(path):
+            parts.append(f"![{path.stem}]({out.name}/{path.stem}.png)\n")
+    target = out.parent / "RESULTS.md"
+    target.write_text("\n".join(parts).rstrip() + "\n")
+    print(f"written: {target}")
+    return target
+
+
+def find_manifests(out: Path) -> list[Path]:
+    """Manifests of experiments, in the order of the command's help."""
+    found = [
+        path for path in out.glob("*.json") if path.name.split(".")[0] in ORDER and not path.stem.endswith(".result")
+    ]
+    return sorted(found, key=lambda path: (ORDER.index(path.name.split(".")[0]), path.name))
+
+
+def summary(path: Path) -> list[str]:
+    """A sentence on every recipe of an experiment."""
+    name = path.name.split(".")[0]
+    if name == "confirm":
+        return [_confirmation(path)]
+    lines = [f"**{name}**, {recipe}: {_sentence(rows)}" for recipe, rows in rows_of(path) if rows]
+    return lines or [f"**{name}**: not run, there are no data here."]
+
+
+def _sentence(rows: Sequence[Row]) -> str:
+    settings = [row for row in rows if row.kind == "setting"]
+    compared = len(settings) * len(SHOWN)
+    gains: list[str] = []
+    losses: list[str] = []
+    for row in settings:
+        for metric in SHOWN:
+            one = row.difference[metric]
+            if one.p_holm < 0.05:
+                (gains if one.mean > 0 else losses).append(f"{row.label}: {metric} {one.mean:+.2f}")
+    text = (
+        f"{len(settings)} setting{'s' * (len(settings) > 1)}, {rows[0].n} seeds; of {compared} comparisons with the "
+        f"baseline {len(gains)} are gains and {len(losses)} losses after Holm's correction"
+    )
+    text += f" (gains: {'; '.join(gains)})" if gains else ""
+    text += "."
+    idle = [row.label for row in settings if row.identical == row.n]
+    if idle:
+        text += f" Bit-identical to the baseline in every seed: {'; '.join(idle)}."
+    collapsed = [f"{row.label} ({row.collapsed}/{row.n})" for row in settings if row.collapsed]
+    if collapsed:
+        text += f" Collapsed: {'; '.join(collapsed)}."
+    floor = next((row for row in rows if row.kind == "reseeded"), None)
+    if floor is not None:
+        text += f" Another data order alone moves acc by {difference_text(floor.difference['acc'])} points."
+    return text
+
+
+def _confirmation(path: Path) -> str:
+    result = path.with_name(f"{path.stem}.result.json")
+    if not result.exists():
+        return "**confirm**: planned, not run."
+    lines = []
+    for label, one in json.loads(result.read_text()).items():
+        lines.append(
+            f"{label}: d corrupted AUC {one['d_mean']:+.2f} [{one['d_low']:+.2f}, {one['d_high']:+.2f}], p after Holm "
+            f"{one['p_holm']:.2g}, over seeds and images [{one['bootstrap_low']:+.2f}, {one['bootstrap_high']:+.2f}]: "
+            f"{'confirmed' if one['confirmed'] else 'not confirmed'}"
+        )
+    recipe = path.stem.split(".", 1)[1]
+    return f"**confirm**, {recipe}: one look at the test images with fresh seeds. {'; '.join(lines)}."

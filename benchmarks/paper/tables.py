@@ -1,0 +1,218 @@
+"""Tables (Markdown, CSV) from result files alone.
+
+An experiment leaves a manifest ``<name>.json`` beside its runs, which says what belongs together. Whatever is shown is
+made from manifests and runs, so that it can be made again, byte for byte.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .chestxray import LABELS
+from .compare import METRICS, Paired, Row, compare
+from .config import Run
+from .experiments import Experiment
+from .grid import load_result
+from .published import CHESTXRAY14, CHESTXRAY14_COLUMNS, MEDMNIST
+
+SHOWN = ("acc", "AUC", "corrupted acc", "corrupted AUC", "noise AUC", "PGD 2/255 acc")
+NOTE = (
+    "In percent, mean ± sd over the seeds; d is the paired difference to the baseline of the same seed, backbone and "
+    "number of epochs, in percentage points, with its 95 % interval (Student's t). \\* p < 0.05; \\*\\* p < 0.05 after "
+    "Holm's correction over the settings of this table. *merges* are filters merged per step, *rank* is the effective "
+    "rank of the filters before → after the arm as a share of the highest possible, *collapsed* counts the seeds where "
+    "a layer lost half of it or its filters became alike, *identical* those whose weights equal the baseline's, bit "
+    "for bit."
+)
+
+
+def manifest_name(experiment: Experiment) -> str:
+    """Name of an experiment's manifest, tables and figures: the experiment and the first recipe."""
+    return f"{experiment.name}.{experiment.groups[0][0].name}"
+
+
+def write_manifest(experiment: Experiment, out: Path) -> Path:
+    """Say which runs belong to an experiment."""
+    groups = [
+        {
+            "recipe": recipe.name,
+            "arms": [arm.label() for arm in arms],
+            "files": [[Run(recipe, arm, seed, experiment.split).file() for seed in experiment.seeds] for arm in arms],
+        }
+        for recipe, arms in experiment.groups
+    ]
+    content = {"name": experiment.name, "title": experiment.title, "figure": experiment.figure,
+               "split": experiment.split, "groups": groups}  # fmt: skip
+    path = out / f"{manifest_name(experiment)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], list[list[list[dict[str, Any]]]]]:
+    """A manifest and the results that exist of its groups and arms."""
+    manifest = json.loads(path.read_text())
+    results = [
+        [[load_result(path.parent / file) for file in arm if (path.parent / file).exists()] for arm in group["files"]]
+        for group in manifest["groups"]
+    ]
+    return manifest, results
+
+
+def rows_of(path: Path) -> list[tuple[str, list[Row]]]:
+    """Rows of every recipe of a manifest; none for a recipe without a baseline."""
+    manifest, results = read_manifest(path)
+    return [
+        (group["recipe"], compare(arms) if arms[0] else [])
+        for group, arms in zip(manifest["groups"], results, strict=True)
+    ]
+
+
+def write_tables(path: Path) -> list[Path]:
+    """Write ``<manifest>.md`` and ``<manifest>.csv`` beside a manifest."""
+    text = markdown(path)
+    out = [path.with_suffix(".md"), path.with_suffix(".csv")]
+    out[0].write_text(text)
+    out[1].write_text(_csv(rows_of(path)))
+    return out
+
+
+def markdown(path: Path, level: int = 2) -> str:
+    """The tables of a manifest."""
+    manifest, results = read_manifest(path)
+    parts = [f"{'#' * level} {manifest['title']}\n"]
+    if manifest["name"] == "table-chestxray14":
+        parts.append(_chestxray(results))
+    for recipe, rows in rows_of(path):
+        parts.append(f"{'#' * (level + 1)} {recipe}\n")
+        parts.append(setup_of(rows, results, recipe, manifest) + "\n" if rows else "No runs.\n")
+        if rows:
+            parts += [_absolute(rows), _differences(rows)]
+    if any(rows for _, rows in rows_of(path)):
+        parts.append(NOTE + "\n")
+    return "\n".join(parts)
+
+
+def setup_of(rows: Sequence[Row], results: Any, recipe: str, manifest: Mapping[str, Any]) -> str:
+    """What was done, in a sentence."""
+    index = next(i for i, group in enumerate(manifest["groups"]) if group["recipe"] == recipe)
+    one = results[index][0][0]
+    values, about = one["recipe"], one["environment"]
+    counts = "/".join(map(str, one["data"]["images"]))
+    text = (
+        f"{one['data']['name']} ({counts} training/validation/test images), measured on the {manifest['split']} "
+        f"images; {values['model']}, {values['optimizer']}, batch {values['batch_size']}, weight decay "
+        f"{values['weight_decay']:g}, "
+        f"{values['backbone_epochs']} backbone epochs (learning rate {values['high']:g} to {values['middle']:g}), then "
+        f"{values['arm_epochs']} in every arm (to {values['low']:g}); corruptions at severities "
+        f"{', '.join(map(str, values['severities']))}; {about['device']}, torch {about['torch']}."
+    )
+    published = MEDMNIST.get(one["data"]["name"])
+    if published:
+        text += " The paper's accuracy: {:.3f} ± {:.3f} without and {:.3f} ± {:.3f} with merging.".format(
+            *published[0], *published[1]
+        )
+    return text
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    lines.insert(1, "|---" + "|--:" * (len(head) - 1) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def _counts(row: Row) -> list[str]:
+    merges = "–" if math.isnan(row.per_step) else f"{row.per_step:.2f}"
+    return [merges, f"{row.rank[0]:.2f} → {row.rank[1]:.2f}", f"{row.collapsed}/{row.n}"]
+
+
+def _number(mean: float, sd: float) -> str:
+    return "–" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
+
+
+def difference_text(one: Paired) -> str:
+    """A paired difference in a table."""
+    if math.isnan(one.mean):
+        return "–"
+    if math.isnan(one.low):
+        return f"{one.mean:+.2f}"
+    if one.low == one.high == 0:
+        return "0"
+    stars = r" \*\*" if one.p_holm < 0.05 else r" \*" if one.p < 0.05 else ""
+    return f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}]{stars}"
+
+
+def _absolute(rows: Sequence[Row]) -> str:
+    head = ["arm", "seeds", "merges", "rank", "collapsed", *SHOWN]
+    body = [
+        [row.label, str(row.n), *_counts(row), *(_number(row.mean[key], row.sd[key]) for key in SHOWN)] for row in rows
+    ]
+    return _table(head, body)
+
+
+def _differences(rows: Sequence[Row]) -> str:
+    head = ["arm", "merges", "rank", "collapsed", "identical", *(f"d {metric}" for metric in SHOWN)]
+    body = [
+        [row.label, *_counts(row), f"{row.identical}/{row.n}", *(difference_text(row.difference[key]) for key in SHOWN)]
+        for row in rows
+        if row.difference
+    ]
+    return _table(head, body)
+
+
+def _csv(groups: Sequence[tuple[str, list[Row]]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["recipe", "arm", "metric", "seeds", "mean", "sd", "d_mean", "d_sd", "d_low", "d_high", "p",
+                     "p_holm", "merges_per_step", "rank_before", "rank_after", "collapsed", "identical"])  # fmt: skip
+
+    def text(value: float) -> str:
+        return "" if math.isnan(value) else f"{value:.6g}"
+
+    for recipe, rows in groups:
+        for row in rows:
+            for metric in METRICS:
+                one = row.difference.get(metric)
+                pair = (
+                    [text(getattr(one, key)) for key in ("mean", "sd", "low", "high", "p", "p_holm")]
+                    if one
+                    else [""] * 6
+                )
+                counts = [text(row.per_step), *map(text, row.rank), row.collapsed, row.identical]
+                level = [text(row.mean[metric]), text(row.sd[metric])]
+                writer.writerow([recipe, row.label, metric, row.n, *level, *pair, *counts])
+    return out.getvalue()
+
+
+def _chestxray(results: list[list[list[dict[str, Any]]]]) -> str:
+    """The published rows, and ours."""
+    head = ["model", *CHESTXRAY14_COLUMNS, "mean"]
+    body = [[name, *(f"{value:.3f}" for value in values)] for name, values in CHESTXRAY14.items()]
+    ours = [arm for arms in results for arm in arms if arm]
+    if not ours:
+        empty = ["–"] * (len(head) - 1)
+        body.append(["**ours**: no data, see below", *empty])
+    for arm in ours:
+        classes = [_mean([result["metrics"]["class_auc"][label] for result in arm]) for label in LABELS]
+        total = _mean([result["metrics"]["clean"]["auc"] for result in arm])
+        name = f"**ours**: {arm[0]['arm']['label']} ({arm[0]['recipe']['model']}, {len(arm)} seeds)"
+        body.append([name, *("–" if math.isnan(value) else f"{value:.3f}" for value in [*classes, total])])
+    text = "AUROC; the first eleven rows are the paper's (arXiv 2502.20516, its table of ChestX-ray14).\n\n"
+    text += _table(head, body)
+    if not ours:
+        text += (
+            "\nOur row is empty: the 112,120 images are not here. `python -m benchmarks.paper table-chestxray14 --data "
+            "FOLDER` fills it from a folder in the NIH's layout.\n"
+        )
+    return text
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,281 @@
+"""Several ranks: agreement about the recipe, and weights that ``fully_shard`` has divided among them.
+
+Replicas need no communication: decisions are a pure function of seed, step, layer and filter. A weight that is sharded
+by filter is gathered, merged as a whole, and each rank keeps its own filters: the same arithmetic as on one rank, on
+the same numbers. One layer is gathered at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
+from .effect import EffectMonitor
+from .filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
+from .merge import merge_drawn_layer_
+from .plan import DEFAULT_SKIP_FIRST, MergePlan
+from .stats import MergeStats, SampledPairs, describe_skipped
+
+
+def several_ranks(group: Any = None) -> bool:
+    """Whether this process is one of several in ``group``."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(group) > 1
+    )
+
+
+def check_agreement(recipe: dict[str, Any], group: Any) -> None:
+    """Raise, on every rank, if the recipes of the ranks differ; all ranks of ``group`` must call it.
+
+    Raises:
+        ValueError: they differ.
+    """
+    recipes: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(recipes, recipe, group=group)
+    for rank, other in enumerate(recipes):
+        for name, value in recipes[0].items():
+            if other[name] != value:
+                raise ValueError(
+                    f"the ranks disagree about {name}: {_short(value)} on rank 0, {_short(other[name])} on rank "
+                    f"{rank}; the replicas would drift apart. Pass the same arguments on every rank, or, where ranks "
+                    "hold different models (pipeline stages), the process_group of those that hold this one"
+                )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def broadcast_from_first(value: Any, group: Any) -> Any:
+    """``value`` as the first rank of ``group`` has it; all its ranks must call it."""
+    if not several_ranks(group):
+        return value
+    box = [value]
+    first = torch.distributed.get_global_rank(group, 0) if group is not None else 0
+    torch.distributed.broadcast_object_list(box, src=first, group=group)
+    return box[0]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a weight of ``model`` is a DTensor, or a module is one that ``fully_shard`` manages."""
+    return any(type(p).__name__ == "DTensor" for p in model.parameters()) or any(
+        base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__
+    )
+
+
+@dataclass(frozen=True)
+class ShardedLayer:
+    """A layer whose weight is a DTensor, or a plain tensor that all ranks hold whole."""
+
+    name: str
+    layer_id: int
+    holder: nn.Module
+    layout: FilterLayout
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    placements: tuple[Any, ...] | None
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """The weight as the module holds it now."""
+        return self.holder._parameters.get("weight")
+
+    def is_current(self) -> bool:
+        """Whether the module still holds a weight of this shape, divided in this way."""
+        weight = self.weight
+        return (
+            weight is not None
+            and tuple(weight.shape) == self.shape
+            and weight.dtype is self.dtype
+            and _placements(weight) == self.placements
+        )
+
+
+class ShardedPlan(MergePlan):
+    """A plan for a model whose weights are DTensors, sharded by filter (dim 0) or replicated.
+
+    Args:
+        model: a model after ``fully_shard``.
+        skip_first: see :class:`inmerge_fast.MergePlan`, as are the others.
+        exclude: name patterns to leave out.
+        include_linear: whether Linears take part.
+        include_frozen: whether frozen weights take part.
+
+    Raises:
+        TypeError: a weight's dtype cannot be merged.
+        ValueError: a weight is not sharded by filter, or nothing can be merged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        skip_first: float = DEFAULT_SKIP_FIRST,
+        exclude: Sequence[str] = (),
+        include_linear: bool = False,
+        include_frozen: bool = True,
+    ) -> None:
+        candidates, tied = module_candidates(model, include_linear)
+        kept, left_out = split_excluded(candidates, tied, skip_first, exclude)
+        frozen: list[Candidate] = []
+        if not include_frozen:
+            kept, frozen = split_frozen(kept)
+        left_out += [(candidate.name, "frozen (requires_grad is False)") for candidate in frozen]
+        layers = []
+        for candidate in kept:
+            layer = _sharded_layer(candidate)
+            if layer.layout.group_size < 2:
+                left_out.append((layer.name, "one filter per group, nothing to pair it with"))
+            else:
+                layers.append(layer)
+        self.layers = tuple(layers)  # type: ignore[assignment, arg-type]
+        self.skipped = (*left_out, *tied)
+        if not layers:
+            found = "; ".join(describe_skipped(self.skipped)) or "no convolution found"
+            raise ValueError(f"no layer of this {type(model).__name__} can be merged: {found}")
+        self._holders = [c.holder for c in candidates]
+        self._frozen_holders = [c.holder for c in frozen]
+        self._include_frozen = include_frozen
+        self.effect = EffectMonitor()
+        self._tabulate()
+
+    def _path_and_reason(self) -> tuple[str, str]:
+        return "eager", "sharded weights, gathered layer by layer"
+
+    def current_weights(self) -> list[torch.Tensor] | None:
+        """The weights if they are sharded as they were, else None."""
+        if not all(layer.is_current() for layer in self.layers):
+            return None
+        weights = self.weights()
+        if not self._include_frozen and not (
+            all(weight.requires_grad for weight in weights)
+            and not any(holder._parameters["weight"].requires_grad for holder in self._frozen_holders)  # type: ignore[union-attr]
+        ):
+            return None
+        return weights
+
+    def gathered(self, weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Each weight as a whole, the last one freed before the next one is gathered; all ranks must iterate."""
+        for weight in weights:
+            full = _whole(weight)
+            yield full
+            if full is not weight and full.untyped_storage().data_ptr() != _local(weight).untyped_storage().data_ptr():
+                full.untyped_storage().resize_(0)  # whoever still holds it must not keep a second layer alive
+            del full
+
+    @torch.no_grad()
+    def merge_(
+        self,
+        weights: Sequence[torch.Tensor],
+        *,
+        seed: int,
+        step: int,
+        prob: float,
+        alpha: float,
+        thresholds: Sequence[float],
+        partner: str,
+        next_draw: object = None,
+    ) -> MergeStats:
+        """Merge in place, see :func:`inmerge_fast.merge.merge_plan_`; all ranks must call it."""
+        coin, partners = self.draw(seed, step, prob)
+        counts, similarities, passes = [], [], []
+        for index, (layer, weight, full) in enumerate(zip(self.layers, weights, self.gathered(weights), strict=True)):
+            rows = slice(self.row_start[index], self.row_start[index + 1])
+            count, similarity, passed = merge_drawn_layer_(
+                layer, full, coin[rows], partners[rows], seed=seed, step=step, alpha=alpha,
+                threshold=thresholds[index], rule=partner, dry_run=False,
+            )  # fmt: skip
+            counts.append(count)
+            similarities.append(similarity)
+            passes.append(passed)
+            if full is not weight:
+                _keep_own(weight, full)
+            torch.autograd.graph.increment_version([weight])
+        torch.clear_autocast_cache()
+        similarity, passed = torch.cat(similarities), torch.cat(passes)
+        self.effect.count_pairs(similarity, passed)
+        return MergeStats(
+            lambda: SampledPairs(np.array(counts), similarity.cpu().double().numpy(), passed.cpu().numpy()),
+            self.names, self.filters, skipped=self.skipped, seed=seed, step=step, dry_run=False, path=self.path,
+        )  # fmt: skip
+
+
+def _sharded_layer(candidate: Candidate) -> ShardedLayer:
+    holder, name = candidate.holder, candidate.name
+    weight = candidate.weight
+    if not isinstance(holder, nn.Module) or weight is None or not is_mergeable_module(holder):
+        raise ValueError(f"{name}: the weight is computed at every forward pass; leave the layer out with exclude=")
+    is_dtensor = type(weight).__name__ == "DTensor"
+    if not is_dtensor and _is_managed(holder):
+        raise ValueError(
+            f"{name}: the weight is unsharded now, a copy that fully_shard throws away; call merge between optimizer "
+            "steps, after model.reshard()"
+        )
+    if weight.dtype not in MERGEABLE_DTYPES:
+        raise TypeError(
+            f"{name}: the weight has dtype {weight.dtype}; float32, bfloat16, float16 and float64 can be merged"
+        )
+    if is_dtensor:
+        _check_placements(name, weight, bool(getattr(holder, "transposed", False)))
+    groups = int(getattr(holder, "groups", 1))
+    transposed = bool(getattr(holder, "transposed", False))
+    layout = filter_layout(
+        torch.empty(weight.shape, dtype=weight.dtype, device="meta"), name, groups=groups, transposed=transposed
+    )
+    return ShardedLayer(
+        name, candidate.layer_id, holder, layout, tuple(weight.shape), weight.dtype, weight.device, _placements(weight)
+    )
+
+
+def _is_managed(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _placements(weight: torch.Tensor) -> tuple[Any, ...] | None:
+    return tuple(weight.placements) if type(weight).__name__ == "DTensor" else None  # type: ignore[attr-defined]
+
+
+def _check_placements(name: str, weight: Any, transposed: bool) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    shards = [p for p in weight.placements if not isinstance(p, Replicate)]
+    if not shards:
+        return
+    if len(shards) > 1 or type(shards[0]) is not Shard or shards[0].dim != 0:
+        raise ValueError(
+            f"{name}: the weight is sharded as {tuple(weight.placements)}; only weights that are sharded by filter on "
+            "one mesh dimension, Shard(0), can be merged. Leave the layer out with exclude=, or merge before sharding"
+        )
+    if transposed:
+        raise ValueError(
+            f"{name}: the filters of a transposed convolution lie along dim 1, but its weight is sharded along dim 0; "
+            "leave the layer out with exclude="
+        )
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_local() if type(weight).__name__ == "DTensor" else weight  # type: ignore[attr-defined]
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().full_tensor() if type(weight).__name__ == "DTensor" else weight  # type: ignore[attr-defined]
+
+
+def _keep_own(weight: Any, full: torch.Tensor) -> None:
+    """Copy this rank's filters of the merged weight to its shard."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    local = weight.to_local()
+    if local.numel() and local.data_ptr() != full.data_ptr():
+        local.detach().copy_(full[offset[0] : offset[0] + shape[0]])

@@ -1,0 +1,84 @@
+"""What a call of the kernels has left in device memory, read at once or copied to the host meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .kernels import tables
+from .stats import SampledPairs
+
+if TYPE_CHECKING:
+    from .launch import Launcher
+
+RESULT_SLOTS = 8  # calls whose statistics stay readable
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where a call's results are: a slot, readable until ``RESULT_SLOTS`` later calls have reused it."""
+
+    launcher: Launcher
+    call: int
+
+    def fetch(self) -> SampledPairs:
+        """Wait for the device and copy the results to the host.
+
+        Raises:
+            RuntimeError: the slot has been reused.
+        """
+        with self.launcher.lock:
+            similarity, outcome = self._slot()
+            return self._pairs(similarity.cpu(), outcome.cpu())
+
+    __call__ = fetch
+
+    def prefetch(self) -> Callable[[], SampledPairs]:
+        """Begin to copy the results to the host, after what the current stream does now, and return at once.
+
+        Returns:
+            What waits for the copy, and for nothing else, and reads it.
+
+        Raises:
+            RuntimeError: the slot has been reused.
+        """
+        with self.launcher.lock:
+            on_device = self._slot()
+            if not on_device[0].is_cuda:
+                copied = [tensor.clone() for tensor in on_device]
+                return lambda: self._pairs(*copied)
+            with torch.inference_mode(False):
+                on_host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in on_device]
+            for host, device in zip(on_host, on_device, strict=True):
+                host.copy_(device, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self.launcher.device))
+
+        def fetch() -> SampledPairs:
+            arrived.synchronize()
+            return self._pairs(*on_host)
+
+        return fetch
+
+    def _slot(self) -> tuple[torch.Tensor, torch.Tensor]:
+        launcher = self.launcher
+        if max(launcher.calls, launcher.drawn_ahead) - self.call >= RESULT_SLOTS:
+            raise RuntimeError(
+                f"the statistics of this call are gone: the plan keeps those of its last {RESULT_SLOTS} calls in "
+                "device memory; read them earlier"
+            )
+        slot = self.call % RESULT_SLOTS
+        launcher.follow_current_stream()  # the call may have run on another one
+        return launcher.similarity[slot, : launcher.rows], launcher.outcome[slot, : launcher.rows]
+
+    def _pairs(self, similarity: torch.Tensor, outcome: torch.Tensor) -> SampledPairs:
+        values: npt.NDArray[np.float64] = similarity.double().numpy()
+        codes = outcome.numpy()
+        sampled = codes != tables.NOT_SAMPLED.value
+        counts = np.add.reduceat(sampled, self.launcher.row_start[:-1], dtype=np.int64)
+        return SampledPairs(counts, values[sampled], codes[sampled] == tables.PASSED.value)

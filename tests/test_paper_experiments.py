@@ -1,0 +1,308 @@
+"""The experiments as commands: end to end, killed and resumed, on two ranks, and made again from their files."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from paper_fixtures import TINY, write_chestxray14, write_npz
+
+from benchmarks.paper import confirm, grid, protocol, report
+from benchmarks.paper.__main__ import main, show
+from benchmarks.paper.config import BASELINE, RESEEDED, Arm, Merging, Run
+from benchmarks.paper.experiments import EXPERIMENTS, Experiment, Options
+from benchmarks.paper.grid import Where, execute, load_result
+from benchmarks.paper.published import CHESTXRAY14
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[1]
+MERGE_ALL = Arm(Merging(threshold=-1.0))
+FAST = dataclasses.replace(TINY, arm_epochs=1, limit=64)
+
+
+def experiment(seeds=2, figure="bars", arms=(BASELINE, RESEEDED, MERGE_ALL)):
+    return Experiment("partner-rules", "Small", ((FAST, arms),), tuple(range(seeds)), figure)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the results of a small experiment, its tables and figures."""
+    out = tmp_path_factory.mktemp("paper") / "results"
+    execute(experiment().runs(), Where(out))
+    show(experiment(), out)
+    return out
+
+
+def test_results_are_not_trained_again(finished, monkeypatch, capsys):
+    monkeypatch.setattr(protocol, "run_arm", None)
+    execute(experiment().runs(), Where(finished))
+    assert "6 of 6 runs are done already" in capsys.readouterr().out
+
+
+def test_everything_is_made_again_byte_for_byte(finished, capsys):
+    made = [path for path in finished.iterdir() if path.suffix in (".md", ".csv", ".png", ".svg")]
+    assert len(made) == 4
+    before = {path: path.read_bytes() for path in made}
+    for path in made:
+        path.unlink()
+    page = report.write(finished)
+    assert {path: path.read_bytes() for path in made} == before
+    text = page.read_text()
+    report.write(finished)
+    assert page.read_text() == text
+    assert "| baseline, reseeded |" in text
+    assert f"![{made[0].stem}](results/" in text
+
+
+def test_table_shows_what_the_files_say(finished):
+    files = sorted(finished.glob(f"{FAST.name}/tau*/test-*.json"))
+    bases = sorted(finished.glob(f"{FAST.name}/baseline.*/test-*.json"))
+    values = [
+        100 * (load_result(a)["metrics"]["corrupted"]["auc"] - load_result(b)["metrics"]["corrupted"]["auc"])
+        for a, b in zip(files, bases, strict=True)
+    ]
+    with (finished / f"partner-rules.{FAST.name}.csv").open() as file:
+        rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(file)}
+    row = rows["tau -1, alpha 0.8, p 0.3", "corrupted AUC"]
+    assert float(row["d_mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
+    assert float(row["merges_per_step"]) > 50
+    assert int(row["seeds"]) == 2
+    text = (finished / f"partner-rules.{FAST.name}.md").read_text()
+    for column in ("merges", "rank", "collapsed", "identical", "d corrupted AUC"):
+        assert f"| {column} |" in text
+
+
+@pytest.mark.parametrize("figure", ["line", "heat"])
+def test_other_figures_repeat(finished, tmp_path, figure):
+    from benchmarks.paper.figures import write_figures
+    from benchmarks.paper.tables import write_manifest
+
+    path = write_manifest(experiment(figure=figure), finished)
+    first = [one.read_bytes() for one in write_figures(path)]
+    assert [one.read_bytes() for one in write_figures(path)] == first
+    write_manifest(experiment(), finished)
+    write_figures(path)
+
+
+def test_damaged_results_are_named(finished, tmp_path):
+    path = tmp_path / "test-000.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"test-000\.json: cannot be read as a result"):
+        load_result(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"test-000\.json: is not a result: arm, data"):
+        load_result(path)
+
+
+COMMAND = ["-m", "benchmarks.paper", "sweep-layers", "--quick", "--device", "cpu"]
+
+
+def environment():
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_sweep_resumes_without_repeating_or_losing_a_run(tmp_path):
+    """SIGKILL while runs are under way in two processes; their group is killed, as a batch system would."""
+    out = tmp_path / "results"
+    arguments = [sys.executable, *COMMAND, "--processes", "2", "--out", str(out)]
+    expected = {run.file() for run in EXPERIMENTS["sweep-layers"](Options(quick=True)).runs()}
+    assert len(expected) == 8
+    first = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list(out.glob("*/*/*.json")):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("*/*/*.json")}
+    assert 0 < len(done) < 8
+    main([*COMMAND[2:], "--processes", "1", "--out", str(out)])
+    assert {str(path.relative_to(out)) for path in out.glob("*/*/*.json")} == expected
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in done} == done
+    picture = out / "sweep-layers.digits-quick-strong-decay.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    checkpoints = out / "checkpoints"
+    shutil.rmtree(checkpoints)
+    main([*COMMAND[2:], "--show", "--out", str(out)])  # trains nothing
+    assert picture.read_bytes() == before
+    assert not checkpoints.exists()
+
+
+def test_two_ranks_train_one_model(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from test_paper_experiments import BASELINE, MERGE_ALL, FAST, Run, Where, execute\n"
+        f"execute([Run(FAST, arm, 0) for arm in (BASELINE, MERGE_ALL)], Where(Path({str(tmp_path / 'out')!r})))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = [load_result(path) for path in sorted((tmp_path / "out").glob("*/*/*.json"))]
+    assert [result["environment"]["ranks"] for result in results] == [2, 2]
+    assert results[0]["digests"]["weights"] != results[1]["digests"]["weights"]
+    assert results[1]["merging"]["per_step"] > 50
+
+
+def test_drifting_ranks_are_noticed(monkeypatch):
+    def gather(found, mine):
+        found[:] = [mine, {"parameters": "other"}]
+
+    monkeypatch.setattr(grid.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(grid.dist, "all_gather_object", gather)
+    with pytest.raises(RuntimeError, match="the ranks have drifted apart"):
+        grid._check_ranks(Run(FAST, BASELINE, 0), {"digests": {"parameters": "one"}})
+
+
+def test_chestxray14_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_chestxray14(tmp_path / "nih", kaggle=True, new_table=False)
+    command = ["table-chestxray14", "--quick", "--data", str(tmp_path / "nih"), "--size", "16", "--seeds", "1"]
+    main([*command, "--device", "cpu", "--out", str(tmp_path / "results"), "--batch-size", "12"])
+    text = capsys.readouterr().out
+    for name, values in CHESTXRAY14.items():
+        assert re.search(rf"\| {name} \|.* {values[-1]:.3f} \|", text)
+        assert sum(values[:-1]) / 14 == pytest.approx(values[-1], abs=0.003)
+    ours = [line for line in text.splitlines() if line.startswith("| **ours**")]
+    assert [line.split(":")[1].split("(")[0].strip() for line in ours] == [
+        "baseline", "baseline, reseeded", "tau 0.3, alpha 0.8, p 0.3",
+    ]  # fmt: skip
+    assert "–" in ours[0]  # findings that no image of so small a test set has
+    assert 0 < float(ours[0].rstrip("| ").split("|")[-1]) < 1
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
+
+
+def test_chestxray14_without_data_leaves_our_row_empty(tmp_path, capsys):
+    main(["table-chestxray14", "--root", str(tmp_path), "--out", str(tmp_path / "results"), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "put NIH ChestX-ray14 there" in text
+    assert "| **ours**: no data, see below | – |" in text
+    assert "Our row is empty" in text
+    assert not list((tmp_path / "results").glob("*.png"))
+
+
+def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monkeypatch, capsys):
+    where, options = Where(tmp_path / "results"), Options(quick=True, seeds=2)
+    monkeypatch.setattr(confirm, "BOOTSTRAP_REPEATS", 50)
+    monkeypatch.setattr(confirm, "recipes", lambda options: (FAST, FAST))
+    monkeypatch.setattr(confirm, "CANDIDATES", (Merging(threshold=1.0), Merging(z=0.5, prob=1.0, alpha=0.5)))
+    with pytest.raises(ValueError, match="there is no plan; run search and plan first"):
+        confirm.confirm(options, where)
+    with pytest.raises(ValueError, match="the search is not complete: 6 runs are missing"):
+        confirm.plan(options, where)
+    confirm.search(options, where)
+    assert not list(where.out.glob("*/*/test-*.json"))  # the test images are not looked at
+    confirm.plan(options, where)
+    path = confirm.plan_path(options, where.out)
+    plan = json.loads(path.read_text())
+    gains = [label for label, one in plan["search"].items() if one["d_mean"] > 0 and not one["collapsed"]]
+    assert [Merging(**setting).label() for setting in plan["confirm"]] == gains[:2]
+    assert not set(plan["seeds"]) & {0, 1}
+    with pytest.raises(ValueError, match="there is a plan already"):
+        confirm.plan(options, where)
+    # Whatever the search chose: confirm both, with the verdict that the files give.
+    plan["confirm"] = [dataclasses.asdict(setting) for setting in confirm.CANDIDATES]
+    plan["seeds"] = [100, 101]
+    path.write_text(json.dumps(plan))
+    confirm.confirm(options, where)
+    verdict = json.loads(next(where.out.glob("confirm.*.result.json")).read_text())
+    idle = verdict["tau 1, alpha 0.8, p 0.3"]
+    assert (idle["d_mean"], idle["bootstrap_low"], idle["bootstrap_high"], idle["confirmed"]) == (0, 0, 0, False)
+    assert all(one["seeds"] == 2 for one in verdict.values())
+    assert "**confirm**" in report.write(where.out).read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_starts_with_its_baseline(name):
+    for quick in (False, True):
+        made = EXPERIMENTS[name](Options(quick=quick))
+        assert made.name == name
+        for _, arms in made.groups:
+            assert arms[0] == BASELINE
+            assert RESEEDED in arms
+            assert any(arm.merging for arm in arms)
+            assert len(set(arms)) == len(arms)
+
+
+def test_sequence_models_run(tmp_path, capsys):
+    main(["transformer", "--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    assert "| z 4, alpha 0.8, p 0.3, Linear |" in capsys.readouterr().out
+    assert (tmp_path / "transformer.digits-vit_small-quick-ordinary.svg").exists()
+
+
+def test_a_file_of_ones_own(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard")
+    path = write_npz(tmp_path / "mine.npz", count=64)
+    main(["sweep-layers", "--quick", "--seeds", "1", "--device", "cpu", "--data", str(path), "--in-validation",
+          "--out", str(tmp_path / "results"), "--tensorboard", str(tmp_path / "logs")])  # fmt: skip
+    assert "| tau 0.3, alpha 0.8, p 0.3, skip 0, in validation |" in capsys.readouterr().out
+    assert len(list((tmp_path / "logs").rglob("events.out.*"))) == 4
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep-layers", "--data", "missing.npz"], "missing.npz: there is no such file"),
+        (["sweep-layers", "--seeds", "0"], "must be a whole number above 0"),
+        (["sweep-layers", "--model", "alexnet", "--quick", "--processes", "1"], "model must be one of"),
+        (["report"], "holds no manifest of an experiment"),
+    ],
+)
+def test_what_cannot_be_used_is_said(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", str(tmp_path), "--root", str(tmp_path), "--device", "cpu"])
+    assert message in capsys.readouterr().err
+
+
+def test_the_package_does_not_depend_on_the_harness():
+    for path in (ROOT / "inmerge_fast").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (benchmarks|tests)", path.read_text(), re.MULTILINE), path
+
+
+def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypatch):
+    """Numbers of RESULTS.md and of the README's section: each has a result file behind it."""
+    folder = ROOT / "benchmarks/paper"
+    shutil.copytree(
+        folder / "results", tmp_path / "results", ignore=shutil.ignore_patterns("checkpoints", "*.png", "*.svg")
+    )
+    for path in (tmp_path / "results").glob("*.md"):
+        path.unlink()
+    pictures = {path.stem for path in (folder / "results").glob("*.png")}
+    monkeypatch.setattr(
+        report, "write_figures", lambda path: path.stem in pictures
+    )  # they depend on matplotlib's version
+    assert report.write(tmp_path / "results").read_text() == (folder / "RESULTS.md").read_text()
+    for path in (tmp_path / "results").glob("*.md"):
+        assert path.read_text() == (folder / "results" / path.name).read_text()
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Does it help?") : readme.index("## How it can be trusted")]
+    quoted = re.findall(r"[−+-]?\d+\.\d+ \[[^]]*\]", section)
+    assert quoted
+    page = (folder / "RESULTS.md").read_text()
+    for figure in quoted:
+        assert figure.replace("−", "-") in page

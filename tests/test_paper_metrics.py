@@ -1,0 +1,156 @@
+"""Measures and statistics of the paper's experiments, against independent implementations."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.paper import robustness
+from benchmarks.paper.compare import holm, paired, two_level_bootstrap
+from benchmarks.paper.metrics import accuracy, auc, class_aucs, filter_state
+from inmerge_fast import MergePlan
+
+metrics = pytest.importorskip("sklearn.metrics")
+stats = pytest.importorskip("scipy.stats")
+
+
+def predictions(classes, multi_label=False, count=200):
+    rng = np.random.default_rng(classes)
+    scores = rng.random((count, classes)).round(2)  # with ties
+    if multi_label:
+        return rng.integers(0, 2, (count, classes)), scores
+    return rng.integers(0, classes, count), scores / scores.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 9])
+def test_auc_of_classes_is_sklearns(classes):
+    labels, scores = predictions(classes)
+    each = [metrics.roc_auc_score(labels == k, scores[:, k]) for k in range(classes)]
+    assert class_aucs(labels, scores) == pytest.approx(each, abs=1e-12)
+    assert auc(labels, scores) == pytest.approx(each[1] if classes == 2 else np.mean(each), abs=1e-12)
+    assert accuracy(labels, scores) == pytest.approx(metrics.accuracy_score(labels, scores.argmax(1)), abs=0.02)
+
+
+def test_auc_of_labels_is_sklearns():
+    labels, scores = predictions(14, multi_label=True)
+    assert auc(labels, scores) == pytest.approx(metrics.roc_auc_score(labels, scores), abs=1e-12)
+    assert accuracy(labels, scores) == pytest.approx(((scores > 0.5) == labels).mean())
+
+
+def test_a_label_without_both_values_has_no_auc():
+    labels, scores = predictions(3, multi_label=True)
+    labels[:, 1] = 0
+    values = class_aucs(labels, scores)
+    assert math.isnan(values[1])
+    assert auc(labels, scores) == pytest.approx(np.mean([values[0], values[2]]))
+
+
+@pytest.mark.parametrize("task", ["binary-class", "multi-class", "multi-label, binary-class"])
+def test_measures_are_medmnists(task):
+    evaluator = pytest.importorskip("medmnist.evaluator", reason="needs the medmnist package and pandas")
+    labels, scores = predictions(2 if task == "binary-class" else 5, multi_label=task.startswith("multi-label"))
+    theirs = labels if labels.ndim == 2 else labels[:, None]
+    given = scores[:, 1:] if task == "binary-class" else scores
+    assert auc(labels, scores) == pytest.approx(evaluator.getAUC(theirs, given, task), abs=1e-12)
+    assert accuracy(labels, scores) == pytest.approx(evaluator.getACC(theirs, given, task), abs=1e-12)
+
+
+def test_paired_differences_are_students():
+    a, b = np.random.default_rng(0).normal(size=(2, 9))
+    one, expected = paired(b - a), stats.ttest_rel(b, a)
+    interval = expected.confidence_interval(0.95)
+    assert (one.p, one.low, one.high) == pytest.approx((expected.pvalue, interval.low, interval.high))
+    assert one.n == 9
+
+
+def test_paired_differences_of_identical_arms_and_of_one_seed():
+    same = paired([0.0] * 5)
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
+    single = paired([0.5])
+    assert single.mean == 0.5
+    assert math.isnan(single.low)
+    assert math.isnan(single.p)
+
+
+def test_holm_is_the_textbook_step_down():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    found = holm([0.02, math.nan, 0.9])
+    assert found[0] == pytest.approx(0.04)
+    assert math.isnan(found[1])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_two_level_bootstrap_covers_images_and_seeds():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 150)
+
+    def scores(shift):
+        value = 0.5 + 0.2 * shift * (2 * labels - 1) + rng.normal(scale=0.3, size=150)
+        return np.stack([1 - value, value], axis=1)
+
+    same = [([one], [one]) for one in (scores(1) for _ in range(4))]
+    assert two_level_bootstrap(labels, same, auc, repeats=50) == (0, 0, 0)
+    better = [([scores(0.5)], [scores(2)]) for _ in range(4)]
+    mean, low, high = two_level_bootstrap(labels, better, auc, repeats=100)
+    assert 0 < low < mean < high < 0.5
+    one_seed = two_level_bootstrap(labels, better[:1], auc, repeats=100)
+    assert one_seed[2] - one_seed[1] > 0.02  # the images alone make it uncertain
+
+
+def test_collapse_is_an_alarm_and_rank_is_as_defined():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+    plan = MergePlan(net, skip_first=0)
+    before = filter_state(plan)
+    unit = nn.functional.normalize(net[1].weight.detach().flatten(1), dim=1)
+    values = np.linalg.svd(unit.double().numpy(), compute_uv=False)
+    shares = values / values.sum()
+    assert before.rank["1"] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()) / 16)
+    assert not filter_state(plan).collapsed(before)
+    with torch.no_grad():
+        net[1].weight.copy_(net[1].weight[:1] + 1e-3 * net[1].weight)
+    after = filter_state(plan)
+    assert after.rank["1"] < 0.2
+    assert after.similarity["1"] > 0.99
+    assert after.collapsed(before)
+    assert not before.collapsed(after)
+
+
+@pytest.mark.parametrize("name", robustness.CORRUPTIONS)
+@pytest.mark.parametrize("shape", [(4, 1, 28, 28), (4, 3, 28, 28), (2, 1, 16, 16, 16)], ids=["grey", "rgb", "volume"])
+def test_corruptions_grow_with_severity_and_repeat(name, shape):
+    if name == "jpeg":
+        pytest.importorskip("PIL")
+    smooth = torch.rand(shape[0], shape[1], *[4] * (len(shape) - 2), generator=torch.Generator().manual_seed(0))
+    mode = "trilinear" if len(shape) == 5 else "bilinear"
+    images = (255 * nn.functional.interpolate(smooth, size=shape[2:], mode=mode)).byte()
+    copies = [robustness.corrupt(images, name, severity) for severity in robustness.SEVERITIES]
+    assert all(one.shape == images.shape and one.dtype == torch.uint8 for one in copies)
+    if name == "motion_blur":  # even lengths shift by half a pixel, too: what grows is how smooth the rows are
+        changes = [-one.float().diff(dim=-1).abs().mean().item() for one in (images, *copies)]
+    else:
+        changes = [(one.float() - images.float()).square().mean().item() for one in (images, *copies)]
+    if name == "pixelate":  # a grid that does not divide the side adds an error of its own
+        changes = [changes[0], changes[1], changes[-1]]
+    assert changes[0] < changes[1]
+    assert changes == sorted(changes)
+    assert torch.equal(copies[2], robustness.corrupt(images, name, 3))
+
+
+def test_attacks_raise_the_loss_and_stay_near():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 3
+
+    def loss_of(images):
+        return nn.functional.cross_entropy(net(images), y)
+
+    fgsm = robustness.attack(loss_of, x, 0.1, 1)
+    pgd = robustness.attack(loss_of, x, 0.1, 10)
+    clean, once, many = (loss_of(images).item() for images in (x, fgsm, pgd))
+    assert clean < once <= many
+    for images in (fgsm, pgd):
+        assert (images - x).abs().max() <= 0.1 + 1e-6
+        assert 0 <= images.min() <= images.max() <= 1

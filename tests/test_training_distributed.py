@@ -1,0 +1,189 @@
+"""``InMerge`` on several ranks: agreement, replicas that stay bit-equal, weights sharded by ``fully_shard``."""
+
+import gc
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from inmerge_fast import CollapseGuard, InMerge, QuantileThreshold
+from inmerge_fast.distributed import ShardedPlan
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.Conv2d(4, 7, 3), nn.Conv2d(7, 6, 1), nn.Conv2d(6, 8, 1, groups=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def assert_equal_on_all_ranks(model):
+    for parameter in model.parameters():
+        copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, parameter.detach())
+        assert all(torch.equal(copies[0], copy) for copy in copies[1:])
+
+
+def _replicas_stay_bit_equal(rank, world):
+    """1,000 steps on different data, with a quantile threshold and a guard that stops layers."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    merger = InMerge(
+        model, threshold=QuantileThreshold(0.1, every=100), prob=0.5, skip_first=1, observe_every=2,
+        guard=CollapseGuard(mean_similarity=0.2, merge_rate=1.0, action="stop"),
+    ).attach(optimizer)  # fmt: skip
+    torch.manual_seed(rank + 1)  # different data and a different global generator on each rank
+    for _ in range(1000):
+        optimizer.zero_grad()
+        model(torch.randn(1, 2, 7, 7)).square().mean().backward()
+        optimizer.step()
+    assert merger.step_count == 1000
+    assert_equal_on_all_ranks(model)
+    states = [None] * world
+    dist.all_gather_object(states, merger.state_dict())
+    assert all(state == states[0] for state in states)
+
+
+def _ranks_that_disagree_raise(rank):
+    for argument, name in (
+        ({"seed": rank}, "seed: 0 on rank 0, 1 on rank 1"),
+        ({"prob": lambda step: 0.1 + 0.1 * rank}, "prob"),
+        ({"skip_first": rank}, "layers"),
+        ({"stop": 10 + rank}, "start, stop and every"),
+    ):
+        with pytest.raises(ValueError, match=f"the ranks disagree about {name}"):
+            InMerge(net(), **argument)
+    group = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
+    InMerge(net(), seed=rank, process_group=group)  # different models on different ranks
+
+
+def sharded(model, mesh, each_layer=True):
+    if each_layer:
+        for layer in model:
+            if isinstance(layer, nn.Conv2d):
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def train(model, merger, optimizer, steps):
+    generator = torch.Generator().manual_seed(5)
+    stats = []
+    for _ in range(steps):
+        x = torch.randn(2, 2, 7, 7, generator=generator)  # the same on all ranks: gradients are as on one
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        stats.append(merger.step())
+    return [(s.sampled, s.passed, s.merged, s.mean_similarity, s.max_similarity) for s in stats]
+
+
+def _sharded_weights_merge_as_on_one_rank(rank, world):
+    """FSDP2 with unevenly divided filters, of which some ranks may have none."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (world,))
+    for settings in (
+        {"threshold": 0.0, "prob": 0.5},
+        {"threshold": QuantileThreshold(0.3, every=3), "prob": 0.8, "partner": "nearest"},
+    ):
+        whole = net()
+        model = net()
+        model.load_state_dict(whole.state_dict())
+        sharded(model, mesh, each_layer="partner" in settings)
+        group = [dist.new_group([r]) for r in range(world)][rank]
+        single = InMerge(whole, skip_first=0, process_group=group, **settings)
+        merger = InMerge(model, skip_first=0, **settings)
+        assert isinstance(merger.plan, ShardedPlan)
+        assert "sharded weights" in str(merger.plan)
+        for _ in range(8):
+            expected, found = single.step(), merger.step()
+            assert (found.sampled, found.merged) == (expected.sampled, expected.merged)
+            assert found.layers == expected.layers
+        assert found.merged > 0
+        for own, other in zip(whole.parameters(), model.parameters(), strict=True):
+            assert isinstance(other, DTensor)
+            assert torch.equal(own, other.full_tensor())
+        assert merger.effective_rank() == single.effective_rank()
+        if world > 2:
+            continue  # the mean of more than two equal gradients need not be that gradient, after rounding
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (whole, model)]
+        rows = [train(m, i, o, 10) for m, i, o in zip((whole, model), (single, merger), optimizers, strict=True)]
+        assert rows[0] == rows[1]
+        for own, other in zip(whole.parameters(), model.parameters(), strict=True):
+            assert torch.equal(own, other.full_tensor())
+    _gathers_one_layer_at_a_time(model, merger)
+    _other_shardings_raise(mesh)
+
+
+def _gathers_one_layer_at_a_time(model, merger):
+    """No more than one whole weight exists at any time."""
+    gathered = []
+    original = DTensor.full_tensor
+
+    def full_tensor(self, **kwargs):
+        assert not [t for t in gathered if t.untyped_storage().nbytes()], "the layer before this one is still in memory"
+        gathered.append(original(self, **kwargs))
+        return gathered[-1]
+
+    DTensor.full_tensor = full_tensor
+    try:
+        merger.step()
+    finally:
+        DTensor.full_tensor = original
+    assert len(gathered) in (4, 8)  # 8 where the quantiles are measured anew
+    gc.collect()
+
+
+def _other_shardings_raise(mesh):
+    model = net()
+    model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match=r"2: the weight is sharded as .*Shard\(dim=1\).*exclude="):
+        InMerge(model, skip_first=0)
+    assert InMerge(model, skip_first=0, exclude="2", prob=1.0, threshold=-1.0).step().merged == 4 + 7 + 8
+    transposed = sharded(nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), mesh)
+    with pytest.raises(ValueError, match="filters of a transposed convolution lie along dim 1"):
+        InMerge(transposed, skip_first=0)
+    unsharded = sharded(net(), mesh)
+    merger = InMerge(unsharded, skip_first=0)
+    for layer in unsharded:
+        if isinstance(layer, nn.Conv2d):
+            layer.unshard()
+    with pytest.raises(ValueError, match=r"the weight is unsharded now.*model.reshard\(\)"):
+        merger.step()
+    for layer in unsharded:
+        if isinstance(layer, nn.Conv2d):
+            layer.reshard()
+    assert merger.step() is not None
+    frozen = sharded(net(), mesh)
+    frozen[1].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(frozen.parameters(), lr=0.1)
+    merger = InMerge(frozen, skip_first=0).attach(optimizer)
+    assert merger.plan.names == ["0", "2", "3"]
+    optimizer.step()
+    assert merger.step_count == 1
+
+
+def _all(rank, world, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    _replicas_stay_bit_equal(rank, world)
+    _ranks_that_disagree_raise(rank)
+    _sharded_weights_merge_as_on_one_rank(rank, world)
+    dist.barrier()
+    os._exit(0)  # see test_distributed.py: teardown has once ended in std::terminate, after everything had passed
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_ranks(world, tmp_path):
+    """Replicas (DDP) and sharded weights (FSDP2); what runs is in the functions above, starting ranks is what costs."""
+    mp.spawn(_all, args=(world, tmp_path / "store"), nprocs=world)
