@@ -110,7 +110,7 @@ def test_accumulated_gradients_are_those_of_the_batch(bench, backbone):
 def test_z_is_a_threshold_for_every_layer(bench, rule):
     setting = Merging(z=1.0, prob=1.0, partner=rule)
     one, other = (build("vgg8", bench.data, 0).net for _ in range(2))
-    Merger(one, setting, 7, 10)(5)
+    Merger(one, setting, 7, 0, 10)(5)
     plan = MergePlan(other)
     for planned in plan.layers:
         threshold = 1 / math.sqrt(planned.layout.elements)
@@ -126,17 +126,17 @@ def test_z_is_a_threshold_for_every_layer(bench, rule):
 
 def test_late_start_and_decay(bench):
     net = build("vgg8", bench.data, 0).net
-    late = Merger(net, Merging(threshold=-1.0, prob=1.0, start=0.5), 0, 10)
+    late = Merger(net, Merging(threshold=-1.0, prob=1.0, start=0.5), 0, 100, 10)
     counts = []
     for step in range(10):
-        late(step)
+        late(100 + step)
         counts.append(late.merged)
     assert counts[:5] == [0] * 5
     assert counts[5] == 64 + 128 + 128
-    decaying = Merger(net, Merging(threshold=-1.0, prob=1.0, decay=True), 0, 10)
+    decaying = Merger(net, Merging(threshold=-1.0, prob=1.0, decay=True), 0, 100, 10)
     before, per_step = 0, []
     for step in range(10):
-        decaying(step)
+        decaying(100 + step)
         per_step.append(decaying.merged - before)
         before = decaying.merged
     assert per_step[0] == 320

@@ -91,7 +91,7 @@ def recipes(options: Options) -> tuple[Recipe, Recipe]:
         "flip": not digits, "bf16": options.bf16, "micro_batches": options.micro_batches,
     }  # fmt: skip
     if options.quick:
-        values |= {"backbone_epochs": 1, "arm_epochs": 1, "severities": (3,), "limit": 160}
+        values |= {"backbone_epochs": 1, "arm_epochs": 1, "severities": (3,), "limit": 96}
     for key in ("backbone_epochs", "arm_epochs", "batch_size"):
         if getattr(options, key) is not None:
             values[key] = getattr(options, key)

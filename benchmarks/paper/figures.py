@@ -43,20 +43,19 @@ def _settings(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.kind in ("setting", "reseeded")]
 
 
-def _point(
-    axis: Any, place: float, row: Row, metric: str, colour: str, label: str | None, vertical: bool = False
-) -> None:
+def _point(axis: Any, place: float, row: Row, metric: str, colour: str, vertical: bool = False) -> None:
     one = row.difference[metric]
     error = None if math.isnan(one.low) else [[one.mean - one.low], [one.high - one.mean]]
     hollow = {} if row.collapsed == 0 else {"markerfacecolor": "white"}
     if vertical:
-        axis.errorbar(
-            one.mean, place, xerr=error, fmt="o", color=colour, label=label, capsize=2, markersize=5, **hollow
-        )
+        axis.errorbar(one.mean, place, xerr=error, fmt="o", color=colour, capsize=2, markersize=5, **hollow)
     else:
-        axis.errorbar(
-            place, one.mean, yerr=error, fmt="o", color=colour, label=label, capsize=2, markersize=5, **hollow
-        )
+        axis.errorbar(place, one.mean, yerr=error, fmt="o", color=colour, capsize=2, markersize=5, **hollow)
+
+
+def _legend(axis: Any) -> None:
+    for metric, colour in zip(SHOWN, COLOURS, strict=True):
+        axis.plot([], [], "o", color=colour, markersize=5, label=metric)
 
 
 def _bars(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[Row]]]) -> Any:
@@ -70,12 +69,13 @@ def _bars(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
         for index, row in enumerate(shown):
             for offset, (metric, colour) in enumerate(zip(SHOWN, COLOURS, strict=True)):
                 place = len(shown) - index - 0.12 + 0.24 * (1 - offset)
-                _point(axis, place, row, metric, colour, metric if index == 0 else None, vertical=True)
+                _point(axis, place, row, metric, colour, vertical=True)
         axis.set_yticks(range(len(shown), 0, -1), [_tick(row) for row in shown])
         axis.set_ylim(0.4, len(shown) + 0.6)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(recipe, fontsize=9)
         axis.set_xlabel(_difference_label(rows))
+        _legend(axis)
         axis.legend(fontsize=8, loc="best", frameon=False)
     figure.suptitle(_title(manifest), fontsize=10)
     return figure
@@ -104,19 +104,24 @@ def _line(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
                                          height_ratios=(3, 2))  # fmt: skip
     for offset, (metric, colour) in enumerate(zip(SHOWN, COLOURS, strict=True)):
         for index, row in enumerate(shown):
-            _point(top, index - 0.1 + 0.2 * offset, row, metric, colour, metric if index == 0 else None)
+            _point(top, index - 0.1 + 0.2 * offset, row, metric, colour)
     if floor is not None and not math.isnan(floor.difference[SHOWN[1]].low):
         one = floor.difference[SHOWN[1]]
         top.axhspan(one.low, one.high, color=FLOOR, alpha=0.25, linewidth=0, label=f"{SHOWN[1]} of another data order")
     top.axhline(0, color="black", linewidth=0.8)
     top.set_ylabel("difference to the\nbaseline, points")
     top.set_title(f"{_title(manifest)}\n{recipe}, {rows[0].n} seeds, 95 % intervals", fontsize=9)
+    _legend(top)
     top.legend(fontsize=8, loc="best", frameon=False)
-    bottom.plot(range(len(shown)), [row.rank[1] for row in shown], "o-", color="#009e73", label="effective rank after")
-    bottom.axhline(shown[0].rank[0], color=FLOOR, linestyle=":", label="before")
+    bottom.plot(range(len(shown)), [row.rank[0] for row in shown], ":", color=FLOOR, label="effective rank before")
+    kinds = [row.merging is not None and row.merging["z"] is not None for row in shown]
+    for kind in sorted(set(kinds)):  # fixed and scaled thresholds are two scales: no line leads from one to the other
+        places = [place for place, one in enumerate(kinds) if one == kind]
+        bottom.plot(places, [shown[place].rank[1] for place in places], "o-", color="#009e73",
+                    label="after" if kind == kinds[0] else None)  # fmt: skip
     bottom.set_ylim(0, 1.05)
     bottom.set_ylabel("share of the\nhighest rank")
-    bottom.legend(fontsize=8, loc="lower right", frameon=False)
+    bottom.legend(fontsize=8, loc="best", frameon=False)
     bottom.set_xticks(range(len(shown)), [f"{_swept(row, manifest['name'])}\n{row.per_step:.2f}" for row in shown])
     bottom.set_xlabel("setting, and filters merged per step")
     return figure

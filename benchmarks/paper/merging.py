@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
-from inmerge_fast import MergePlan, MergeStats, merge_
+import inmerge_fast
+from inmerge_fast import InMerge, MergeStats, NoiseThreshold
 
 from .config import Merging
 
@@ -15,62 +15,52 @@ VALIDATION_STEPS = 2**40  # counters of merges in validation start here, far fro
 
 
 class Merger:
-    """Merges a network in the way of a setting and counts what happens.
+    """Merges a network with :class:`inmerge_fast.InMerge` in the way of a setting, and counts what happens.
 
     Args:
-        net: the network of the arm.
+        net: the network of the arm, in training mode whenever it is merged.
         setting: how to merge.
         seed: seed of the draws.
-        steps: steps of the arm, for what changes on the way.
+        first: number of the arm's first merge, in the draw.
+        steps: merges that the arm could make, for what changes on the way.
     """
 
-    def __init__(self, net: nn.Module, setting: Merging, seed: int, steps: int) -> None:
+    def __init__(self, net: nn.Module, setting: Merging, seed: int, first: int, steps: int) -> None:
         self.setting = setting
-        self._seed, self._steps = seed, steps
-        self._plan = MergePlan(net, skip_first=setting.skip_first, include_linear=setting.include_linear)
-        self._targets: list[tuple[MergePlan, float]] = [(self._plan, setting.threshold)]
-        if setting.z is not None:
-            # Layer by layer, with the ids that the layers have in the model's plan: the draws are the same.
-            self._targets = [
-                (
-                    MergePlan(net.get_submodule(planned.name), layer=planned.layer_id),
-                    min(1.0, setting.z / math.sqrt(planned.layout.elements)),
-                )
-                for planned in self._plan.layers
-            ]
+        prob = setting.prob
+        self._merge = InMerge(
+            net,
+            alpha=setting.alpha,
+            prob=inmerge_fast.cosine(prob, 0.0, begin=first, end=first + steps) if setting.decay else prob,
+            threshold=setting.threshold if setting.z is None else NoiseThreshold(setting.z),
+            partner=setting.partner,
+            skip_first=setting.skip_first,
+            include_linear=setting.include_linear,
+            start=first + round(setting.start * steps),
+            seed=seed,
+            guard=None,  # an arm that collapses is a finding; every result counts it
+        )
         self.calls = self._validations = 0
-        self._sampled = dict.fromkeys(self._plan.names, 0)
-        self._merged = dict.fromkeys(self._plan.names, 0)
+        self._sampled = dict.fromkeys(self._merge.plan.names, 0)
+        self._merged = dict.fromkeys(self._merge.plan.names, 0)
 
     def __call__(self, counter: int) -> MergeStats | None:
         """Merge before a training step's forward pass."""
-        progress = self.calls / self._steps
         self.calls += 1
-        if progress < self.setting.start:
-            return None
-        prob = self.setting.prob * (0.5 * (1 + math.cos(math.pi * progress)) if self.setting.decay else 1.0)
-        return self._merge(prob, counter)
+        return self._step(counter)
 
     def in_validation(self) -> None:
         """Merge before a validation's forward pass."""
-        self._merge(self.setting.prob, VALIDATION_STEPS + self._validations)
+        self._step(VALIDATION_STEPS + self._validations)
         self._validations += 1
 
-    def _merge(self, prob: float, counter: int) -> MergeStats | None:
-        stats = None
-        for (plan, threshold), layers in zip(self._targets, self._names(), strict=True):
-            stats = merge_(
-                plan, alpha=self.setting.alpha, prob=prob, threshold=threshold, partner=self.setting.partner,
-                seed=self._seed, step=counter,
-            )  # fmt: skip
-            for name, layer in zip(layers, stats.layers, strict=True):
-                self._sampled[name] += layer.sampled
-                self._merged[name] += layer.merged
+    def _step(self, counter: int) -> MergeStats | None:
+        self._merge.step_count = counter
+        stats = self._merge.step()
+        for layer in stats.layers if stats is not None else ():
+            self._sampled[layer.name] += layer.sampled
+            self._merged[layer.name] += layer.merged
         return stats
-
-    def _names(self) -> list[list[str]]:
-        names = list(self._plan.names)
-        return [names] if len(self._targets) == 1 and self.setting.z is None else [[name] for name in names]
 
     @property
     def merged(self) -> int:

@@ -147,8 +147,10 @@ def run_arm(
     before = filter_state(plan)
     merger = None
     if merging is not None:
-        steps = recipe.arm_epochs * schedule.batches(len(bench.data.train))
-        merger = Merger(model.net, merging, run.seed, steps * (recipe.micro_batches if merging.each_forward else 1))
+        per_step = recipe.micro_batches if merging.each_forward else 1
+        batches = schedule.batches(len(bench.data.train))
+        first, steps = (epochs * batches * per_step for epochs in (schedule.first_epoch, schedule.epochs))
+        merger = Merger(model.net, merging, run.seed, first, steps)
     losses: list[float] = []
     if not run.arm.stop:
         losses = _train(model, recipe, bench, schedule, merger, log)
@@ -287,6 +289,7 @@ def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
 def _validate_merging(model: Model, recipe: Recipe, bench: Bench, merger: Merger) -> None:
     """The published code's validation: it merges before every forward pass there too."""
     for images in bench.data.val.images.split(recipe.batch_size):
+        model.net.train()  # InMerge does nothing in evaluation mode, and rightly so
         merger.in_validation()
         _logits(model, recipe, bench, images)
 

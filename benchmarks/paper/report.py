@@ -26,10 +26,11 @@ LIMITS = """## Limits
   put together from public copies of the images: its counts are the official ones per split, its order is not, so its
   MD5 differs from MedMNIST's; 8 images occur in both the training and the validation part. Not run: PathMNIST,
   DermaMNIST, BloodMNIST, ChestX-ray14, any size above 28.
-- **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm), and a small vision transformer and
-  Mamba. Not run: the paper's ImageNet-pretrained VGG19 at 224 px, ResNets and DenseNets of full size. What is said here
-  says nothing about them.
-- **Schedules** are short, and the arms are 3 to 6 epochs; the paper's are 30 and 10.
+- **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm). Not run: the paper's
+  ImageNet-pretrained VGG19 at 224 px, ResNets and DenseNets. What is said here says nothing about them.
+- **Seeds.** As the tables say: few in the sweeps, so that their intervals are wide and only large effects show. What
+  the sweeps show with any number of seeds is what merges and what collapses.
+- **Schedules** are short: backbones of 8 or 16 epochs and arms of 3 or 6; the paper's are 30 and 10.
 - **Machine.** CPU only, float32, one thread per run; no GPU was at hand.
 - **Corruptions** are of MedMNIST-C's kinds with our own parameters ([robustness.py](robustness.py)), made for any size;
   MedMNIST-C's own need images of 224 px.
@@ -50,6 +51,8 @@ def write(out: Path) -> Path:
         raise ValueError(f"{out}: holds no manifest of an experiment; run one first")
     parts = [HEAD.format(folder=out.name), "## In short\n"]
     parts += [f"- {line}" for path in manifests for line in summary(path)]
+    here = {path.name.split(".")[0] for path in manifests}
+    parts += [f"- **{name}**: not run." for name in ORDER if name not in here]
     parts.append(f"\n{LIMITS}")
     for path in manifests:
         write_tables(path)
