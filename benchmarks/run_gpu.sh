@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 9 minutes at most.
 # usage: bash benchmarks/run_gpu.sh [folder for the results]   (default: $OUT, or ./gpu-results)
-# Leaves environment.txt, tests.txt, benchmarks.txt and results/<device>/*.json there: at most 8 files, 2 folders deep.
+# Leaves tests.txt, benchmarks.txt and results/<device>/*.json there: 8 files, 2 folders deep.
 # Exits with 1 if a test or a benchmark failed or reached its limit; the others run all the same. Copy the folder
 # results/<device> to benchmarks/results/ and run `python -m benchmarks.report` to publish them.
 set -uo pipefail
@@ -26,7 +26,7 @@ for name in ("triton", "pytest", "hypothesis", "scipy", "sklearn", "xdist"):
 if torch.cuda.is_available():
     print(torch.cuda.get_device_properties(0))
 END
-} 2>&1 | tee "$out/environment.txt"
+} 2>&1 | tee "$out/tests.txt"
 
 quick=() # without a GPU, a rehearsal
 "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || quick=(--quick)
@@ -43,29 +43,29 @@ bench() { # seconds, name, then arguments
     [ "${PIPESTATUS[0]}" = 0 ] || { echo "$2 failed or reached its limit" | tee -a "$out/benchmarks.txt"; failed=1; }
 }
 
-: >"$out/tests.txt"
 : >"$out/benchmarks.txt"
 # The device's own tests first, alone, since some of them look at the time; then every other test that has a GPU
 # variant, in parallel where pytest-xdist is there.
 echo "== tests of the device"
-tests 150 -v tests/test_gpu*.py
+tests 130 -v tests/test_gpu*.py
 echo "== all other tests on the device"
 parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)
 ignored=$(printf -- '--ignore=%s ' tests/test_gpu*.py)
 # shellcheck disable=SC2086
-tests 100 -q $parallel $ignored tests
+tests 80 -q $parallel $ignored tests
 
 bench 15 bench_host --samples 100
-bench 105 bench_merge --repeats 40 --seconds 0.5 --compile-nets VGG19
-bench 45 bench_training
-bench 45 bench_match --repeats 40 --seconds 0.5 --compile-nets VGG19
-bench 25 bench_scaling --repeats 20 --seconds 0.2
+bench 90 bench_merge --repeats 40 --seconds 0.5 --compile-nets VGG19
+bench 40 bench_training
+bench 30 bench_match --repeats 40 --seconds 0.5 --compile-nets VGG19
+bench 20 bench_scaling --repeats 20 --seconds 0.2
+bench 35 bench_tuning
 
 echo "== Nsight Compute" | tee -a "$out/benchmarks.txt"
 if command -v ncu >/dev/null; then
     metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
-    timeout --kill-after=5 25 ncu --metrics "$metrics" --kernel-name 'regex:_(draw|list|match|count|merge)_kernel' \
+    timeout --kill-after=5 15 ncu --metrics "$metrics" --kernel-name 'regex:_(draw|list|match|count|merge)_kernel' \
         "$python" -m benchmarks.once --calls 3 2>&1 | tee -a "$out/benchmarks.txt" ||
         echo "ncu failed" | tee -a "$out/benchmarks.txt"
 else

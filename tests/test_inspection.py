@@ -217,13 +217,11 @@ def test_pairs_are_drawn_divided_by_their_norms_a_tile_per_channel():
         assert pictures.filter_pairs("x", list(net[index].weight), found.matrix(str(index))).subfigs, shape
 
 
-def test_many_layers_take_several_pages_and_a_colour_bar(tmp_path):
+def test_many_layers_take_several_pages_and_a_colour_bar():
     net = nn.Sequential(*(nn.Conv2d(2, 4, 3) for _ in range(26)))
     found = similarity(net)
     assert [len(figure.axes) for figure in pictures.histograms(found)] == [24, 2]
     assert len(pictures.merge_rates(found).axes) == 3
-    paths = write_pictures(net, found, most_alike(found)[:1], tmp_path)
-    assert [path.name for path in paths[:3]] == ["histograms-1.png", "histograms-2.png", "merge-rates.png"]
 
 
 def test_layers_without_a_finite_pair_are_left_out(tmp_path):
