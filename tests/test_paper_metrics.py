@@ -68,10 +68,12 @@ def test_paired_differences_are_students():
 def test_paired_differences_of_identical_arms_and_of_one_seed():
     same = paired([0.0] * 5)
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
-    single = paired([0.5])
-    assert single.mean == 0.5
-    assert math.isnan(single.low)
-    assert math.isnan(single.p)
+    # Too few for an interval, and differences that agree by chance, as steps of one image do.
+    for few in ([0.5], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5, 0.5]):
+        one = paired(few)
+        assert one.mean == 0.5
+        assert math.isnan(one.low)
+        assert math.isnan(one.p)
 
 
 def test_holm_is_the_textbook_step_down():

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from inmerge_fast.demo_data import require
 
 LEVEL = 0.95
+FEWEST = 3  # pairs for an interval
 # Column title and place in a result file of what is compared, all in [0, 1] and shown in percent.
 METRICS: dict[str, tuple[str, ...]] = {
     "acc": ("clean", "acc"),
@@ -33,9 +34,9 @@ class Paired:
     Attributes:
         mean: of the differences.
         sd: their standard deviation; NaN for one pair.
-        low: lower end of the interval; NaN for one pair.
+        low: lower end of the interval; NaN for fewer than three pairs, or if all differences are the same.
         high: upper end.
-        p: two-sided p of a mean of 0; 1 if all differences are 0, NaN for one pair.
+        p: two-sided p of a mean of 0; 1 if all differences are 0, NaN where there is no interval.
         n: pairs.
         p_holm: p after Holm's correction over the settings of the table; NaN outside of it.
     """
@@ -53,11 +54,13 @@ def paired(differences: Sequence[float]) -> Paired:
     """Summarise differences."""
     values = np.asarray(differences, dtype=float)
     n, mean = len(values), float(values.mean())
-    if n == 1:
-        return Paired(mean, math.nan, math.nan, math.nan, math.nan, 1)
-    sd = float(values.std(ddof=1))
-    if sd == 0:
-        return Paired(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0, n)
+    sd = float(values.std(ddof=1)) if n > 1 else math.nan
+    if n > 1 and not values.any():
+        return Paired(0.0, 0.0, 0.0, 0.0, 1.0, n)
+    # Accuracies come in steps of an image: two or three seeds can agree on one by chance, and a spread of 0 would make
+    # of it a p of 0.
+    if n < FEWEST or sd == 0:
+        return Paired(mean, sd, math.nan, math.nan, math.nan, n)
     t = require("scipy.stats", "scikit-learn").t
     error = sd / math.sqrt(n)
     half = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * error

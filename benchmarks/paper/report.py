@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .compare import Row
+from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
 from .tables import SHOWN, difference_text, markdown, rows_of, write_tables
@@ -82,6 +82,15 @@ def summary(path: Path) -> list[str]:
     return lines or [f"**{name}**: not run, there are no data here."]
 
 
+def _seeds_of(rows: Sequence[Row]) -> str:
+    counts = sorted({row.n for row in rows})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number or 'no'} {word}" + ("" if number == 1 else "es" if word.endswith("s") else "s")
+
+
 def _sentence(rows: Sequence[Row]) -> str:
     settings = [row for row in rows if row.kind == "setting"]
     compared = len(settings) * len(SHOWN)
@@ -92,10 +101,12 @@ def _sentence(rows: Sequence[Row]) -> str:
             one = row.difference[metric]
             if one.p_holm < 0.05:
                 (gains if one.mean > 0 else losses).append(f"{row.label}: {metric} {one.mean:+.2f}")
-    text = (
-        f"{len(settings)} setting{'s' * (len(settings) > 1)}, {rows[0].n} seeds; of {compared} comparisons with the "
-        f"baseline {len(gains)} are gains and {len(losses)} losses after Holm's correction"
-    )
+    text = f"{len(settings)} setting{'s' * (len(settings) > 1)}, {_seeds_of(settings)} seeds; "
+    if max(row.n for row in settings) < FEWEST:
+        text += "too few to compare"
+    else:
+        counts = f"{_count(len(gains), 'gain')} and {_count(len(losses), 'loss')}"
+        text += f"{compared} comparisons with the baseline: {counts} after Holm's correction"
     text += f" (gains: {'; '.join(gains)})" if gains else ""
     text += "."
     idle = [row.label for row in settings if row.identical == row.n]
