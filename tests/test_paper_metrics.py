@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.paper import robustness
 from benchmarks.paper.compare import holm, paired, two_level_bootstrap
-from benchmarks.paper.metrics import accuracy, auc, class_aucs, filter_state
+from benchmarks.paper.metrics import FilterState, accuracy, auc, class_aucs, filter_state
 from inmerge_fast import MergePlan
 
 metrics = pytest.importorskip("sklearn.metrics")
@@ -118,6 +118,8 @@ def test_collapse_is_an_alarm_and_rank_is_as_defined():
     assert after.similarity["1"] > 0.99
     assert after.collapsed(before)
     assert not before.collapsed(after)
+    crowded = FilterState({"1": 0.9}, {"1": 0.97})  # 128 filters of 4 elements look like this from the start
+    assert not FilterState({"1": 0.9}, {"1": 0.98}).collapsed(crowded)
 
 
 @pytest.mark.parametrize("name", robustness.CORRUPTIONS)

@@ -81,7 +81,7 @@ class FilterState:
         """Whether filters have become copies of each other since ``before``: the alarm of every table."""
         return any(
             rank < COLLAPSED_RANK * before.rank[name]
-            or self.similarity[name] > max(COLLAPSED_SIMILARITY, before.similarity[name])
+            or self.similarity[name] > COLLAPSED_SIMILARITY >= before.similarity[name]  # short filters start above it
             for name, rank in self.rank.items()
         )
 

@@ -25,10 +25,10 @@ SHOWN = ("acc", "AUC", "corrupted acc", "corrupted AUC", "noise AUC", "PGD 2/255
 NOTE = (
     "In percent, mean ± sd over the seeds; d is the paired difference to the baseline of the same seed, backbone and "
     "number of epochs, in percentage points, with its 95 % interval (Student's t; none for fewer than three seeds). "
-    "\\* p < 0.05; \\*\\* p < 0.05 after Holm's correction over the settings of this table. *merges* are filters merged "
-    "per step, *rank* is the effective rank of the filters before → after the arm as a share of the highest possible, "
-    "*collapsed* counts the seeds where a layer lost half of it or its filters became alike, *identical* those whose "
-    "weights equal the baseline's, bit for bit."
+    "\\* p < 0.05; \\*\\* p < 0.05 after Holm's correction over the settings of this table. *merges* are filters "
+    "merged per step, *rank* is the effective rank of the filters before → after the arm as a share of the highest "
+    "possible, *collapsed* counts the seeds where a layer lost half of it or its filters became alike, *identical* "
+    "those whose weights equal the baseline's, bit for bit."
 )
 
 
