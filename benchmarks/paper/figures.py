@@ -9,7 +9,7 @@ from typing import Any
 
 from inmerge_fast.demo_data import require
 
-from .compare import Row
+from .compare import FEWEST, Row
 from .tables import read_manifest, rows_of
 
 SHOWN = ("AUC", "corrupted AUC")
@@ -87,7 +87,13 @@ def _tick(row: Row) -> str:
 
 
 def _difference_label(rows: Sequence[Row]) -> str:
-    return f"difference to the baseline, points, 95 % interval ({rows[0].n} seeds)"
+    return f"difference to the baseline, points ({_seeds(rows)})"
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    fewest, most = min(row.n for row in rows), max(row.n for row in rows)
+    counts = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return f"{counts} seeds, 95 % intervals" if most >= FEWEST else f"{counts} seeds, too few for intervals"
 
 
 def _title(manifest: dict[str, Any]) -> str:
@@ -110,7 +116,7 @@ def _line(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
         top.axhspan(one.low, one.high, color=FLOOR, alpha=0.25, linewidth=0, label=f"{SHOWN[1]} of another data order")
     top.axhline(0, color="black", linewidth=0.8)
     top.set_ylabel("difference to the\nbaseline, points")
-    top.set_title(f"{_title(manifest)}\n{recipe}, {rows[0].n} seeds, 95 % intervals", fontsize=9)
+    top.set_title(f"{_title(manifest)}\n{recipe}, {_seeds(rows)}", fontsize=9)
     _legend(top)
     top.legend(fontsize=8, loc="best", frameon=False)
     bottom.plot(range(len(shown)), [row.rank[0] for row in shown], ":", color=FLOOR, label="effective rank before")
@@ -143,7 +149,8 @@ def _heat(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
     for axis, metric in zip(axes, SHOWN, strict=True):
         values = [[cells[a, p].difference[metric] if (a, p) in cells else None for p in probs] for a in alphas]
         means = [[math.nan if one is None else one.mean for one in line] for line in values]
-        top = max(0.1, *(abs(mean) for line in means for mean in line if not math.isnan(mean)))
+        # Half a point at least: less is within the noise of another data order.
+        top = max(0.5, *(abs(mean) for line in means for mean in line if not math.isnan(mean)))
         image = axis.imshow(means, cmap="RdBu", vmin=-top, vmax=top, origin="lower", aspect="auto")
         for y, line in enumerate(values):
             for x, one in enumerate(line):
@@ -159,7 +166,6 @@ def _heat(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
         axis.set_ylabel("merge weight α")
         axis.set_title(f"{metric}, difference to the baseline, points", fontsize=9)
         figure.colorbar(image, ax=axis)
-    figure.suptitle(
-        f"{manifest['title']}, τ = 0.3: {recipe}, {rows[0].n} seeds, ± half of the 95 % interval", fontsize=10
-    )
+    half = ", ± half of the 95 % interval" if rows[0].n >= FEWEST else ""
+    figure.suptitle(f"{manifest['title']}, τ = 0.3: {recipe}, {rows[0].n} seeds{half}", fontsize=10)
     return figure

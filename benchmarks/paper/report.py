@@ -26,8 +26,9 @@ LIMITS = """## Limits
   put together from public copies of the images: its counts are the official ones per split, its order is not, so its
   MD5 differs from MedMNIST's; 8 images occur in both the training and the validation part. Not run: PathMNIST,
   DermaMNIST, BloodMNIST, ChestX-ray14, any size above 28.
-- **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm). Not run: the paper's
-  ImageNet-pretrained VGG19 at 224 px, ResNets and DenseNets. What is said here says nothing about them.
+- **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm); where a table says so, a small
+  vision transformer or a small Mamba. Not run: the paper's ImageNet-pretrained VGG19 at 224 px, ResNets and
+  DenseNets. What is said here says nothing about them.
 - **Seeds.** As the tables say: few in the sweeps, so that their intervals are wide and only large effects show. What
   the sweeps show with any number of seeds is what merges and what collapses.
 - **Schedules** are short: backbones of 8 or 16 epochs and arms of 3 or 6; the paper's are 30 and 10.
