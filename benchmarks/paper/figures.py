@@ -97,7 +97,7 @@ def _seeds(rows: Sequence[Row]) -> str:
 
 
 def _title(manifest: dict[str, Any]) -> str:
-    return f"{manifest['title']} ({manifest['split']} images; hollow: filters collapsed in some seed)"
+    return f"{manifest['title']}\n({manifest['split']} images; hollow: filters collapsed in some seed)"
 
 
 def _line(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[Row]]]) -> Any:
