@@ -119,7 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         print(f"{row['target']:16} {row['layers']:6d}  {row['part']:18} {row['host_us']:8.1f} "
               f"{row['host_q20_us']:7.1f} {row['host_q80_us']:7.1f}")  # fmt: skip
-    print("written to", write_results(options.out, "host", environment(device), SETTINGS, rows))
+    about = environment(device)
+    about["command"] = str(about["command"]).replace(" --stub", "")  # what the user typed
+    print("written to", write_results(options.out, "host", about, SETTINGS, rows))
     return 0
 
 

@@ -211,8 +211,12 @@ def test_the_floors_of_a_search_are_its_flops_and_bytes():
 
 
 def test_host_targets_prefer_a_gpu_and_name_the_stub():
-    stub = results_of([{"part": "merge_", "layers": 1, "host_us": 10.0, "driver": "stub"}], gpu=False, bench="host")
-    real = results_of([{"part": "merge_", "layers": 1, "host_us": 14.0, "driver": "cuda"}], gpu=True, bench="host")
+    stub = results_of(
+        [{"part": "merge_", "target": "conv", "layers": 1, "host_us": 10.0, "driver": "stub"}], gpu=False, bench="host"
+    )
+    real = results_of(
+        [{"part": "merge_", "target": "conv", "layers": 1, "host_us": 14.0, "driver": "cuda"}], gpu=True, bench="host"
+    )
     assert "without the driver's share" in targets.host_targets([stub])[0].what
     assert targets.host_targets([stub, real])[0].measured == 14.0
     assert "driver" not in targets.host_targets([stub, real])[0].what
