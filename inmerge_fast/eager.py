@@ -1,7 +1,7 @@
 """The vectorised PyTorch path: the CPU, devices without Triton, and float64.
 
 Decisions are drawn on the host, so only sampled filters are touched: two gathers, three row reductions, and, where
-something passes, one blend and one scatter per layer. That is 5 to 8 times as fast as the published loop on VGG19's
+something passes, one blend and one scatter per layer. That is about 5 times as fast as the published loop on VGG19's
 deep layers; a batched matrix product for the row dots would be 5 times slower and 10 times less accurate than
 ``(x * y).sum(1)``, and dense masks over all filters slower than the published loop.
 """
