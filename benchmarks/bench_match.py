@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 import inmerge_fast
 from benchmarks import providers
-from benchmarks.bench_merge import parser_of
+from benchmarks.bench_merge import parser_of, time_nets
 from benchmarks.device_time import device_times, kernel_times
 from benchmarks.timing import copy_bandwidth, environment, quantiles, time_interleaved, wall_seconds, write_results
 from benchmarks.work import DTYPES, NETS, SEED, SKIP_FIRST
@@ -210,14 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         options.nets, options.repeats, options.seconds, options.compile_nets = ["DenseNet-121"], 3, 0.1, []
-    torch.set_num_threads(options.threads)
-    rows = []
-    for name in options.nets:
-        for dtype in options.dtypes:
-            new = time_net(name, dtype, options.device, options)
-            print_rows(new)
-            rows += new
-            gc.collect()
+    rows = time_nets(options, time_net, print_rows)
     about = environment(options.device)
     print("written to", write_results(options.out, "match", about, {"probs": PROBS}, rows))
     return 0

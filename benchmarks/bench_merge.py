@@ -13,7 +13,7 @@ import functools
 import gc
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,11 +28,6 @@ from benchmarks.work import DTYPES, NETS, REGIMES, SKIP_FIRST, Settings, mean_by
 COMPILED_LAYERS = 12  # compiling all layers of a deeper network as one graph takes minutes, and is not the fastest form
 FORM_TRIALS = 5
 RECOMPILE_LIMIT = 64  # one graph per shape of layer until the sizes are dynamic; 8, the default, is not enough
-
-
-def usable(provider: Provider, dtype: str) -> bool:
-    """Whether a provider merges this dtype correctly."""
-    return dtype in provider.dtypes
 
 
 def forms_of_compile(plan: inmerge_fast.MergePlan) -> tuple[list[Provider], str]:
@@ -106,7 +101,8 @@ def time_net(name: str, dtype: str, device: torch.device, options: argparse.Name
         model = NETS[name]()
     model = model.to(DTYPES[dtype])
     plan = inmerge_fast.MergePlan(model, skip_first=SKIP_FIRST)
-    always = [p for p in (providers.PUBLISHED, providers.EAGER, providers.SAMPLED, providers.MERGE) if usable(p, dtype)]
+    every = (providers.PUBLISHED, providers.EAGER, providers.SAMPLED, providers.MERGE)
+    always = [provider for provider in every if dtype in provider.dtypes]
     compiled = name in options.compile_nets
     forms, note = forms_of_compile(plan) if compiled else ([], "torch.compile left out by --compile-nets")
     providers.check([*always, *forms], plan)
@@ -147,6 +143,23 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def time_nets(
+    options: argparse.Namespace,
+    time_net: Callable[[str, str, torch.device, argparse.Namespace], list[dict[str, object]]],
+    print_rows: Callable[[list[dict[str, object]]], None],
+) -> list[dict[str, object]]:
+    """Rows of all networks and dtypes that the command line names, printed as they come."""
+    torch.set_num_threads(options.threads)
+    rows = []
+    for name in options.nets:
+        for dtype in options.dtypes:
+            new = time_net(name, dtype, options.device, options)
+            print_rows(new)
+            rows += new
+            gc.collect()
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Time all networks and write the result file."""
     parser = parser_of(__doc__)
@@ -158,14 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         options.nets, options.dtypes = ["ResNet-18"], ["float32"]
         options.repeats, options.seconds, options.compile_nets = 5, 0.3, []
-    torch.set_num_threads(options.threads)
-    rows = []
-    for name in options.nets:
-        for dtype in options.dtypes:
-            new = time_net(name, dtype, options.device, options)
-            print_rows(new)
-            rows += new
-            gc.collect()
+    rows = time_nets(options, time_net, print_rows)
     about = environment(options.device)
     print("written to", write_results(options.out, "merge", about, {"prob": 0.3, "alpha": 0.8}, rows))
     return 0

@@ -18,18 +18,9 @@ from torch import nn
 from .candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
 from .effect import EffectMonitor
 from .filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
-from .merge import merge_drawn_layer_
+from .merge import merge_drawn_layer_, several_ranks
 from .plan import DEFAULT_SKIP_FIRST, MergePlan
 from .stats import MergeStats, SampledPairs, describe_skipped
-
-
-def several_ranks(group: Any = None) -> bool:
-    """Whether this process is one of several in ``group``."""
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size(group) > 1
-    )
 
 
 def check_agreement(recipe: dict[str, Any], group: Any) -> None:

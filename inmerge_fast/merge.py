@@ -262,6 +262,15 @@ def check_share(name: str, value: object, *, low: float = 0.0) -> None:
         raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
 
 
+def several_ranks(group: Any = None) -> bool:
+    """Whether this process is one of several in ``group``."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(group) > 1
+    )
+
+
 def _check_randomness(seed: object, step: object, generator: object) -> None:
     if (seed is None) != (step is None):
         missing = "step" if step is None else "seed"
@@ -275,11 +284,7 @@ def _check_randomness(seed: object, step: object, generator: object) -> None:
         if generator is not None:
             raise ValueError("generator draws a seed where none is given; pass either it or seed and step")
         return
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    if several_ranks():
         raise ValueError(
             "seed is None with more than one torch.distributed rank: every rank would draw its own and the replicas "
             "would drift apart; pass the same seed and step on every rank"

@@ -13,12 +13,12 @@ from torch._compile import _disable_dynamo
 from torch.optim.swa_utils import AveragedModel
 
 from .candidates import is_mergeable_module, unwrap_compiled
-from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded, several_ranks
+from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded
 from .draw import MAX_STEP, check_word
 from .filters import check_outside_transforms
 from .graphs import GraphSteps
 from .guard import CollapseGuard
-from .merge import merge_plan_
+from .merge import merge_plan_, several_ranks
 from .monitor import Logger, Monitor, Observation
 from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target
 from .recipe import Recipe, Threshold, check_count, in_steps, selection
