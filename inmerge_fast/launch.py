@@ -157,20 +157,25 @@ class Launcher:
         )  # fmt: skip
 
     def _threshold_argument(self, threshold: float | Sequence[float]) -> float:
-        """What the kernels take for a threshold; each layer's own go to the layer table first, if they are new there.
+        """What the kernels take for a threshold; where layers differ, theirs go to the layer table first.
 
         A threshold of -1 means that every sampled pair passes, one above 1 that none does.
         """
-        if isinstance(threshold, (float, int)):
-            return tables.ALWAYS.value if threshold == -1 else threshold
-        thresholds = tuple(threshold)
+        if not isinstance(threshold, (float, int)):
+            if len(set(threshold)) > 1:
+                self._set_thresholds(tuple(threshold))
+                return float(tables.FROM_TABLE.value)
+            threshold = threshold[0]  # the same for all: a ramp need not copy a table at every step
+        return tables.ALWAYS.value if threshold == -1 else threshold
+
+    def _set_thresholds(self, thresholds: tuple[float, ...]) -> None:
+        """Each layer's own threshold to the layer table, if they are new there."""
         if thresholds != self._thresholds:
             check_not_capturing(self.device, "with other thresholds than before copies them")
             encoded = [tables.ALWAYS.value if value == -1 else value for value in thresholds]
             bits = torch.tensor(encoded, dtype=torch.float32).view(torch.int32).long()
             self.layer_table[:, tables.THRESHOLD.value] = bits.to(self.device)
             self._thresholds = thresholds
-        return float(tables.FROM_TABLE.value)
 
     @property
     def matcher(self) -> Matcher:
@@ -244,7 +249,7 @@ class Launcher:
                 self.reserve_scratch(prob)
             if isinstance(threshold, (float, int)):
                 threshold = (threshold,) * len(self.layer_table)
-            self._threshold_argument(threshold)
+            self._set_thresholds(tuple(threshold))
             numbers = (seed, step, coin_threshold(prob), alpha, 1.0 - alpha, int(write))
             self._prepare.launch(1, self.follow_current_stream(), Arguments(self.call), numbers)
 

@@ -89,3 +89,17 @@ def test_a_dry_run_in_between_is_not_taken_for_the_call_that_was_drawn_ahead(dev
     merge(twin, twins, 0, 0.1)
     merge(twin, twins, 1, 0.1)
     assert all(torch.equal(bits(one), bits(other)) for one, other in zip(weights, twins, strict=True))
+
+
+def test_only_thresholds_that_differ_are_copied_to_the_device(device):
+    weights = some_weights(device)
+    plan = MergePlan(weights)
+    if plan.path != "triton":
+        pytest.skip("the eager path has no layer table")
+    launcher = plan.launcher(weights)
+    before = launcher.layer_table.clone()
+    for step, threshold in enumerate((0.3, 0.2, -1, NEVER)):  # as a ramp gives them
+        merge(plan, weights, step, [threshold] * 4)
+    assert torch.equal(launcher.layer_table, before)
+    merge(plan, weights, 9, [0.3, 0.3, 0.3, 0.2])
+    assert not torch.equal(launcher.layer_table, before)
