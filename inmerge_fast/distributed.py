@@ -18,9 +18,9 @@ from torch import nn
 from .candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
 from .effect import EffectMonitor
 from .filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
-from .merge import merge_drawn_layer_, several_ranks
+from .merge import EagerPairs, merge_drawn_, several_ranks
 from .plan import DEFAULT_SKIP_FIRST, MergePlan
-from .stats import MergeStats, SampledPairs, describe_skipped
+from .stats import MergeStats, describe_skipped
 
 
 def check_agreement(recipe: dict[str, Any], group: Any) -> None:
@@ -179,25 +179,28 @@ class ShardedPlan(MergePlan):
     ) -> MergeStats:
         """Merge in place, see :func:`inmerge_fast.merge.merge_plan_`; all ranks must call it."""
         coin, partners = self.draw(seed, step, prob)
-        counts, similarities, passes = [], [], []
+        merged = []
         for index, (layer, weight, full) in enumerate(zip(self.layers, weights, self.gathered(weights), strict=True)):
             rows = slice(self.row_start[index], self.row_start[index + 1])
-            count, similarity, passed = merge_drawn_layer_(
-                layer, full, coin[rows], partners[rows], seed=seed, step=step, alpha=alpha,
-                threshold=thresholds[index], rule=partner, dry_run=False,
+            merged.append(
+                merge_drawn_(
+                    [layer], [full], np.array([0, len(coin[rows])]), coin[rows], partners[rows], seed=seed, step=step,
+                    alpha=alpha, thresholds=[thresholds[index]], rule=partner, dry_run=False,
+                )
             )  # fmt: skip
-            counts.append(count)
-            similarities.append(similarity)
-            passes.append(passed)
             if full is not weight:
                 _keep_own(weight, full)
             torch.autograd.graph.increment_version([weight])
         torch.clear_autocast_cache()
-        similarity, passed = torch.cat(similarities), torch.cat(passes)
-        self.effect.count_pairs(similarity, passed)
+        pairs = EagerPairs(
+            np.concatenate([one.counts for one in merged]),
+            torch.cat([one.similarity for one in merged]),
+            torch.cat([one.passed for one in merged]),
+        )
+        self.effect.count_pairs(pairs.similarity, pairs.passed)
         return MergeStats(
-            lambda: SampledPairs(np.array(counts), similarity.cpu().double().numpy(), passed.cpu().numpy()),
-            self.names, self.filters, skipped=self.skipped, seed=seed, step=step, dry_run=False, path=self.path,
+            pairs.fetch, self.names, self.filters, skipped=self.skipped, seed=seed, step=step, dry_run=False,
+            path=self.path,
         )  # fmt: skip
 
 

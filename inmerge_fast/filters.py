@@ -45,6 +45,24 @@ class FilterLayout:
             (self.group_stride, self.filter_stride, self.outer_stride, self.inner_stride),
         )
 
+    def gather(self, rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Filters ``index`` of the view ``rows`` as a matrix ``(A, D)``, in ``out`` and its dtype if given."""
+        if self.is_dense and (out is None or rows.dtype == out.dtype):
+            return torch.index_select(rows, 0, index, out=out)
+        found = rows.index_select(0, index) if self.is_dense else rows[self._group_and_place(index)]
+        found = found.reshape(len(index), self.elements)
+        return found if out is None else out.copy_(found)
+
+    def scatter_(self, rows: torch.Tensor, index: torch.Tensor, new: torch.Tensor) -> None:
+        """Write ``new`` ``(A, D)`` to filters ``index`` of the view ``rows``."""
+        if self.is_dense:
+            rows.index_copy_(0, index, new)
+        else:
+            rows[self._group_and_place(index)] = new.view(len(index), *rows.shape[2:])
+
+    def _group_and_place(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.div(index, self.group_size, rounding_mode="floor"), index % self.group_size
+
 
 def check_outside_transforms() -> None:
     """Raise inside ``torch.func`` transforms and FakeTensorMode: tensors have no memory there, or must not be written.

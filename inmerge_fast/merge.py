@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch._compile import _disable_dynamo
 from .candidates import MergeLayer
 from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
 from .eager import merge_layer_
+from .eager_cpu import merge_layers_
 from .filters import check_outside_transforms
 from .match import check_partner_rule, match_layer
 from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
@@ -191,55 +194,81 @@ def _run_eager(
 ) -> Callable[[], SampledPairs]:  # fmt: skip
     coin, partner = plan.draw(seed, step, prob)
     each = [thresholds] * len(weights) if isinstance(thresholds, (float, int)) else thresholds
-    counts, similarities, passes = [], [], []
-    for planned, weight, threshold, start, end in zip(
-        plan.layers, weights, each, plan.row_start[:-1], plan.row_start[1:], strict=True
-    ):
-        count, similarity, passed = merge_drawn_layer_(
-            planned, weight, coin[start:end], partner[start:end], seed=seed, step=step, alpha=alpha,
-            threshold=threshold, rule=rule, dry_run=dry_run,
-        )  # fmt: skip
-        counts.append(count)
-        similarities.append(similarity)
-        passes.append(passed)
-    similarity, passed = torch.cat(similarities), torch.cat(passes)
+    pairs = merge_drawn_(
+        plan.layers, weights, plan.row_start, coin, partner, seed=seed, step=step, alpha=alpha, thresholds=each,
+        rule=rule, dry_run=dry_run,
+    )  # fmt: skip
     if not dry_run:
-        plan.effect.count_pairs(similarity, passed)
-    return lambda: SampledPairs(np.array(counts), similarity.cpu().double().numpy(), passed.cpu().numpy())
+        plan.effect.count_pairs(pairs.similarity, pairs.passed)
+    return pairs.fetch
 
 
-def merge_drawn_layer_(
-    layer: MergeLayer,
-    weight: torch.Tensor,
+@dataclass(frozen=True)
+class EagerPairs:
+    """What the eager path has measured, on the weights' device; attributes as in :class:`SampledPairs`."""
+
+    counts: npt.NDArray[np.int64]
+    similarity: torch.Tensor
+    passed: torch.Tensor
+
+    def fetch(self) -> SampledPairs:
+        """Wait for the device and copy the results to the host."""
+        return SampledPairs(self.counts, self.similarity.cpu().double().numpy(), self.passed.cpu().numpy())
+
+
+def merge_drawn_(
+    layers: Sequence[MergeLayer],
+    weights: Sequence[torch.Tensor],
+    row_start: npt.NDArray[np.int64],
     coin: npt.NDArray[np.bool_],
     partner: npt.NDArray[np.int64],
     *,
     seed: int,
     step: int,
     alpha: float,
-    threshold: float,
+    thresholds: Sequence[float],
     rule: str,
     dry_run: bool,
-) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Merge one layer in place on the eager path, with its coins and random partners, ``(N,)`` each.
+) -> EagerPairs:
+    """Merge layers in place on the eager path, with the coins and random partners of their filters, ``(rows,)`` each.
 
     Returns:
-        The number of sampled filters A; their similarities ``(A,)``, NaN where there is none; bool ``(A,)``, whether
-        they passed.
+        The pairs, with similarity NaN for a filter that found no partner.
     """
-    sampled = coin.nonzero()[0]
-    looked_at = partner[sampled]
+    places = list(itertools.pairwise(row_start.tolist()))
+    counts = np.add.reduceat(coin, row_start[:-1], dtype=np.int64)
+    found = coin
     if rule != "random":
-        looked_at = match_layer(
-            weight, layer.layout, sampled, rule, threshold=threshold, seed=seed, step=step, layer=layer.layer_id
+        partner = np.full(len(coin), -1, np.int64)
+        for layer, weight, threshold, (start, end) in zip(layers, weights, thresholds, places, strict=True):
+            sampled = coin[start:end].nonzero()[0]
+            partner[start + sampled] = match_layer(
+                weight, layer.layout, sampled, rule, threshold=threshold, seed=seed, step=step, layer=layer.layer_id
+            )
+        found = coin & (partner >= 0)
+    if _are_on_cpu(weights):
+        measured = merge_layers_(
+            layers, weights, row_start, found, partner, alpha=alpha, thresholds=thresholds, dry_run=dry_run
         )
-    found = looked_at >= 0
-    similarity, passed = merge_layer_(
-        weight, layer.layout, sampled[found], looked_at[found], alpha=alpha, threshold=threshold, dry_run=dry_run
-    )
-    if not found.all():
-        similarity, passed = _spread(similarity, found, torch.nan), _spread(passed, found, False)
-    return sampled.size, similarity, passed
+        similarity, passed = map(torch.from_numpy, measured)
+    else:
+        each = []
+        for layer, weight, threshold, (start, end) in zip(layers, weights, thresholds, places, strict=True):
+            own = found[start:end].nonzero()[0]
+            each.append(
+                merge_layer_(
+                    weight, layer.layout, own, partner[start + own], alpha=alpha, threshold=threshold, dry_run=dry_run
+                )
+            )
+        similarity, passed = map(torch.cat, zip(*each, strict=True))
+    if found is not coin and not np.array_equal(found, coin):
+        kept = found[coin]
+        similarity, passed = _spread(similarity, kept, torch.nan), _spread(passed, kept, False)
+    return EagerPairs(counts, similarity, passed)
+
+
+def _are_on_cpu(weights: Sequence[torch.Tensor]) -> bool:
+    return weights[0].device.type == "cpu"
 
 
 def _spread(values: torch.Tensor, found: npt.NDArray[np.bool_], missing: float) -> torch.Tensor:

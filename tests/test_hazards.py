@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_is_reference, assert_same_bits
@@ -10,7 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import inmerge_fast
-from inmerge_fast import draw, eager
+from inmerge_fast import draw
+from inmerge_fast.eager import merge_layer_
+from inmerge_fast.filters import FilterLayout, filter_layout
 
 MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
 
@@ -125,11 +128,15 @@ def test_under_autocast_similarities_are_computed_in_float32(device):
 def test_autocast_is_off_while_similarities_are_computed(monkeypatch):
     """The sums that take part today stay in float32 anyway; matrix products and ``vecdot`` would not."""
     seen = []
-    gather = eager._gather
-    monkeypatch.setattr(eager, "_gather", lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or gather(*a))
+    gather = FilterLayout.gather
+    monkeypatch.setattr(FilterLayout, "gather", lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or gather(*a))
+    weight = torch.randn(4, 9).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        inmerge_fast.merge_(torch.randn(4, 9), **MERGE_ALL)
-    assert seen == [False, False]
+        inmerge_fast.merge_(weight, **MERGE_ALL)
+        merge_layer_(weight, filter_layout(weight, ""), np.arange(4), np.roll(np.arange(4), 1), alpha=0.8,
+                     threshold=-1.0, dry_run=False)  # fmt: skip
+    assert seen
+    assert not any(seen)
 
 
 # --- weights that are shared, or computed elsewhere -------------------------------------------------------------------
@@ -357,10 +364,11 @@ def test_nested_regions_without_autocast_do_not_keep_stale_copies(device):
         assert not torch.equal(conv(x), old)
 
 
-def test_saved_tensors_that_may_be_mutated_give_the_gradient_of_the_forward_that_ran():
-    conv = nn.Conv2d(3, 6, 3)
+@pytest.mark.parametrize("channels", [3, 300], ids=["short filters", "long filters"])
+def test_saved_tensors_that_may_be_mutated_give_the_gradient_of_the_forward_that_ran(channels):
+    conv = nn.Conv2d(channels, 6, 3)
     twin = copy.deepcopy(conv)
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    x = torch.randn(2, channels, 8, 8, requires_grad=True)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         loss = conv(x).square().sum()
         inmerge_fast.merge_(conv, **MERGE_ALL)
