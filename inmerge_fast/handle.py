@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,3 +63,14 @@ class Handle:
         compiled._init_handles()
         self._compiled, self._run = compiled, compiled.run
         self._fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+
+
+def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Compiler options of the merge kernel with these constants for ``target`` ("cuda" or "hip")."""
+    # With multiplication and addition fused, the blend would be rounded once less than the reference's.
+    options: dict[str, Any] = {"enable_fp_fusion": False}
+    if target == "cuda":
+        # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
+        dtypes = sum(constants[name] for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16"))
+        options["maxnreg"] = 128 if constants["HAS_STRIDED"] else 88 if constants["IN_MEMORY"] or dtypes > 1 else 80
+    return options

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ import triton
 
 from .candidates import MergeLayer
 from .draw import coin_threshold
-from .handle import Arguments, Handle, check_not_capturing
+from .handle import Arguments, Handle, check_not_capturing, merge_options
 from .kernels import tables
 from .kernels.count import _count_kernel
 from .kernels.draw import _draw_kernel
-from .kernels.merge import FLAG, _merge_kernel
+from .kernels.merge import _merge_kernel
 from .kernels.prepare import _prepare_kernel
 from .launch_match import Matcher
+from .layer_table import layer_table
 from .results import RESULT_SLOTS, Results
 
 ROW_BLOCK = 256  # rows per program of the draw and the count
@@ -30,23 +32,6 @@ SMALL_SHARE = 0.15
 PROGRAMS_PER_SM = 8
 MAX_ELEMENTS = 2**31 - 2**10  # per filter: the last block of one begins and ends within 31 bits
 MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
-_KINDS = {torch.float32: tables.FLOAT32, torch.bfloat16: tables.BFLOAT16, torch.float16: tables.FLOAT16}
-
-
-def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """Compiler options of the merge kernel with these constants for ``target`` ("cuda" or "hip")."""
-    # With multiplication and addition fused, the blend would be rounded once less than the reference's.
-    options: dict[str, Any] = {"enable_fp_fusion": False}
-    if target == "cuda":
-        # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
-        dtypes = sum(constants[name] for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16"))
-        options["maxnreg"] = 128 if constants["HAS_STRIDED"] else 88 if constants["IN_MEMORY"] or dtypes > 1 else 80
-    return options
-
-
-def can_merge(layers: Sequence[MergeLayer]) -> bool:
-    """Whether the kernels know the dtypes of all layers; float64 takes the eager path."""
-    return all(layer.dtype in _KINDS and layer.layout.filters < FLAG.value for layer in layers)
 
 
 class Launcher:
@@ -70,9 +55,7 @@ class Launcher:
         self.device = device
         self.row_start = row_start
         self.rows = rows
-        table = np.zeros((len(layers), tables.COLUMNS.value), np.int64)
-        for line, layer, weight, first_row in zip(table, layers, weights, row_start, strict=False):
-            _fill_line(line, layer, weight, int(first_row))
+        table = layer_table(layers, weights, row_start)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             with torch.inference_mode(False):  # the buffers outlive the mode that this call may run in
@@ -82,6 +65,8 @@ class Launcher:
         row_layer = np.repeat(np.arange(len(layers), dtype=np.int32), np.diff(row_start))
         self.row_layer = zeros(rows).copy_(torch.from_numpy(row_layer))
         self.partner, self.readers, self.active = zeros(rows), zeros(rows), zeros(rows)
+        # A draw that counts takes these in turns: it counts in one and zeroes the other (kernels/draw.py).
+        self.counted_even, self.counted_odd = zeros(rows), zeros(rows)
         self.counter, self.slot, self.deferred = zeros(rows), zeros(rows), zeros(rows)
         self.state = zeros(tables.STATE_WORDS.value)
         self.call = zeros(tables.CALL_WORDS.value, dtype=torch.int64)
@@ -96,7 +81,9 @@ class Launcher:
         self._thresholds: tuple[float, ...] | None = None
         self._reserved_prob = -1.0  # the prob that scratch is large enough for
         self._captured_scratch: list[torch.Tensor] = []
-        self._drawn: tuple[int, int, int] | None = None  # what the next call's slot and the partners already hold
+        self._drawn: tuple[int, int, int, bool] | None = None  # what the next call finds drawn, and whether counted
+        self._turn = 0  # of the draw that counts
+        self._has_captured = False  # replays of a graph come unseen, between any two calls
         kinds = table[:, tables.KIND.value]
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
@@ -110,8 +97,9 @@ class Launcher:
             "SEM": "acq_rel",
             "NAIVE": False,
         }
-        self._draw = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False}, {})
-        self._draw_from_memory = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": True}, {})
+        self._draw = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False, "COUNT": True}, {})
+        self._draw_only = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False, "COUNT": False}, {})
+        self._draw_from_memory = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": True, "COUNT": False}, {})
         self._prepare = Handle(_prepare_kernel, {}, {})
         self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": False}, {})
         self._count_matched = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": True}, {})
@@ -142,16 +130,25 @@ class Launcher:
             self.follow_current_stream()  # kernels of earlier calls may still be using what is replaced
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
-            self._tables = [self._tables_of(slot) for slot in range(RESULT_SLOTS)]
+            turns = itertools.product(range(RESULT_SLOTS), (0, 1, None))
+            self._tables = {(slot, turn): self._tables_of(slot, turn) for slot, turn in turns}
         self._reserved_prob = enough
 
-    def _tables_of(self, slot: int) -> tuple[Arguments, Arguments]:
-        """Tensor arguments of the draw and the merge that leave their results in ``slot``."""
+    def _tables_of(self, slot: int, turn: int | None) -> tuple[Arguments, Arguments]:
+        """Tensor arguments of the draw and the merge that leave their results in ``slot``.
+
+        ``turn`` says which readers the draw counts in and which it zeroes; None is a draw that does not count.
+        """
         similarity, outcome = self.similarity[slot], self.outcome[slot]
+        both = (self.counted_even, self.counted_odd)
+        readers, stale = (self.readers, self.readers) if turn is None else (both[turn], both[1 - turn])
         return (
-            Arguments(self.layer_table, self.row_layer, self.partner, self.readers, outcome, self.call),
             Arguments(
-                self.layer_table, self.row_layer, self.partner, self.readers, self.active, self.counter, self.slot,
+                self.layer_table, self.row_layer, self.partner, readers, outcome, self.call, stale, self.active,
+                self.state,
+            ),
+            Arguments(
+                self.layer_table, self.row_layer, self.partner, readers, self.active, self.counter, self.slot,
                 self.deferred, self.state, self.scratch, similarity, outcome, self.totals, self.call,
             ),
         )  # fmt: skip
@@ -199,7 +196,7 @@ class Launcher:
         next_draw: tuple[int, int, float] | None = None,
         **overrides: Any,
     ) -> Results:
-        """Draw, count and merge: three launches on the current stream, no synchronisation; five with a partner rule.
+        """Draw and merge: two launches on the current stream, no synchronisation; five with a partner rule.
 
         Args:
             seed: seed of the draw.
@@ -208,33 +205,61 @@ class Launcher:
             alpha: share of itself that a merged filter keeps.
             threshold: similarity that a pair must exceed, or one for each layer.
             dry_run: only measure.
-            partner: the rule; other than "random" it makes two launches between draw and count.
+            partner: the rule; other than "random" it takes three launches between draw and merge.
             next_draw: seed, step and prob of the next call, if known: they are drawn after this merge, so that the next
                 call need not wait for its draw.
             **overrides: constants of the merge kernel, for tests; those of the match kernel are in ``match``.
         """
-        coin = coin_threshold(prob)
+        coin, random = coin_threshold(prob), partner == "random"
         with self.lock, self._on_device():
             self.reserve_scratch(prob if next_draw is None else max(prob, next_draw[2]))
             limit = self._threshold_argument(threshold)
             stream = self.follow_current_stream()
-            drawn, self._drawn = (None if self._is_captured() else self._drawn), None
+            if self._is_captured():
+                self._forget_drawn()
+            # The buffers of a draw that counts are taken in turns, which a graph cannot.
+            counts = random and not self._has_captured
             self.calls += 1
             slot = self.calls % RESULT_SLOTS
-            if drawn != (seed, step, coin):
-                self._draw.launch(self._row_blocks, stream, self._tables[slot][0], (seed, step, coin, self.rows))
+            if self._drawn != (seed, step, coin, counts):
+                self._forget_drawn()
+                self._draw_rows(slot, stream, (seed, step, coin), counts)
+            self._cut_short, self._drawn = self._cut_short or counts, None
             self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
-            self.merge_drawn(
-                slot, alpha=alpha, threshold=limit, dry_run=dry_run, matched=partner != "random", **overrides
-            )
-            if next_draw is not None:
+            if not counts:
+                self._count_drawn(stream, matched=not random)
+            turn = self._turn if counts else None
+            self._merge(slot, turn, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
+            if next_draw is not None and not self._has_captured:
                 ahead = (next_draw[0], next_draw[1], coin_threshold(next_draw[2]))
                 self.drawn_ahead = self.calls + 1
-                self._draw.launch(
-                    self._row_blocks, stream, self._tables[(slot + 1) % RESULT_SLOTS][0], (*ahead, self.rows)
-                )
-                self._drawn = ahead
+                self._draw_rows((slot + 1) % RESULT_SLOTS, stream, ahead, random)
+                self._drawn, self._cut_short = (*ahead, random), False
             return Results(self, self.calls)
+
+    def _draw_rows(self, slot: int, stream: int, numbers: tuple[int, int, int], counts: bool) -> None:
+        """Draw, and count if ``counts``; what is counted must then be merged or forgotten."""
+        if not counts:
+            self._draw_only.launch(self._row_blocks, stream, self._tables[slot, None][0], (*numbers, self.rows))
+            return
+        self._begin()
+        turn = 1 - self._turn
+        self._draw.launch(self._row_blocks, stream, self._tables[slot, turn][0], (*numbers, self.rows))
+        self._turn = turn
+
+    def _forget_drawn(self) -> None:
+        """Undo what a draw ahead has counted, if there is one; call it before anything else is drawn."""
+        if self._drawn is not None and self._drawn[3]:
+            self._cut_short = True
+        self._drawn = None
+
+    def _begin(self) -> None:
+        """Before a count: its list and readers start from zero, also where the last one was not merged."""
+        if self._cut_short:
+            self.state.zero_()
+            self.counted_even.zero_()
+            self.counted_odd.zero_()
+        self._cut_short = True
 
     def prepare(
         self, seed: int, step: int, *, prob: float, alpha: float, threshold: float | Sequence[float], write: bool
@@ -261,21 +286,24 @@ class Launcher:
         with self.lock, self._on_device():
             if self._reserved_prob < 0:
                 raise RuntimeError("nothing was prepared: call prepare before run_from_memory")
-            stream, self._drawn = self.follow_current_stream(), None
+            stream = self.follow_current_stream()
+            self._is_captured()
+            self._forget_drawn()
             self.calls += 1
             slot = self.calls % RESULT_SLOTS
             limit = float(tables.FROM_TABLE.value)
-            self._is_captured()
-            self._draw_from_memory.launch(self._row_blocks, stream, self._tables[slot][0], (0, 0, 0, self.rows))
+            self._draw_from_memory.launch(self._row_blocks, stream, self._tables[slot, None][0], (0, 0, 0, self.rows))
             self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
+            self._count_drawn(stream, matched=partner != "random")
             overrides |= {"IN_MEMORY": True}
-            self.merge_drawn(slot, alpha=0.0, threshold=limit, dry_run=False, matched=partner != "random", **overrides)
+            self._merge(slot, None, stream, alpha=0.0, limit=limit, dry_run=False, **overrides)
             return Results(self, self.calls)
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph takes this call along, which then knows the address of scratch for good."""
         if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return False
+        self._has_captured = True
         if all(kept is not self.scratch for kept in self._captured_scratch):
             self._captured_scratch.append(self.scratch)
         return True
@@ -295,10 +323,9 @@ class Launcher:
         """Draw and match without merging, which leaves the best pairs in device memory; for benchmarks and tests."""
         with self.lock, self._on_device():
             self.reserve_scratch(prob)
-            stream, self._drawn = self.follow_current_stream(), None
-            self._draw.launch(
-                self._row_blocks, stream, self._tables[0][0], (seed, step, coin_threshold(prob), self.rows)
-            )
+            stream = self.follow_current_stream()
+            self._forget_drawn()
+            self._draw_rows(0, stream, (seed, step, coin_threshold(prob)), False)
             self._match(partner, stream, 0, (seed, step), self._threshold_argument(threshold), {})
 
     def found_partners(self) -> torch.Tensor:
@@ -306,27 +333,28 @@ class Launcher:
         return (self.matcher.best & tables.FURTHEST_ROW.value) ^ tables.FURTHEST_ROW.value
 
     def merge_drawn(
-        self,
-        slot: int,
-        *,
-        alpha: float,
-        threshold: float | Sequence[float],
-        dry_run: bool,
-        matched: bool = False,
-        **overrides: Any,
+        self, slot: int, *, alpha: float, threshold: float | Sequence[float], dry_run: bool, **overrides: Any
     ) -> None:
-        """Count and merge with the partners that are in the table, whoever chose them, or that were just matched."""
+        """Count and merge with the partners that are in the table, whoever chose them; for tests."""
         stream, limit = self.follow_current_stream(), self._threshold_argument(threshold)
-        if self._cut_short:  # after a count alone its list would only grow, past its end
-            self.state.zero_()
-        self._cut_short = True
+        self._forget_drawn()
+        self._count_drawn(stream, matched=False)
+        self._merge(slot, None, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
+
+    def _count_drawn(self, stream: int, *, matched: bool) -> None:
+        self._begin()
         count = self._count_matched if matched else self._count
         count.launch(self._row_blocks, stream, self._counted(matched), (self.rows,))
+
+    def _merge(
+        self, slot: int, turn: int | None, stream: int, *, alpha: float, limit: float, dry_run: bool, **overrides: Any
+    ) -> None:
+        """Merge what was counted, in that ``turn``."""
         programs, capacity = self.programs, self.scratch.numel() // 16
         if overrides:
             programs, capacity = overrides.pop("programs", programs), overrides.pop("capacity", capacity)
         numbers = (capacity, alpha, 1.0 - alpha, limit, int(not dry_run), programs)
-        self._merge_handle(overrides).launch(programs, stream, self._tables[slot][1], numbers)
+        self._merge_handle(overrides).launch(programs, stream, self._tables[slot, turn][1], numbers)
         self._cut_short = False
 
     def _counted(self, matched: bool) -> Arguments:
@@ -369,24 +397,3 @@ class Launcher:
                     value.record_stream(current)
             self._stream = stream
         return stream
-
-
-def _fill_line(line: np.ndarray, layer: MergeLayer, weight: torch.Tensor, first_row: int) -> None:
-    layout, size = layer.layout, weight.element_size()
-    aligned = layout.is_dense and weight.data_ptr() % 16 == 0 and layout.elements * size % 16 == 0
-    columns = {
-        tables.BASE: weight.data_ptr(),
-        tables.ELEMENTS: layout.elements,
-        tables.GROUP_SIZE: layout.group_size,
-        tables.FIRST_ROW: first_row,
-        tables.LAYER_ID: layer.layer_id,
-        tables.KIND: _KINDS[layer.dtype].value + (0 if aligned else tables.STRIDED.value),
-        tables.GROUP_STRIDE: layout.group_stride,
-        tables.FILTER_STRIDE: layout.filter_stride,
-        tables.RUN: layout.run,
-        tables.OUTER_STRIDE: layout.outer_stride,
-        tables.INNER_STRIDE: layout.inner_stride,
-        tables.SCRATCH_UNITS: -(-layout.elements * size // 16),
-    }
-    for column, value in columns.items():
-        line[column.value] = value

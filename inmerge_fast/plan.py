@@ -178,7 +178,7 @@ class MergePlan:
         if torch.version.hip:
             # Compiled for gfx942, a release waits for the releasing wave's stores only; nobody has tried it on one.
             return "the kernels are not verified on AMD GPUs"
-        from .launch import can_merge
+        from .layer_table import can_merge
 
         return "" if can_merge(self.layers) else "float64 layers, or layers of 2**20 filters and more"
 

@@ -6,21 +6,34 @@ import triton.language as tl
 from .tables import ACTIVE_ROWS, FURTHEST_ROW, NO_PAIR
 
 
+@triton.jit
+def count_rows(i_row, partner, readers_ptr, active_ptr, state_ptr):
+    """Count a block of rows as readers of their partners, and add its active rows to the list.
+
+    A row is active if its partner is not -1. The list's order depends on which program comes first, so nothing may
+    depend on it. All writes to shared words are atomic; relaxed order is enough, the kernel boundary publishes them.
+    """
+    m_active = partner >= 0
+    tl.atomic_add(readers_ptr + partner, 1, mask=m_active, sem="relaxed")
+    place = tl.cumsum(m_active.to(tl.int32), axis=0)
+    found = tl.sum(m_active.to(tl.int32), axis=0)
+    start = tl.atomic_add(state_ptr + ACTIVE_ROWS, found, sem="relaxed")
+    tl.store(active_ptr + start + place - 1, i_row, mask=m_active)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _count_kernel(
     partner_ptr, readers_ptr, active_ptr, state_ptr, best_ptr, rows, BLOCK: tl.constexpr, MATCHED: tl.constexpr
 ):
-    """Count the active readers of every row and compact the active rows into a list.
+    """Count the active readers of every row and compact the active rows into a list, where the draw has not done it.
 
-    A row is active if its partner is not -1. ``readers`` must be zero (the draw zeroes it, one launch before), as must
-    the list's length in ``state``. The list's order depends on which program comes first, so nothing may depend on it.
+    ``readers`` must be zero (the draw zeroes it, one launch before), as must the list's length in ``state``.
 
     With MATCHED, the partners of sampled rows are first replaced by those that ``kernels/match.py`` left in ``best``
     (int64, ``(rows,)``), -1 where it found none. Without, ``best`` is not looked at.
 
     Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row; stores 4 and adds 4 per active row; MATCHED, 8 more in
-    per sampled row and 4 out per row.
-    Hazards: all writes to shared words are atomic; relaxed order is enough, the kernel boundary publishes them.
+    per sampled row and 4 out per row. Hazards: see :func:`count_rows`.
     """
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     partner = tl.load(partner_ptr + i_row, mask=i_row < rows, other=-1)
@@ -28,9 +41,4 @@ def _count_kernel(
         best = tl.load(best_ptr + i_row, mask=partner >= 0, other=NO_PAIR)
         partner = tl.where(best == NO_PAIR, -1, (best & FURTHEST_ROW).to(tl.int32) ^ FURTHEST_ROW)
         tl.store(partner_ptr + i_row, partner, mask=i_row < rows)
-    m_active = partner >= 0
-    tl.atomic_add(readers_ptr + partner, 1, mask=m_active, sem="relaxed")
-    place = tl.cumsum(m_active.to(tl.int32), axis=0)
-    found = tl.sum(m_active.to(tl.int32), axis=0)
-    start = tl.atomic_add(state_ptr + ACTIVE_ROWS, found, sem="relaxed")
-    tl.store(active_ptr + start + place - 1, i_row, mask=m_active)
+    count_rows(i_row, partner, readers_ptr, active_ptr, state_ptr)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .count import count_rows
 from .tables import (
     COIN_THRESHOLD,
     COLUMNS,
@@ -44,21 +45,30 @@ def _draw_kernel(
     readers_ptr,
     outcome_ptr,
     call_ptr,
+    stale_ptr,
+    active_ptr,
+    state_ptr,
     seed: tl.uint64,  # annotated: an unannotated int takes the width of its value, and a seed of 2**31 another kernel
     step: tl.int64,
     coin_threshold,
     rows,
     BLOCK: tl.constexpr,
     IN_MEMORY: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """Partners of all rows of all layers: ``partner`` is a row number, or -1 where the coin says no.
 
-    Also what the next launches start from: ``readers`` zero, ``outcome`` SAMPLED or not. With IN_MEMORY the
-    seed, the step and the coin's threshold are read from ``call`` (``kernels/prepare.py``), so that a CUDA graph can be
-    replayed with others.
+    Also ``outcome``, SAMPLED or not. With COUNT, what ``kernels/count.py`` does as well: ``readers`` and the list's
+    length in ``state`` must be zero then, and ``stale``, the readers of the call before, is zeroed for the call after.
+    Without, ``readers`` is zeroed for a count, and ``stale``, ``active`` and ``state`` are not looked at.
 
-    Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row and the layer table (from cache), stores 9 bytes per row.
-    No hazard: every entry is written by one program and read by none.
+    With IN_MEMORY the seed, the step and the coin's threshold are read from ``call`` (``kernels/prepare.py``), so that
+    a CUDA graph can be replayed with others.
+
+    Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row and the layer table (from cache), stores 9 bytes per row; with
+    COUNT 4 more, and adds 4, per active row. No hazard: every entry is written by one program and read by none, what
+    is counted apart (:func:`count_rows`). That is why the counts have two buffers: a row's zero and what others add to
+    it would race in one.
     """
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_row = i_row < rows
@@ -74,6 +84,9 @@ def _draw_kernel(
     step_lo = step.to(tl.int32)
     step_hi = (step >> 32).to(tl.int32)
     coin, partner = philox_partner(seed, step_lo, step_hi, layer_id, i_row - first_row, group_size, coin_threshold)
-    tl.store(partner_ptr + i_row, tl.where(coin, first_row + partner, -1), mask=m_row)
-    tl.store(readers_ptr + i_row, 0, mask=m_row)
+    partner = tl.where(coin & m_row, first_row + partner, -1)
+    tl.store(partner_ptr + i_row, partner, mask=m_row)
+    tl.store((stale_ptr if COUNT else readers_ptr) + i_row, 0, mask=m_row)
     tl.store(outcome_ptr + i_row, tl.where(coin, SAMPLED, NOT_SAMPLED).to(tl.int8), mask=m_row)
+    if COUNT:
+        count_rows(i_row, partner, readers_ptr, active_ptr, state_ptr)

@@ -57,7 +57,7 @@ MATCHES = {
     "similar bfloat16": (DTYPES[1:2], False, "similar"),
     "similar all strided": (DTYPES, True, "similar"),
 }
-VARIANTS = ["draw", "prepare", *FROM_MEMORY, "list", "count", "count matched", *MERGES, *MATCHES]
+VARIANTS = ["draw", "draw only", "prepare", *FROM_MEMORY, "list", "count", "count matched", *MERGES, *MATCHES]
 
 
 class AbsentGpu:
@@ -130,6 +130,18 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
     A launcher may keep the kernel that its first launch compiled, so all launches must mean the same one.
     """
     found: dict[str, list[str]] = {}
+
+    def note(caught: list[tuple[Any, dict[str, Any]]], **names: str) -> None:
+        """The versions of the kernels in ``names``, under these; of all, under their own, if there are none."""
+        for kernel, compiled in caught:
+            own = kernel.fn.__name__
+            if names and own not in names:
+                continue
+            version = str([compiled["signature"], compiled["constants"], compiled["configs"]])
+            versions = found.setdefault(names.get(own, own), [])
+            if version not in versions:
+                versions.append(version)
+
     cases = [
         {"seed": 0, "step": 0, "prob": 0.3, "alpha": 0.7, "threshold": 0.5, "dry_run": False},
         {"seed": 1, "step": 1, "prob": 1.0, "alpha": 1.0, "threshold": -1.0, "dry_run": False},
@@ -144,23 +156,22 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
                     launcher = launcher_of(["float32"], False, filters)
                     launcher.calls = slot - 1
                     launcher.run(**case)
-                for kernel, compiled in caught:
-                    version = str([compiled["signature"], compiled["constants"], compiled["configs"]])
-                    versions = found.setdefault(kernel.fn.__name__, [])
-                    if version not in versions:
-                        versions.append(version)
+                note(caught)
+                with launches.on("sm_90") as caught:  # as after the capture of a graph
+                    launcher = launcher_of(["float32"], False, filters)
+                    launcher.calls, launcher._has_captured = slot - 1, True
+                    launcher.run(**case)
+                note(
+                    caught, _draw_kernel="_draw_kernel only", _count_kernel="_count_kernel",
+                    _merge_kernel="_merge_kernel",
+                )  # fmt: skip
                 if case["seed"] not in (1, 2**64 - 1):
                     continue  # a rule's own kernels see seed, step and threshold, and the slot
                 with launches.on("sm_90") as caught:
                     launcher = launcher_of(["float32"], False, filters)
                     launcher.calls = slot - 1
                     launcher.run(**case, partner="similar")
-                for kernel, compiled in caught:
-                    if kernel.fn.__name__ in ("_list_kernel", "_match_kernel"):
-                        version = str([compiled["signature"], compiled["constants"], compiled["configs"]])
-                        versions = found.setdefault(kernel.fn.__name__, [])
-                        if version not in versions:
-                            versions.append(version)
+                note(caught, _list_kernel="_list_kernel", _match_kernel="_match_kernel")
     return found
 
 
@@ -233,7 +244,7 @@ def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
             launcher_of(dtypes, strided).run(seed=3, partner=rule, **call)
         for kernel, launch in caught:
             kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            variant = {"match": name, "list": "list", "count": "count matched"}.get(kind)
+            variant = {"match": name, "list": "list", "draw": "draw only", "count": "count matched"}.get(kind)
             if variant and variant not in result:
                 result[variant] = compile_kernel(launches, kernel, launch)
     return result

@@ -21,7 +21,7 @@ from inmerge_fast.draw import coin_threshold
 from inmerge_fast.launch import Launcher
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
-DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 10, 6, 20, 7  # all but the constants
+DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 13, 6, 20, 7  # all but the constants
 
 
 class StubDriver(CudaDriver):
@@ -74,17 +74,19 @@ def main():
         return recorded(launcher.run, seed, step, **settings, **keywords)
 
     run(0, 0)  # compiles and loads the functions in this order
-    remembered[1], remembered[2], remembered[3] = DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS
-    handles = (launcher._draw, launcher._count, launcher._merge_handle({}))
+    remembered[1], remembered[2] = DRAW_PARAMETERS, MERGE_PARAMETERS
+    handles = (launcher._draw, launcher._merge_handle({}))
     compiled = [handle._compiled for handle in handles]
-    draw, count, merge = run(SEED, STEP)
+    readers = launcher.counted_even.data_ptr(), launcher.counted_odd.data_ptr()
+    turns = [[(draw.parameters[3], draw.parameters[6]), merge.parameters[3]] for draw, merge in (run(0, 1), run(0, 2))]
+    draw, merge = run(SEED, STEP)
     small_draw = run(3, 4)[0]
     ahead = run(3, 5, next_draw=(3, 6, 0.3))
     drawn_before, other_seed = run(3, 6), run(3, 7, next_draw=(3, 8, 0.3)) and run(4, 8)
     prepared = {"prob": 0.3, "alpha": 0.8, "threshold": 0.25, "write": True}
     launcher.prepare(0, 0, **prepared)  # compiles
     launcher.run_from_memory()
-    remembered[4] = PREPARE_PARAMETERS
+    remembered[3], remembered[5] = PREPARE_PARAMETERS, COUNT_PARAMETERS
     (prepare,) = recorded(launcher.prepare, SEED, STEP, **prepared)
     from_memory = recorded(launcher.run_from_memory)
     times = []
@@ -113,25 +115,28 @@ def main():
     def as_float(word):
         return struct.unpack("<f", struct.pack("<I", low(word)))[0]
 
+    count = from_memory[1]
     functions = {draw.function: "draw", count.function: "count", merge.function: "merge"}
 
     def kernel_of(record):
         return functions[record.function]
 
     print(json.dumps({
-        "grids": [list(record.grid) for record in (draw, count, merge)],
-        "expected_grids": [[launcher._row_blocks, 1, 1]] * 2 + [[launcher.programs, 1, 1]],
+        "grids": [list(record.grid) for record in (draw, merge)],
+        "expected_grids": [[launcher._row_blocks, 1, 1], [launcher.programs, 1, 1]],
+        "turns": sorted(turns) == sorted([[one, one[0]] for one in (readers, readers[::-1])]),
         "same_handles": [handle._compiled for handle in handles] == compiled,
         "functions": len({record.function for record in (draw, count, merge)}),
         "pointers": [
             draw.parameters[0] == launcher.layer_table.data_ptr(),
+            draw.parameters[8] == launcher.state.data_ptr(),
             count.parameters[0] == launcher.partner.data_ptr(),
             merge.parameters[4] == launcher.active.data_ptr(),
         ],
-        "seed_step": [draw.parameters[6], draw.parameters[7]] == [SEED, STEP],
-        "small_seed_step": [small_draw.parameters[6], small_draw.parameters[7]] == [3, 4],
-        "coin_threshold": low(draw.parameters[8]) == coin_threshold(0.3),
-        "rows": low(draw.parameters[9]) == launcher.rows,
+        "seed_step": [draw.parameters[9], draw.parameters[10]] == [SEED, STEP],
+        "small_seed_step": [small_draw.parameters[9], small_draw.parameters[10]] == [3, 4],
+        "coin_threshold": low(draw.parameters[11]) == coin_threshold(0.3),
+        "rows": low(draw.parameters[12]) == launcher.rows,
         "capacity": low(merge.parameters[14]) == launcher.scratch.numel() // 16,
         "alpha_beta_threshold": [as_float(word) for word in merge.parameters[15:18]],
         "write_programs": [low(word) for word in merge.parameters[18:20]] == [1, launcher.programs],
@@ -140,7 +145,7 @@ def main():
             "then": [kernel_of(record) for record in drawn_before],
             "another seed": [kernel_of(record) for record in other_seed],
         },
-        "ahead": [ahead[-1].parameters[i] for i in (6, 7)] == [3, 6],
+        "ahead": [ahead[-1].parameters[i] for i in (9, 10)] == [3, 6],
         "prepared": [prepare.parameters[i] for i in (1, 2)] == [SEED, STEP]
         and low(prepare.parameters[3]) == coin_threshold(0.3)
         and [as_float(prepare.parameters[i]) for i in (4, 5)] == [as_float(merge.parameters[i]) for i in (15, 16)]

@@ -115,13 +115,16 @@ def test_releases_are_behind_a_barrier(report, arch, variant):
 
 
 @every_arch
-@pytest.mark.parametrize("variant", ["draw", "draw from memory"])
+@pytest.mark.parametrize("variant", ["draw", "draw only", "draw from memory"])
 def test_seed_and_step_are_passed_as_64_bits(report, arch, variant):
     bits = report["compiled"][arch][variant]["parameter_bits"]
     assert (bits["seed"], bits["step"], bits["coin_threshold"], bits["rows"]) == (64, 64, 32, 32)
 
 
-@pytest.mark.parametrize("kernel", ["_draw_kernel", "_list_kernel", "_match_kernel", "_count_kernel", "_merge_kernel"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["_draw_kernel", "_draw_kernel only", "_list_kernel", "_match_kernel", "_count_kernel", "_merge_kernel"],
+)
 def test_all_launches_of_a_plan_mean_the_same_kernel(report, kernel):
     assert len(report["specialisations"][kernel]) == 1, "\n".join(report["specialisations"][kernel])
 

@@ -61,14 +61,15 @@ def draw_on_kernel(layers, seed, step, prob, block=64):
     row_layer = torch.repeat_interleave(
         torch.arange(len(layers), dtype=torch.int32), torch.tensor([filters for _, filters, _ in layers])
     )
-    partner, readers = (torch.full((rows + 1,), -7, dtype=torch.int32) for _ in range(2))
+    partner, readers, unused = (torch.full((rows + 1,), -7, dtype=torch.int32) for _ in range(3))
     outcome = torch.full((rows + 1,), -7, dtype=torch.int8)
     _draw_kernel[(-(-rows // block),)](
-        table, row_layer, partner, readers, outcome, torch.zeros(2, dtype=torch.int64), seed, step,
-        coin_threshold(prob), rows, BLOCK=block, IN_MEMORY=False,
+        table, row_layer, partner, readers, outcome, torch.zeros(2, dtype=torch.int64), unused, unused, unused,
+        seed, step, coin_threshold(prob), rows, BLOCK=block, IN_MEMORY=False, COUNT=False,
     )  # fmt: skip
     assert partner[-1] == readers[-1] == outcome[-1] == -7, "wrote past the last row"
     assert not readers[:-1].any()
+    assert (unused == -7).all()
     assert torch.equal(outcome[:-1] == tables.SAMPLED.value, partner[:-1] >= 0)
     return partner[:-1].numpy(), first_rows
 

@@ -32,7 +32,7 @@ def test_the_kernels_are_compiled():
     assert (plan.path, plan.path_reason) == ("triton", f"device {weight.device}")
     assert merge_(plan, prob=1.0, seed=1, step=0).path == "triton"
     launcher = plan.launcher(plan.weights())
-    for handle in (launcher._draw, launcher._count, launcher._merge_handle({})):
+    for handle in (launcher._draw, launcher._merge_handle({})):
         assert isinstance(handle._kernel, triton.JITFunction)
         assert handle._compiled.asm["cubin"]
 

@@ -30,7 +30,8 @@ from test_kernels import (  # noqa: E402
 
 from inmerge_fast.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.kernels import merge  # noqa: E402
-from inmerge_fast.launch import Launcher, can_merge  # noqa: E402
+from inmerge_fast.launch import Launcher  # noqa: E402
+from inmerge_fast.layer_table import can_merge  # noqa: E402
 
 CALL = {"alpha": ALPHA, "threshold": -1.0}
 

@@ -149,6 +149,29 @@ def test_no_interleaving_races_between_layers_and_at_a_threshold(seed):
     assert not schedule.races, schedule.races[:3]
 
 
+@pytest.mark.parametrize("one_buffer", [False, True], ids=["as it is", "broken: one buffer of readers"])
+def test_the_draw_that_counts_does_not_race(one_buffer):
+    """Two programs per draw, several calls in a row, some drawn ahead; in one buffer zeros and counts would race."""
+    races = 0
+    for seed in range(4):
+        weights = [alike(300, 4, seed=seed)]
+        launcher = launcher_of(weights)
+        if one_buffer:
+            launcher.counted_odd = launcher.counted_even
+        launcher.reserve_scratch(0.1)
+        with interleaved(seed, tensors=tensors_of(launcher, weights), resident=[None, 3][seed % 2]) as schedule:
+            for step in range(3):
+                before = weights[0].clone()
+                ahead = (1, step + 1, 0.1) if step % 2 else None
+                launcher.run(1, step, prob=0.1, alpha=ALPHA, threshold=-1.0, dry_run=False, next_draw=ahead, programs=4)
+                if not one_buffer:
+                    coin, partner = draw(1, step, 0, 300, 0.1)
+                    expected = reference_merge(before, coin, partner, alpha=ALPHA, threshold=-1.0).weight
+                    assert torch.equal(bits(weights[0]), bits(expected))
+        races += len(schedule.races)
+    assert (races > 0) == one_buffer
+
+
 def races_of(breakage, *, barrier_before_release=False):
     """Races and wrong weights over ten schedules of a protocol that is broken on purpose."""
     races, wrong = 0, 0

@@ -37,9 +37,13 @@ def on_stub(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_one_call_is_three_launches_of_three_kernels(on_stub):
+def test_one_call_is_two_launches(on_stub):
     assert on_stub["grids"] == on_stub["expected_grids"]
-    assert on_stub["functions"] == 3
+    assert on_stub["functions"] == 3, "of draw, count and merge, the count being apart in graphs only"
+
+
+def test_readers_are_counted_in_two_buffers_by_turns(on_stub):
+    assert on_stub["turns"], "the draw counts in one and zeroes the other, and the merge reads what was counted"
 
 
 def test_nothing_is_compiled_again_for_other_seeds_steps_and_slots(on_stub):
@@ -59,10 +63,10 @@ def test_arguments_arrive_whole(on_stub):
 
 def test_a_known_next_call_is_drawn_ahead_and_need_not_draw(on_stub):
     launches = on_stub["launches"]
-    assert launches["first with a draw ahead"] == ["draw", "count", "merge", "draw"]
+    assert launches["first with a draw ahead"] == ["draw", "merge", "draw"]
     assert on_stub["ahead"]
-    assert launches["then"] == ["count", "merge"], "two launches"
-    assert launches["another seed"] == ["draw", "count", "merge"]
+    assert launches["then"] == ["merge"], "one launch"
+    assert launches["another seed"] == ["draw", "merge"]
 
 
 def test_numbers_of_a_call_reach_device_memory_whole(on_stub):
@@ -71,12 +75,12 @@ def test_numbers_of_a_call_reach_device_memory_whole(on_stub):
 
 
 def test_after_the_first_call_nothing_is_allocated_copied_or_waited_for(on_stub):
-    assert on_stub["merge_launches"] == 20 * 3
+    assert on_stub["merge_launches"] == 20 * 2
     assert on_stub["operators_in_merge"] == []
     assert on_stub["operators_after"], "operators would be noticed"
 
 
 def test_a_call_costs_the_host_little(on_stub):
-    """22 us a launch is what Triton's own dispatch takes; the bound only says that handles are used. Usually 20 us."""
-    print(f"\nhost time of draw, count and merge, without the driver: {on_stub['host_us']:.1f} us")
-    assert on_stub["host_us"] < 66
+    """22 us a launch is what Triton's own dispatch takes; the bound only says that handles are used. Usually 10 us."""
+    print(f"\nhost time of draw and merge, without the driver: {on_stub['host_us']:.1f} us")
+    assert on_stub["host_us"] < 44

@@ -1,5 +1,7 @@
 """What the launcher must survive without a GPU to try it on: interruptions, captures, other streams, large numbers."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -31,29 +33,37 @@ def _interpreter():
 # ------------------------------------------------------------------------------------------------------- interruptions
 
 
-CUT_SHORT = [("random", launches) for launches in range(3)] + [("nearest", launches) for launches in range(5)]
+# Before which launch, or right after it was queued.
+CUT_SHORT = [
+    *(("random", when, launch) for when, launch in (("before", 0), ("after", 0), ("before", 1))),
+    *(("nearest", "before", launch) for launch in range(5)),
+]
 
 
-@pytest.mark.parametrize(("partner", "launches_before"), CUT_SHORT)
-def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, partner, launches_before):
+@pytest.mark.parametrize("calls_before", [1, 2])
+@pytest.mark.parametrize(("partner", "when", "launch"), CUT_SHORT)
+def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, partner, when, launch, calls_before):
     """Ctrl-C while the merge kernel compiles comes between the count and the merge: rows counted, and never merged."""
     monkeypatch.setenv("INMERGE_INTERPRET", "1")
     call = {"prob": 1.0, "threshold": -1.0, "alpha": 0.75, "seed": 1, "partner": partner}
     weight, twin = alike(9, 20), alike(9, 20)
     plan = MergePlan(weight)
-    merge_(plan, step=0, **call)
+    for step in range(calls_before):
+        merge_(plan, step=step, **call)
     original, launched = Handle.launch, []
 
     def interrupted(self, *arguments):
-        if len(launched) == launches_before:
+        if len(launched) == launch and when == "before":
+            raise KeyboardInterrupt
+        original(self, *arguments)
+        if len(launched) == launch:
             raise KeyboardInterrupt
         launched.append(1)
-        original(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Handle, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            merge_(plan, step=1, **call)
+            merge_(plan, step=9, **call)
     launcher = plan.launcher([weight])
     everything = [
         *tensors_of(launcher, [weight]).values(),
@@ -62,7 +72,7 @@ def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, p
     with bounds(*everything):
         for step in (2, 3):
             assert merge_(plan, step=step, **call).merged == 9
-    for step in (0, 2, 3):
+    for step in (*range(calls_before), 2, 3):
         merge_(twin, step=step, **call)
     assert torch.equal(weight, twin)
     assert not launcher.state.any()
@@ -237,6 +247,28 @@ def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(o
         assert getattr(launcher, name).streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
 
 
+def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_streams, monkeypatch):
+    """Its replays come unseen: what the host believes to be drawn or zeroed may not be any more."""
+    launcher, switch = on_streams
+    monkeypatch.setattr(launcher, "_on_device", contextlib.nullcontext)
+    launched = []
+    for name, of in (("draw and count", launcher._draw), ("draw", launcher._draw_only), ("count", launcher._count)):
+        call = of.launch
+        monkeypatch.setattr(of, "launch", lambda *a, name=name, call=call: launched.append(name) or call(*a))
+
+    def run(step, capturing):
+        launched.clear()
+        switch(_Stream(0), capturing)
+        launcher.run(1, step, prob=0.3, **CALL, dry_run=False, next_draw=(1, step + 1, 0.3))
+        return list(launched)
+
+    assert run(0, False) == ["draw and count"] * 2
+    assert run(1, False) == ["draw and count"]
+    assert run(2, True) == ["draw", "count"], "what was drawn ahead is not in the graph"
+    assert not launcher.state.any(), "and what it counted is forgotten"
+    assert run(3, False) == ["draw", "count"]
+
+
 def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, monkeypatch):
     launcher, switch = on_streams
     old = launcher.scratch
@@ -320,25 +352,70 @@ def test_addresses_beyond_2_to_the_31_elements(capacity):
     assert_merged_and_clean(launcher, weights, [expected])
 
 
-def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say():
+@pytest.mark.parametrize("counts", [True, False], ids=["counting", "apart"])
+def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say(counts):
     weights = [alike(300, 4), alike(45, 4)]
     launcher = launcher_of(weights)
     launcher.reserve_scratch(0.5)
-    rows = launcher.rows
+    rows, blocks = launcher.rows, launcher._row_blocks
+    handle, turn = (launcher._draw, 0) if counts else (launcher._draw_only, None)
+    stale = launcher.counted_odd if counts else launcher.readers
     with traffic(
-        drawn=[launcher.partner, launcher.readers, launcher.outcome], index=[launcher.row_layer],
-        active=[launcher.active], counts=[launcher.readers, launcher.state],
-    ) as drawing:  # fmt: skip
-        launcher._draw.launch(launcher._row_blocks, 0, launcher._tables[0][0], (1, 0, 2**23, rows))
-    assert drawing["drawn"].bytes_stored == drawing.bytes_stored == 9 * rows
-    assert drawing["index"].bytes_loaded == 4 * rows
+        drawn=[launcher.partner, stale, launcher.outcome], index=[launcher.row_layer], active=[launcher.active]
+    ) as drawing:
+        handle.launch(blocks, 0, launcher._tables[0, turn][0], (1, 0, 2**23, rows))
     active = int((launcher.partner >= 0).sum())
     assert 0 < active < rows
+    assert drawing["drawn"].bytes_stored == 9 * rows
+    assert drawing["index"].bytes_loaded == 4 * rows
+    if counts:
+        assert drawing["active"].bytes_stored == drawing.bytes_stored - 9 * rows == 4 * active
+        assert drawing.atomics == active + blocks
+        return
+    assert drawing.bytes_stored == 9 * rows
     with traffic(partner=[launcher.partner], active=[launcher.active]) as counting:
-        launcher._count.launch(launcher._row_blocks, 0, launcher._counted(False), (rows,))
+        launcher._count.launch(blocks, 0, launcher._counted(False), (rows,))
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
     assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active
-    assert counting.atomics == active + launcher._row_blocks
+    assert counting.atomics == active + blocks
+
+
+def test_a_draw_that_counts_finds_its_buffers_empty_whatever_came_before():
+    """Every kind of call, in every order, some drawn ahead and not used, some cut short between draw and merge."""
+    kinds = {
+        "plain": {}, "ahead": {"ahead": True}, "ahead of another": {"ahead": "another"}, "dry run": {"dry_run": True},
+        "nearest": {"partner": "nearest"}, "nearest ahead": {"partner": "nearest", "ahead": True}, "cut": {"cut": True},
+        "search": {"search": True}, "from memory": {"memory": True},
+    }  # fmt: skip
+    weights = [alike(40, 6), alike(30, 9)]
+    launcher = launcher_of(weights)
+    names = [name for first in kinds for second in kinds for name in (first, second)]
+    for step, name in enumerate(names):
+        how = {"partner": "random", "dry_run": False, "ahead": None, "cut": False} | kinds[name]
+        before = [weight.clone() for weight in weights]
+        call = {"prob": 0.5, "alpha": ALPHA, "threshold": -1.0}
+        ahead = {None: None, True: (7, step + 1, 0.5), "another": (8, step, 0.5)}[how["ahead"]]
+        if how.get("search"):
+            launcher.find_partners(7, step, prob=0.5, partner="nearest", threshold=0.3)
+            continue
+        if how.get("memory"):
+            launcher.prepare(7, step, write=True, **call)
+            launcher.run_from_memory()
+        elif how["cut"]:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(launcher, "_merge", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    launcher.run(7, step, dry_run=False, **call)
+            continue
+        else:
+            launcher.run(7, step, dry_run=how["dry_run"], partner=how["partner"], next_draw=ahead, **call)
+        if how["partner"] == "random" and not how["dry_run"]:
+            for layer, (old, new) in enumerate(zip(before, weights, strict=True)):
+                coin, partner = draw(7, step, layer, len(old), 0.5)
+                expected = reference_merge(old, coin, partner, alpha=ALPHA, threshold=-1.0).weight
+                assert torch.equal(bits(new), bits(expected)), f"{name}, call {step}"
+        if ahead is None:
+            assert not launcher.state.any(), f"{name}, call {step}"
 
 
 def test_the_largest_similarity_of_all_may_be_negative():

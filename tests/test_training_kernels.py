@@ -45,20 +45,20 @@ def test_kernels_and_eager_path_walk_the_same_way(device, monkeypatch):
 
 @pytest.mark.interpreted
 def test_the_next_steps_draw_runs_ahead(monkeypatch):
-    """After a merge its launcher has drawn for the next step, which then makes two launches of its own."""
+    """After a merge its launcher has drawn for the next step, which then makes one launch of its own."""
     monkeypatch.setenv("INMERGE_INTERPRET", "1")
     merger = InMerge(net(), every=3, prob=lambda step: 0.5, skip_first=0)
     merger.step()
     launcher = merger.plan.launcher(merger.plan.weights())
     launched = []
-    for name in ("_draw", "_count"):
-        handle = getattr(launcher, name)
+    handles = {"_draw": launcher._draw, "_count": launcher._count, "_merge": launcher._merge_handle({})}
+    for name, handle in handles.items():
         monkeypatch.setattr(
             handle, "launch", lambda *a, name=name, launch=handle.launch, **k: launched.append(name) or launch(*a, **k)
         )
     for _ in range(3):
         merger.step()
-    assert launched == ["_count", "_draw"], "count first: the partners were there already"
+    assert launched == ["_merge", "_draw"], "the merge first: partners and readers were there already"
 
 
 @pytest.mark.interpreted
