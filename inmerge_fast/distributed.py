@@ -140,8 +140,8 @@ class ShardedPlan(MergePlan):
         self.effect = EffectMonitor()
         self._tabulate()
 
-    def _path_and_reason(self) -> tuple[str, str]:
-        return "eager", "sharded weights, gathered layer by layer"
+    def _why_eager(self) -> str:
+        return "sharded weights, gathered layer by layer"
 
     def current_weights(self) -> list[torch.Tensor] | None:
         """The weights if they are sharded as they were, else None."""

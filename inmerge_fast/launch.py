@@ -30,6 +30,7 @@ SCRATCH_SHARE = 0.12  # of the layers' bytes, at prob 0.3; merged rows with read
 SMALL_SCRATCH = 1 << 16  # bytes up to which scratch may be SMALL_SHARE: a few rows of a small layer are above average
 SMALL_SHARE = 0.15
 PROGRAMS_PER_SM = 8
+_NOTHING = contextlib.nullcontext()
 MAX_ELEMENTS = 2**31 - 2**10  # per filter: the last block of one begins and ends within 31 bits
 MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
 
@@ -52,7 +53,7 @@ class Launcher:
                 "INMERGE_FORCE_EAGER=1"
             )
         self.lock = threading.Lock()
-        self.device = device
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.row_start = row_start
         self.rows = rows
         table = layer_table(layers, weights, row_start)
@@ -111,7 +112,7 @@ class Launcher:
         self._cut_short = False
         self._row_blocks = triton.cdiv(rows, ROW_BLOCK)
         self.programs = 4  # the interpreter runs them one after the other
-        if device.type == "cuda":
+        if self.on_gpu:
             self.programs = torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
         self.programs = min(self.programs, rows)
 
@@ -301,7 +302,7 @@ class Launcher:
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph takes this call along, which then knows the address of scratch for good."""
-        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        if not self.on_gpu or not torch.cuda.is_current_stream_capturing():
             return False
         self._has_captured = True
         if all(kept is not self.scratch for kept in self._captured_scratch):
@@ -376,13 +377,13 @@ class Launcher:
         return self._merges[key]
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+        if self.on_gpu and torch.cuda.current_device() != self.device.index:
             return torch.cuda.device(self.device)
-        return contextlib.nullcontext()
+        return _NOTHING
 
     def follow_current_stream(self) -> int:
         """The current stream; the first time on another one, it waits for what this plan still does on the last."""
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             return 0
         current = torch.cuda.current_stream(self.device)
         stream: int = current.cuda_stream

@@ -15,11 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-# torch.compiler.disable, applied at the first call: at import it would pull in Dynamo and Triton (2 s).
-from torch._compile import _disable_dynamo
-
 from .candidates import MergeLayer
 from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
+from .dynamo import outside_dynamo
 from .eager import merge_layer_
 from .eager_cpu import merge_layers_
 from .filters import check_outside_transforms
@@ -28,7 +26,7 @@ from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
 from .stats import MergeStats, SampledPairs
 
 
-@_disable_dynamo  # Inductor can lose a partial in-place write to a weight inside a compiled region
+@outside_dynamo
 def merge_(
     target: Target | MergePlan,
     *,

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 from torch.optim.swa_utils import AveragedModel
 
 from .candidates import is_mergeable_module, unwrap_compiled
 from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded
 from .draw import MAX_STEP, check_word
+from .dynamo import outside_dynamo
 from .filters import check_outside_transforms
 from .graphs import GraphSteps
 from .guard import CollapseGuard
@@ -153,7 +153,7 @@ class InMerge:
 
     # ------------------------------------------------------------------------------------------------------ one step
 
-    @_disable_dynamo
+    @outside_dynamo
     def step(self) -> MergeStats | None:
         """Merge, if this step is one that merges, and count it. Call it once per optimizer step, outside the model.
 
@@ -171,7 +171,7 @@ class InMerge:
             raise RuntimeError("this InMerge is attached to an optimizer and steps with it; detach() it first")
         return self._advance()
 
-    @_disable_dynamo  # again, for an optimizer step inside a compiled function
+    @outside_dynamo  # again, for an optimizer step inside a compiled function
     def _advance(self) -> MergeStats | None:
         check_outside_transforms()
         if not self._is_training():

@@ -1,6 +1,8 @@
 """``merge_`` beside and inside torch.compile: a clean graph break, and never a lost write."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import inmerge_fast
 from inmerge_fast import MergePlan
+from inmerge_fast.dynamo import outside_dynamo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -88,6 +91,42 @@ def test_a_merge_between_compiled_forward_and_backward_never_gives_a_wrong_gradi
     else:
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_where_nothing_is_compiled_dynamo_is_not_even_imported():
+    """Importing it takes 2 s, and going through it 3.5 us per call."""
+    code = (
+        "import sys, torch, inmerge_fast; conv = torch.nn.Conv2d(3, 8, 3)\n"
+        "inmerge_fast.merge_(conv, seed=0, step=0); inmerge_fast.InMerge(conv, seed=0).step()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_the_guard_itself_is_not_compiled():
+    model = net()
+
+    @torch.compile(backend="eager")
+    def step(x):
+        inmerge_fast.merge_(model, skip_first=0, seed=0, step=0)
+        return model(x)
+
+    step(torch.randn(1, 3, 12, 12))
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+    assert entries(step._torchdynamo_orig_callable.__code__), "the function was compiled"
+    for function in (inmerge_fast.merge_, inmerge_fast.merge_.__wrapped__):
+        assert not entries(function.__code__)
+
+
+@pytest.mark.parametrize("missing", ["get_eval_frame_callback", "set_code_exec_strategy", "_FrameExecStrategy"])
+def test_without_pytorchs_private_functions_its_own_guard_is_taken(missing, monkeypatch):
+    monkeypatch.delattr(torch._C._dynamo.eval_frame, missing)
+    guarded = outside_dynamo(lambda x: (x + 1, torch.compiler.is_compiling()))
+    monkeypatch.undo()
+    assert guarded(torch.zeros(1)) == (torch.ones(1), False)
+    total, compiling = torch.compile(lambda x: guarded(x * 2), backend="eager")(torch.ones(1))
+    assert (total.item(), compiling) == (3.0, False)
 
 
 def test_fullgraph_says_why_it_cannot():

@@ -216,7 +216,7 @@ def on_streams(monkeypatch):
     launcher.weights = weights  # keeps them alive
     launcher.reserve_scratch(0.3)
     launcher.run(1, 0, prob=0.3, **CALL, dry_run=True, partner="nearest")  # builds what partner rules need
-    launcher.device = CUDA
+    launcher.device, launcher.on_gpu = CUDA, True
     for holder in (vars(launcher), vars(launcher.matcher), launcher.matcher._work):
         for name, value in holder.items():
             if isinstance(value, torch.Tensor):
@@ -286,9 +286,9 @@ def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, m
 
 def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch):
     launcher, switch = on_streams
-    launcher.device = torch.device("cpu")
+    launcher.device, launcher.on_gpu = torch.device("cpu"), False
     results = launcher.run(1, 0, prob=0.3, **CALL, dry_run=True)
-    launcher.device = CUDA
+    launcher.device, launcher.on_gpu = CUDA, True
     launcher._stream = 7
     reader = _Stream(0)
     switch(reader)

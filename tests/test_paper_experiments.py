@@ -204,6 +204,18 @@ def test_chestxray14_without_data_leaves_our_row_empty(tmp_path, capsys):
     assert not list((tmp_path / "results").glob("*.png"))
 
 
+def test_a_plan_that_confirms_nothing_is_reported(tmp_path):
+    """Without a confirmation there is no manifest of one, and the plan says what the search came to."""
+    search = {"z 3": {"d_mean": -0.5, "collapsed": 0}, "z 2": {"d_mean": -0.02, "collapsed": 1}}
+    plan = {"recipe": {"name": "digits-ordinary"}, "rule": "the rule", "search": search, "confirm": []}
+    (tmp_path / "plan.digits-ordinary.json").write_text(json.dumps(plan))
+    (said,) = [report._unconfirmed(path) for path in tmp_path.iterdir()]
+    assert said.startswith("**confirm**, digits-ordinary: nothing to confirm")
+    assert "the rule. None of the 2 settings of the search is; the best is z 2 with -0.02 points." in said
+    (tmp_path / "plan.digits-ordinary.json").write_text(json.dumps(plan | {"confirm": [{"z": 3.0}]}))
+    assert report._unconfirmed(tmp_path / "plan.digits-ordinary.json") == ""
+
+
 def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monkeypatch, capsys):
     where, options = Where(tmp_path / "results"), Options(quick=True, seeds=2)
     monkeypatch.setattr(confirm, "BOOTSTRAP_REPEATS", 50)

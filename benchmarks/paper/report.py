@@ -52,7 +52,9 @@ def write(out: Path) -> Path:
         raise ValueError(f"{out}: holds no manifest of an experiment; run one first")
     parts = [HEAD.format(folder=out.name), "## In short\n"]
     parts += [f"- {line}" for path in manifests for line in summary(path)]
-    here = {path.name.split(".")[0] for path in manifests}
+    plans = [_unconfirmed(path) for path in sorted(out.glob("plan.*.json"))]
+    parts += [f"- {line}" for line in plans if line]
+    here = {path.name.split(".")[0] for path in manifests} | ({"confirm"} if plans else set())
     parts += [f"- **{name}**: not run." for name in ORDER if name not in here]
     parts.append(f"\n{LIMITS}")
     for path in manifests:
@@ -79,7 +81,8 @@ def summary(path: Path) -> list[str]:
     name = path.name.split(".")[0]
     if name == "confirm":
         return [_confirmation(path)]
-    lines = [f"**{name}**, {recipe}: {_sentence(rows)}" for recipe, rows in rows_of(path) if rows]
+    title = f"**{name}** (validation images)" if name == "search" else f"**{name}**"
+    lines = [f"{title}, {recipe}: {_sentence(rows)}" for recipe, rows in rows_of(path) if rows]
     return lines or [f"**{name}**: not run, there are no data here."]
 
 
@@ -120,6 +123,19 @@ def _sentence(rows: Sequence[Row]) -> str:
     if floor is not None:
         text += f" Another data order alone moves acc by {difference_text(floor.difference['acc'])} points."
     return text
+
+
+def _unconfirmed(plan: Path) -> str:
+    """A sentence on a plan that confirms nothing; empty if it does confirm something, which has a manifest then."""
+    content = json.loads(plan.read_text())
+    if content["confirm"]:
+        return ""
+    label, best = max(content["search"].items(), key=lambda item: item[1]["d_mean"])
+    return (
+        f"**confirm**, {content['recipe']['name']}: nothing to confirm, so the test images were not looked at. The "
+        f"plan's rule: {content['rule']}. None of the {len(content['search'])} settings of the search is; the best is "
+        f"{label} with {best['d_mean']:+.2f} points."
+    )
 
 
 def _confirmation(path: Path) -> str:

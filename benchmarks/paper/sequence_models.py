@@ -67,9 +67,12 @@ class Mamba(nn.Module):
         decay = torch.exp(dt[..., None] * -self.log_a.exp())  # (N, L, inner, state)
         drive = (dt * u)[..., None] * b[:, :, None]
         hidden, outputs = torch.zeros_like(drive[:, 0]), []
-        for place in range(length):
-            hidden = decay[:, place] * hidden + drive[:, place]
-            outputs.append((hidden * c[:, place, None]).sum(-1))
+        # Unbound at once: the gradient of every drive[:, place] would be a tensor of all places, zeros but for one.
+        for decay_here, drive_here, c_here in zip(
+            decay.unbind(1), drive.unbind(1), c[:, :, None].unbind(1), strict=True
+        ):
+            hidden = decay_here * hidden + drive_here
+            outputs.append((hidden * c_here).sum(-1))
         y = torch.stack(outputs, dim=1) + self.skip * u
         return self.out_proj(y.to(gate.dtype) * functional.silu(gate))
 
