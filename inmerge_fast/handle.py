@@ -57,6 +57,11 @@ class Handle:
             self._compile(tensors, numbers)
         self._run(programs, 1, 1, stream, *self._fixed, *tensors.pointers, *numbers, *self._values)
 
+    def compile(self, tensors: Arguments, numbers: tuple[Any, ...]) -> None:
+        """Compile for launches with such arguments, unless that is done, without launching anything."""
+        if self._run is None and isinstance(self._kernel, triton.JITFunction):
+            self._compile(tensors, numbers)
+
     def _compile(self, tensors: Arguments, numbers: tuple[Any, ...]) -> None:
         check_not_capturing(tensors[0].device, "compiles its kernels")
         compiled = self._kernel.warmup(*tensors, *numbers, grid=(1,), **self._constants, **self._options)

@@ -85,6 +85,7 @@ class Launcher:
         self._drawn: tuple[int, int, int, bool] | None = None  # what the next call finds drawn, and whether counted
         self._turn = 0  # of the draw that counts
         self._has_captured = False  # replays of a graph come unseen, between any two calls
+        self._may_capture = False
         kinds = table[:, tables.KIND.value]
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
@@ -218,6 +219,10 @@ class Launcher:
             stream = self.follow_current_stream()
             if self._is_captured():
                 self._forget_drawn()
+            elif self.on_gpu and not self._may_capture:  # what a graph launches, it cannot compile
+                self._draw_only.compile(self._tables[0, None][0], (seed, step, coin, self.rows))
+                self._count.compile(self._counted(False), (self.rows,))
+                self._may_capture = True
             # The buffers of a draw that counts are taken in turns, which a graph cannot.
             counts = random and not self._has_captured
             self.calls += 1

@@ -262,11 +262,15 @@ def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_s
         launcher.run(1, step, prob=0.3, **CALL, dry_run=False, next_draw=(1, step + 1, 0.3))
         return list(launched)
 
+    compiled = []
+    monkeypatch.setattr(Handle, "compile", lambda self, *_: compiled.append(self))
     assert run(0, False) == ["draw and count"] * 2
+    assert compiled == [launcher._draw_only, launcher._count], "what the graph needs and could not compile"
     assert run(1, False) == ["draw and count"]
     assert run(2, True) == ["draw", "count"], "what was drawn ahead is not in the graph"
     assert not launcher.state.any(), "and what it counted is forgotten"
     assert run(3, False) == ["draw", "count"]
+    assert len(compiled) == 2
 
 
 def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, monkeypatch):
