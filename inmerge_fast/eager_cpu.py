@@ -1,4 +1,4 @@
-"""The eager path on the CPU: PyTorch and NumPy without a copy of the filters that are only looked at.
+"""The eager path on the CPU: PyTorch and NumPy, which look at float32 and float64 filters where they lie.
 
 All row dots of a layer, each needed filter with itself and each sampled filter with its partner, are the entries of one
 sparse matrix: a product ``W @ W.T`` that is evaluated at given places only (``torch.sparse.sampled_addmm``). It reads
@@ -8,9 +8,10 @@ same error (2e-8). What surrounds the products is computed for all layers at onc
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from .candidates import MergeLayer
-from .filters import FilterLayout
+from .filters import FilterLayout, mark_written
 from .pairs import autocast_off
 from .reference import MIN_NORM
 
@@ -83,7 +84,8 @@ def merge_layers_(
     """
     # Filters may hold Inf and NaN, and what comes of them is looked at below.
     with autocast_off("cpu"), np.errstate(all="ignore"):
-        similarity, finite = _measure(layers, weights, row_start, sampled, partner)
+        with _without_warnings() if torch.is_warn_always_enabled() else contextlib.nullcontext():
+            similarity, finite = _measure(layers, weights, row_start, sampled, partner)
         own = sampled.nonzero()[0]
         bounds = np.searchsorted(own, row_start)
         # A float32 similarity is compared with the threshold rounded to float32, as in the kernel.
@@ -95,12 +97,16 @@ def merge_layers_(
         above = similarity > np.repeat(limits, counts)
         passed = finite & (above | np.repeat(np.asarray(thresholds) == -1, counts))
         if not dry_run and passed.any():
-            for layer, weight, first, start, end in zip(
-                layers, weights, row_start[:-1], bounds[:-1], bounds[1:], strict=True
-            ):
-                chosen = own[start:end][passed[start:end]]
-                if chosen.size:
-                    _blend_(weight.detach(), layer.layout, chosen - first, partner[chosen], alpha)
+            try:
+                for layer, weight, first, start, end in zip(
+                    layers, weights, row_start[:-1], bounds[:-1], bounds[1:], strict=True
+                ):
+                    chosen = own[start:end][passed[start:end]]
+                    if chosen.size:
+                        _blend_(weight.detach(), layer.layout, chosen - first, partner[chosen], alpha)
+            except BaseException:  # an interrupt; autograd does not see what NumPy has written so far
+                mark_written(weights)
+                raise
     return similarity, passed
 
 
@@ -175,8 +181,15 @@ def _sparse(
     )  # fmt: skip
 
 
-with warnings.catch_warnings():  # that sparse tensors are in beta state is said once per process, and no news to users
-    warnings.simplefilter("ignore")
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """That sparse tensors are in beta state, said once per process unless the user wants it always, is no news."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+with _without_warnings():
     _sparse(np.zeros(2, np.int64), np.zeros(0, np.int64), torch.zeros(0, device="cpu"), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,15 @@ class FilterLayout:
 
     def _group_and_place(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.div(index, self.group_size, rounding_mode="floor"), index % self.group_size
+
+
+def mark_written(weights: Sequence[torch.Tensor]) -> None:
+    """Tell autograd and autocast that the weights have been written to."""
+    # Counted as a write even where nothing passes: asking an accelerator what passed would make the host wait.
+    torch.autograd.graph.increment_version(weights)
+    # Low-precision copies of weights that autocast keeps until its region ends predate the merge; also where
+    # autocast is off here but on around.
+    torch.clear_autocast_cache()
 
 
 def check_outside_transforms() -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .filters import check_outside_transforms
-from .merge import mark_written
+from .filters import check_outside_transforms, mark_written
 from .stats import MergeStats
 from .thresholds import NEVER
 

@@ -85,7 +85,7 @@ class Launcher:
         self._drawn: tuple[int, int, int, bool] | None = None  # what the next call finds drawn, and whether counted
         self._turn = 0  # of the draw that counts
         self._has_captured = False  # replays of a graph come unseen, between any two calls
-        self._may_capture = False
+        self._may_capture = self._capturing = False
         kinds = table[:, tables.KIND.value]
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
@@ -132,8 +132,9 @@ class Launcher:
             self.follow_current_stream()  # kernels of earlier calls may still be using what is replaced
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
-            turns = itertools.product(range(RESULT_SLOTS), (0, 1, None))
-            self._tables = {(slot, turn): self._tables_of(slot, turn) for slot, turn in turns}
+        # Also where scratch is large enough already: the last time may have been interrupted between the two.
+        turns = itertools.product(range(RESULT_SLOTS), (0, 1, None))
+        self._tables = {(slot, turn): self._tables_of(slot, turn) for slot, turn in turns}
         self._reserved_prob = enough
 
     def _tables_of(self, slot: int, turn: int | None) -> tuple[Arguments, Arguments]:
@@ -198,7 +199,9 @@ class Launcher:
         next_draw: tuple[int, int, float] | None = None,
         **overrides: Any,
     ) -> Results:
-        """Draw and merge: two launches on the current stream, no synchronisation; five with a partner rule.
+        """Draw and merge: two launches on the current stream, no synchronisation.
+
+        Five with a partner rule; three in a CUDA graph and once one was captured.
 
         Args:
             seed: seed of the draw.
@@ -214,9 +217,9 @@ class Launcher:
         """
         coin, random = coin_threshold(prob), partner == "random"
         with self.lock, self._on_device():
+            stream = self.follow_current_stream()  # first: what is copied and zeroed here comes after earlier calls
             self.reserve_scratch(prob if next_draw is None else max(prob, next_draw[2]))
             limit = self._threshold_argument(threshold)
-            stream = self.follow_current_stream()
             if self._is_captured():
                 self._forget_drawn()
             elif self.on_gpu and not self._may_capture:  # what a graph launches, it cannot compile
@@ -227,7 +230,7 @@ class Launcher:
             counts = random and not self._has_captured
             self.calls += 1
             slot = self.calls % RESULT_SLOTS
-            if self._drawn != (seed, step, coin, counts):
+            if self._drawn != (seed, step, coin, counts) or self.drawn_ahead != self.calls:
                 self._forget_drawn()
                 self._draw_rows(slot, stream, (seed, step, coin), counts)
             self._cut_short, self._drawn = self._cut_short or counts, None
@@ -260,12 +263,18 @@ class Launcher:
         self._drawn = None
 
     def _begin(self) -> None:
-        """Before a count: its list and readers start from zero, also where the last one was not merged."""
-        if self._cut_short:
-            self.state.zero_()
-            self.counted_even.zero_()
-            self.counted_odd.zero_()
+        """Before a count: its list and readers start from zero, also where the last one was not merged.
+
+        In a graph always: the host does not see what comes before a replay.
+        """
+        if self._cut_short or self._capturing:
+            self._forget_counted()
         self._cut_short = True
+
+    def _forget_counted(self) -> None:
+        self.state.zero_()
+        self.counted_even.zero_()
+        self.counted_odd.zero_()
 
     def prepare(
         self, seed: int, step: int, *, prob: float, alpha: float, threshold: float | Sequence[float], write: bool
@@ -276,13 +285,16 @@ class Launcher:
         captured graph knows its address, and a larger prob does with less.
         """
         with self.lock, self._on_device():
+            stream = self.follow_current_stream()
             if self._reserved_prob < 0:
                 self.reserve_scratch(prob)
+            if self._cut_short and not self._is_captured():
+                self._forget_counted()  # a replay of the graph would not
             if isinstance(threshold, (float, int)):
                 threshold = (threshold,) * len(self.layer_table)
             self._set_thresholds(tuple(threshold))
             numbers = (seed, step, coin_threshold(prob), alpha, 1.0 - alpha, int(write))
-            self._prepare.launch(1, self.follow_current_stream(), Arguments(self.call), numbers)
+            self._prepare.launch(1, stream, Arguments(self.call), numbers)
 
     def run_from_memory(self, *, partner: str = "random", **overrides: Any) -> Results:
         """The launches of :meth:`run` with the numbers that :meth:`prepare` left in device memory, for CUDA graphs.
@@ -307,7 +319,8 @@ class Launcher:
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph takes this call along, which then knows the address of scratch for good."""
-        if not self.on_gpu or not torch.cuda.is_current_stream_capturing():
+        self._capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
+        if not self._capturing:
             return False
         self._has_captured = True
         if all(kept is not self.scratch for kept in self._captured_scratch):
@@ -361,7 +374,7 @@ class Launcher:
             programs, capacity = overrides.pop("programs", programs), overrides.pop("capacity", capacity)
         numbers = (capacity, alpha, 1.0 - alpha, limit, int(not dry_run), programs)
         self._merge_handle(overrides).launch(programs, stream, self._tables[slot, turn][1], numbers)
-        self._cut_short = False
+        self._cut_short = self._capturing  # nothing ran then
 
     def _counted(self, matched: bool) -> Arguments:
         """Tensor arguments of the count; ``best`` is not looked at unless partners were matched."""

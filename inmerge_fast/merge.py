@@ -20,7 +20,7 @@ from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
 from .dynamo import outside_dynamo
 from .eager import merge_layer_
 from .eager_cpu import merge_layers_
-from .filters import check_outside_transforms
+from .filters import check_outside_transforms, mark_written
 from .match import check_partner_rule, match_layer
 from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
 from .stats import MergeStats, SampledPairs
@@ -162,15 +162,6 @@ def merge_plan_(
         dry_run=dry_run,
         path=path,
     )
-
-
-def mark_written(weights: Sequence[torch.Tensor]) -> None:
-    """Tell autograd and autocast that the weights have been written to."""
-    # Counted as a write even where nothing passes: asking an accelerator what passed would make the host wait.
-    torch.autograd.graph.increment_version(weights)
-    # Low-precision copies of weights that autocast keeps until its region ends predate the merge; also where
-    # autocast is off here but on around.
-    torch.clear_autocast_cache()
 
 
 def _run_kernels(

@@ -16,7 +16,7 @@ from .stats import SampledPairs
 if TYPE_CHECKING:
     from .launch import Launcher
 
-RESULT_SLOTS = 8  # calls whose statistics stay readable
+RESULT_SLOTS = 8  # calls whose statistics stay readable, the one that is drawn ahead included
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Results:
         if max(launcher.calls, launcher.drawn_ahead) - self.call >= RESULT_SLOTS:
             raise RuntimeError(
                 f"the statistics of this call are gone: the plan keeps those of its last {RESULT_SLOTS} calls in "
-                "device memory; read them earlier"
+                "device memory, of one fewer where the next call is drawn ahead; read them earlier"
             )
         slot = self.call % RESULT_SLOTS
         launcher.follow_current_stream()  # the call may have run on another one

@@ -27,7 +27,7 @@ def _count_kernel(
 ):
     """Count the active readers of every row and compact the active rows into a list, where the draw has not done it.
 
-    ``readers`` must be zero (the draw zeroes it, one launch before), as must the list's length in ``state``.
+    ``readers`` must be zero (a draw before it zeroes it), as must the list's length in ``state``.
 
     With MATCHED, the partners of sampled rows are first replaced by those that ``kernels/match.py`` left in ``best``
     (int64, ``(rows,)``), -1 where it found none. Without, ``best`` is not looked at.

@@ -231,6 +231,26 @@ def test_a_captured_call_takes_seed_and_step_from_memory():
         assert_merged(old, new, seed=9, step=9, layer=layer, **CALL)
 
 
+@pytest.mark.parametrize("drawn_ahead", [False, True])
+def test_a_captured_merge_repeats_its_draw_and_calls_in_between_stay_right(drawn_ahead):
+    weights = some_weights()
+    plan = MergePlan(weights)
+    launcher = plan.launcher(weights)
+    merge_(plan, seed=1, step=0, **CALL)
+    if drawn_ahead:  # what it has counted must not be in the graph's way
+        launcher.run(1, 1, **CALL, dry_run=False, next_draw=(1, 2, CALL["prob"]))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merge_(plan, seed=1, step=3, **CALL)
+    for step in (2, 3, 4, 3):  # step 3 by replays
+        before = clones(weights)
+        graph.replay() if step == 3 else merge_(plan, seed=1, step=step, **CALL)
+        for layer, (old, new) in enumerate(zip(before, weights, strict=True)):
+            assert_merged(old, new, seed=1, step=step, layer=layer, **CALL)
+    assert not launcher.state.any()
+
+
 # ---------------------------------------------------------------------------------------------------------- other paths
 
 

@@ -251,26 +251,93 @@ def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_s
     """Its replays come unseen: what the host believes to be drawn or zeroed may not be any more."""
     launcher, switch = on_streams
     monkeypatch.setattr(launcher, "_on_device", contextlib.nullcontext)
+    launcher.device, launcher.on_gpu = torch.device("cpu"), False
+    launcher.reserve_scratch(0.9)
+    launcher.scratch = launcher.scratch.as_subclass(_Recorded)
+    launcher.scratch.streams = []
+    launcher.device, launcher.on_gpu = CUDA, True
     launched = []
-    for name, of in (("draw and count", launcher._draw), ("draw", launcher._draw_only), ("count", launcher._count)):
+    names = {launcher._draw: "draw and count", launcher._draw_only: "draw", launcher._count: "count"}
+    for of, name in names.items():
         call = of.launch
         monkeypatch.setattr(of, "launch", lambda *a, name=name, call=call: launched.append(name) or call(*a))
 
     def run(step, capturing):
         launched.clear()
         switch(_Stream(0), capturing)
-        launcher.run(1, step, prob=0.3, **CALL, dry_run=False, next_draw=(1, step + 1, 0.3))
+        launcher.run(1, step, prob=0.9, **CALL, dry_run=False, next_draw=(1, step + 1, 0.9))
         return list(launched)
+
+    def captured(step):
+        """A call of which nothing runs: its launches and memsets go into the graph."""
+        zeroed = []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "zero_", lambda tensor: zeroed.append(tensor))
+            for handle in vars(launcher).values():
+                if isinstance(handle, Handle):
+                    patch.setattr(handle, "launch", lambda *a, handle=handle: launched.append(names.get(handle)))
+            patch.setattr(launcher._merge_handle({}), "launch", lambda *_: None)
+            called = run(step, True)
+        assert any(tensor is launcher.state for tensor in zeroed), "the list starts from nothing at every replay"
+        return called
 
     compiled = []
     monkeypatch.setattr(Handle, "compile", lambda self, *_: compiled.append(self))
     assert run(0, False) == ["draw and count"] * 2
     assert compiled == [launcher._draw_only, launcher._count], "what the graph needs and could not compile"
     assert run(1, False) == ["draw and count"]
-    assert run(2, True) == ["draw", "count"], "what was drawn ahead is not in the graph"
-    assert not launcher.state.any(), "and what it counted is forgotten"
-    assert run(3, False) == ["draw", "count"]
+    assert captured(2) == ["draw", "count"], "what was drawn ahead is not in the graph"
+    assert launcher.state.any(), "and is still listed, since nothing has run"
+    with bounds(*tensors_of(launcher, launcher.weights).values()):
+        assert run(3, False) == ["draw", "count"]
+    assert not launcher.state.any()
+    assert captured(4) == ["draw", "count"]
+    launcher._cut_short = True  # an interrupt before a replay, which resets nothing on the host
+    launcher.state.fill_(1)
+    switch(_Stream(0))
+    monkeypatch.setattr(launcher, "_set_thresholds", lambda _: None)  # there is no device to copy them to
+    launcher.prepare(1, 5, prob=0.9, write=True, **CALL)
+    assert not launcher.state.any()
     assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("call", ["run", "prepare"])
+def test_thresholds_are_copied_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch, call):
+    launcher, _ = on_streams
+    launcher.device, launcher.on_gpu, order = torch.device("cpu"), False, []
+    for name in ("follow_current_stream", "_set_thresholds"):
+        original = getattr(launcher, name)
+        monkeypatch.setattr(launcher, name, lambda *a, name=name, original=original: order.append(name) or original(*a))
+    numbers = {"prob": 0.3, "alpha": 0.5, "threshold": [0.1]}
+    monkeypatch.setattr(launcher, "_threshold_argument", lambda given: launcher._set_thresholds(tuple(given)) or 3.0)
+    if call == "run":
+        launcher.run(1, 0, **numbers, dry_run=True)
+    else:
+        launcher.prepare(1, 0, **numbers, write=False)
+    assert order[:2] == ["follow_current_stream", "_set_thresholds"]
+
+
+def test_an_interrupt_between_new_scratch_and_its_tables_leaves_no_table_of_the_old(monkeypatch):
+    launcher = launcher_of([alike(64, 300)])
+    launcher.reserve_scratch(0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "_tables_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            launcher.reserve_scratch(1.0)
+    launcher.reserve_scratch(1.0)
+    assert all(merge[9] is launcher.scratch for _, merge in launcher._tables.values())
+
+
+def test_a_draw_ahead_serves_the_next_call_only():
+    """Where an interrupt has made a call that left no trace but its number, the outcome lies in another slot."""
+    weights = [alike(40, 6)]
+    launcher = launcher_of(weights)
+    numbers = {"prob": 0.5, "alpha": ALPHA, "threshold": -1.0, "dry_run": False}
+    for step in range(RESULT_SLOTS):  # old outcomes in every slot
+        launcher.run(2, step, **numbers | {"prob": 1.0})
+    launcher.run(3, 0, **numbers, next_draw=(3, 1, 0.5))
+    launcher.calls += 1
+    assert launcher.run(3, 1, **numbers).fetch().counts.tolist() == [draw(3, 1, 0, 40, 0.5)[0].sum()]
 
 
 def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, monkeypatch):

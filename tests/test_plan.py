@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -171,3 +172,11 @@ def test_a_drawn_seed_repeats_the_call_and_uses_both_words():
     assert not torch.equal(weight, before)
     seeds = [inmerge_fast.merge_(weight, dry_run=True).seed for _ in range(8)]
     assert len({seed >> 32 for seed in seeds}) == len({seed & 0xFFFFFFFF for seed in seeds}) == 8
+
+
+@pytest.mark.parametrize("value", ["1", "0", "", None])
+def test_an_environment_that_tests_put_in_place_of_the_real_one_is_asked(value, monkeypatch):
+    monkeypatch.setenv("INMERGE_FORCE_EAGER", "1")
+    plan = MergePlan(nn.Conv2d(3, 4, 3))
+    with mock.patch("os.environ", {} if value is None else {"INMERGE_FORCE_EAGER": value}):
+        assert (plan.path_reason == "INMERGE_FORCE_EAGER is set") == (value == "1")

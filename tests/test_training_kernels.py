@@ -62,6 +62,17 @@ def test_the_next_steps_draw_runs_ahead(monkeypatch):
 
 
 @pytest.mark.interpreted
+def test_a_schedule_may_end_with_the_training(monkeypatch):
+    """Its value for the step after the last one is asked for to draw ahead, and is nobody's error."""
+    monkeypatch.setenv("INMERGE_INTERPRET", "1")
+    probs = [0.5, 0.5]
+    merger = InMerge(net(), prob=lambda step: probs[step], skip_first=0)
+    assert [merger.step().sampled > 0 for _ in probs] == [True, True]
+    with pytest.raises(IndexError):
+        merger.step()
+
+
+@pytest.mark.interpreted
 @pytest.mark.parametrize("partner", ["random", "nearest"])
 def test_prepared_steps_are_the_same_steps(partner, monkeypatch):
     """What a graph replays, launch for launch: the numbers come from memory, also of steps that do not merge."""
