@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from torch import nn
 import inmerge_fast
 from benchmarks.timing import environment, quantiles, write_results
 from benchmarks.work import NETS
+from inmerge_fast.handle import Handle
 
 STUB_SOURCE = Path(__file__).parents[1] / "tests" / "stub_cuda.c"
 SETTINGS = {"alpha": 0.8, "prob": 0.3, "threshold": 0.3}
@@ -50,6 +52,19 @@ def time_host(call: Callable[[int], object], samples: int, between: Callable[[],
     return quantiles(times, "host")
 
 
+def launches_of(call: Callable[[int], object], step: int) -> int:
+    """Kernels that one call launches, when all of them are compiled."""
+    launched, original = [], Handle.launch
+
+    def launch(self: Handle, *arguments: object) -> None:
+        launched.append(self)
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    with mock.patch.object(Handle, "launch", launch):
+        call(step)
+    return len(launched)
+
+
 def rows_of(
     name: str, model: nn.Module, skip_first: int, samples: int, device: torch.device
 ) -> list[dict[str, object]]:
@@ -67,7 +82,11 @@ def rows_of(
         "launches": lambda step: launcher.run(0, step, dry_run=False, **SETTINGS),
     }
     about = {"target": name, "layers": len(plan.layers), "driver": "cuda" if device.type == "cuda" else "stub"}
-    return [about | {"part": part, "samples": samples} | time_host(call, samples, wait) for part, call in parts.items()]
+    rows = []
+    for part, call in parts.items():
+        times = time_host(call, samples, wait)
+        rows.append(about | {"part": part, "samples": samples, "launches": launches_of(call, 10**6)} | times)
+    return rows
 
 
 def run_over_stub(arguments: list[str]) -> int:
@@ -115,9 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = {name: chosen[name] for name in ("conv", "VGG19", "DenseNet-121")}
     samples = 10 if options.quick else options.samples
     rows = [row for name, (model, skip) in chosen.items() for row in rows_of(name, model, skip, samples, device)]
-    print(f"{'target':16} {'layers':>6}  {'part':18} {'host us':>8} {'20 %':>7} {'80 %':>7}")
+    print(f"{'target':16} {'layers':>6}  {'part':18} {'launches':>8} {'host us':>8} {'20 %':>7} {'80 %':>7}")
     for row in rows:
-        print(f"{row['target']:16} {row['layers']:6d}  {row['part']:18} {row['host_us']:8.1f} "
+        print(f"{row['target']:16} {row['layers']:6d}  {row['part']:18} {row['launches']:8d} {row['host_us']:8.1f} "
               f"{row['host_q20_us']:7.1f} {row['host_q80_us']:7.1f}")  # fmt: skip
     about = environment(device)
     about["command"] = str(about["command"]).replace(" --stub", "")  # what the user typed

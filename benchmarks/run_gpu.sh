@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 9 minutes at most.
+# All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 8 minutes at most.
 # usage: bash benchmarks/run_gpu.sh [folder for the results]   (default: $OUT, or ./gpu-results)
 # Leaves tests.txt, benchmarks.txt and results/<device>/*.json there: 8 files, 2 folders deep.
 # Exits with 1 if a test or a benchmark failed or reached its limit; the others run all the same. Copy the folder

@@ -130,7 +130,12 @@ def host_targets(found: Sequence[Results]) -> list[Target]:
         nets = [row for row in rows if row["target"] != "conv"]
         return _worst(row["host_us"] for row in nets if low <= row["layers"] <= high)
 
+    def most_launches(part: str) -> float | None:
+        return _worst(row.get("launches") for results in measured for row in results.pick(part=part))
+
     return [
+        Target("launches of `merge_`, whatever the number of layers", 3, most_launches("merge_")),
+        Target("launches of a step that was drawn ahead", 2, most_launches("InMerge.step")),
         Target(f"host time of a call, one convolution{where}", 15,
                _worst(row["host_us"] for row in rows if row["target"] == "conv"), " µs"),
         Target(f"host time of a call, up to 50 layers{where}", 35, slowest(1, 50), " µs"),

@@ -24,7 +24,7 @@ from .pairs import autocast_off
 from .reference import MIN_NORM
 
 # From this many bytes per filter on, filters are blended one by one in NumPy, each written once to where it lies:
-# 4.8 ms for VGG19's deep layers instead of 8.6 with gathers. A filter costs 2.5 us at least, so short ones are not.
+# 4.4 ms for VGG19's deep layers instead of 8.6 with gathers. A filter costs 2.5 us at least, so short ones are not.
 LONG_FILTER = 8192
 # Gathers are spread over threads, which catches up with the loop, which is not.
 THREADS_OF_LOOP = 2

@@ -217,9 +217,17 @@ def test_host_targets_prefer_a_gpu_and_name_the_stub():
     real = results_of(
         [{"part": "merge_", "target": "conv", "layers": 1, "host_us": 14.0, "driver": "cuda"}], gpu=True, bench="host"
     )
-    assert "without the driver's share" in targets.host_targets([stub])[0].what
-    assert targets.host_targets([stub, real])[0].measured == 14.0
-    assert "driver" not in targets.host_targets([stub, real])[0].what
+    assert "without the driver's share" in targets.host_targets([stub])[2].what
+    assert targets.host_targets([stub, real])[2].measured == 14.0
+    assert "driver" not in targets.host_targets([stub, real])[2].what
+
+
+def test_launches_are_the_most_of_any_network():
+    rows = [{"part": part, "target": "conv", "layers": 1, "host_us": 10.0, "driver": "stub", "launches": launches}
+            for part, launches in (("merge_", 2), ("merge_", 4), ("InMerge.step", 2))]  # fmt: skip
+    call, step = targets.host_targets([results_of(rows, gpu=False, bench="host")])[:2]
+    assert (call.measured, call.reached) == (4, False)
+    assert (step.measured, step.reached) == (2, True)
 
 
 def test_the_readme_is_in_step_with_the_result_files():
