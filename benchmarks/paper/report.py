@@ -29,10 +29,11 @@ LIMITS = """## Limits
 - **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm); where a table says so, a small
   vision transformer or a small Mamba. Not run: the paper's ImageNet-pretrained VGG19 at 224 px, ResNets and
   DenseNets. What is said here says nothing about them.
-- **Seeds.** As the tables say: 20 in the confirmation, else 8 at most and 2 at least, so that intervals are wide and only
-  large effects show. What any number of seeds shows is what merges and what collapses. The sweeps are looks around, on
+- **Seeds.** As the tables say: 20 in the confirmation, else 2 to 8, so that intervals are wide and only large
+  effects show. What any number of seeds shows is what merges and what collapses. The sweeps are looks around, on
   the test images and without a plan: a gain in one of them is where to look next, not a finding. The one that was
-  followed up was chosen by hand from such a table (its plan says so): its fresh seeds are fresh, its test images not.
+  followed up was chosen by hand from such a table (its plan says so): its fresh seeds are fresh, its test images
+  are not.
 - **Schedules** are short: backbones of 8 or 16 epochs and arms of 3 or 6; the paper's are 30 and 10.
 - **Machine.** CPU only, float32, one thread per run; no GPU was at hand.
 - **Corruptions** are of MedMNIST-C's kinds with our own parameters ([robustness.py](robustness.py)), made for any size;
