@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .filters import FilterLayout
+from .filters import FilterLayout, compute_dtype
 from .pairs import autocast_off
 from .reference import MIN_NORM
 
@@ -43,12 +43,12 @@ def merge_layer_(
         passed: bool ``(A,)``.
     """
     device = weight.device
-    compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(weight)
     rows = layout.rows(weight)
     own = torch.from_numpy(sampled).to(device)
     with autocast_off(device.type):
         old = layout.gather(rows, own)
-        x, y = old.to(compute_dtype), layout.gather(rows, torch.from_numpy(partner).to(device)).to(compute_dtype)
+        x, y = old.to(dtype), layout.gather(rows, torch.from_numpy(partner).to(device)).to(dtype)
         norm_x, norm_y = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(y, dim=1)
         # A batched matrix product for the row dots would be 10 times less accurate.
         similarity = (x * y).sum(1) / (norm_x.clamp(min=MIN_NORM) * norm_y.clamp(min=MIN_NORM))

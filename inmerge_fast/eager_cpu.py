@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from .candidates import MergeLayer
-from .filters import FilterLayout, mark_written
+from .filters import FilterLayout, compute_dtype, mark_written
 from .pairs import autocast_off
 from .reference import MIN_NORM
 
@@ -159,7 +159,7 @@ def _dots(
     needed: npt.NDArray[np.bool_],
 ) -> npt.NDArray[Any]:
     """Dot products of a layer's filters: entry e, of line i, is that of filters i and ``column[e]``."""
-    rows, dtype = layout.rows(weight), _compute_dtype(weight)
+    rows, dtype = layout.rows(weight), compute_dtype(weight)
     if not column.size:
         return np.empty(0, np.float32)
     if not layout.is_dense or rows.dtype != dtype:
@@ -193,10 +193,6 @@ with _without_warnings():
     _sparse(np.zeros(2, np.int64), np.zeros(0, np.int64), torch.zeros(0, device="cpu"), 1)
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def _blend_(
     weight: torch.Tensor,
     layout: FilterLayout,
@@ -205,7 +201,7 @@ def _blend_(
     alpha: float,
 ) -> None:
     """Filters ``own`` become blends with their partners, products rounded one by one as in the kernel."""
-    rows, dtype = layout.rows(weight), _compute_dtype(weight)
+    rows, dtype = layout.rows(weight), compute_dtype(weight)
     # A mode that watches PyTorch's operators, as allow_mutation_on_saved_tensors does, has to see the write.
     past_pytorch = layout.is_dense and not torch._C._len_torch_dispatch_stack()
     long = layout.elements * weight.element_size() >= LONG_FILTER and torch.get_num_threads() <= THREADS_OF_LOOP

@@ -65,6 +65,11 @@ class FilterLayout:
         return torch.div(index, self.group_size, rounding_mode="floor"), index % self.group_size
 
 
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What the eager paths compute in: float64 for float64 weights, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 def mark_written(weights: Sequence[torch.Tensor]) -> None:
     """Tell autograd and autocast that the weights have been written to."""
     # Counted as a write even where nothing passes: asking an accelerator what passed would make the host wait.
