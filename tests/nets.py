@@ -12,11 +12,11 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-VGG_CONVS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # convolutions of each stage
+VGG_CONVS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # convolutions of each stage
 
 
 def vgg(depth: int, classes: int = 1000, hidden: int = 4096, *, batch_norm: bool = False) -> nn.Sequential:
-    """VGG16 or VGG19 (arXiv 1409.1556). ``hidden`` is the width of its classifier: 4096 of them hold 86 % of VGG19."""
+    """VGG11, 16 or 19 (arXiv 1409.1556). ``hidden`` is the width of its classifier: 4096 of them hold 86 % of VGG19."""
     features: list[nn.Module] = []
     channels = 3
     for stage_width, convs in zip((64, 128, 256, 512, 512), VGG_CONVS[depth], strict=True):

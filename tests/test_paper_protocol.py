@@ -193,7 +193,8 @@ def test_small_models_train_and_merge(bench, name):
 def test_published_models_have_their_size(name):
     with torch.device("meta"):
         net = PUBLISHED[name](1000)
-    parameters = {"vgg16": 138_357_544, "vgg19": 143_667_240, "vgg16_bn": 138_365_992,
+    parameters = {"vgg11": 132_863_336, "vgg16": 138_357_544, "vgg19": 143_667_240, "vgg11_bn": 132_868_840,
+                  "vgg16_bn": 138_365_992,
                   "vgg19_bn": 143_678_248, "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032,
                   "densenet121": 7_978_856}  # fmt: skip
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters[name]
@@ -215,7 +216,7 @@ def test_weights_from_a_file(tmp_path, bench):
 
 
 def test_unknown_models_and_missing_timm(bench, monkeypatch):
-    with pytest.raises(ValueError, match="model must be one of vgg16, .* or timm:NAME, got 'alexnet'"):
+    with pytest.raises(ValueError, match="model must be one of vgg11, .* or timm:NAME, got 'alexnet'"):
         build("alexnet", bench.data, 0)
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ValueError, match="timm cannot be imported"):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from . import confirm, report
+from . import confirm, medmnist_c, report
+from .config import OWN
 from .data import md5_of
 from .experiments import EXPERIMENTS, Experiment, Options
 from .figures import write_figures
@@ -36,8 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=int, help="side of the images: 28, 64, 128 or 224 for MedMNIST, any for ChestX-ray14"
     )
-    parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg16, vgg19, vgg16_bn, "
-                        "vgg19_bn, resnet18, resnet34, resnet50, densenet121; timm:NAME")  # fmt: skip
+    parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg11, vgg16, vgg19, vgg11_bn, "
+                        "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; timm:NAME")  # fmt: skip
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="pre-trained weights, a state_dict saved by PyTorch"
     )
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--micro-batches", type=_count, default=1, metavar="N", help="parts of a batch, gradients accumulated"
     )
+    parser.add_argument("--corruptions", choices=["auto", OWN, medmnist_c.PACKAGE], default="auto",
+                        help="our own ones, or the data set's in the package medmnistc, made for 224 px (default: the "
+                        "package's where it can be imported and has some for the data set)")  # fmt: skip
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--each-forward", action="store_true",
                         help="merge before every forward pass, as published, not once per step")  # fmt: skip
@@ -70,6 +74,20 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)
+
+
+def _corruptions(wanted: str, data: str) -> str:
+    """Whose corruptions are used with a data set; says so where nobody has chosen."""
+    if wanted != "auto":
+        return wanted
+    try:
+        medmnist_c.names(data)
+        out, text = medmnist_c.PACKAGE, f"those of {medmnist_c.version()} (or --corruptions {OWN})"
+    except ValueError as error:
+        out, text = OWN, f"our own ({str(error).split(';')[0]})"
+    if is_leader():
+        print(f"corruptions: {text}")
+    return out
 
 
 def show(experiment: Experiment, out: Path) -> Path:
@@ -96,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data, root = Path(data).name, str(Path(data).resolve().parent)
     elif Path(data).is_dir() and data != "chestxray14":
         data, root = Path(data).resolve().name, str(Path(data).resolve().parent)
+    named = "chestxray14" if root is not None and (Path(root) / data).is_dir() else Path(data).stem
     device = given.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -108,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
         bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
         micro_batches=given.micro_batches, quick=given.quick,
+        corruptions=OWN if given.experiment == "report" else _corruptions(given.corruptions, named),
     )  # fmt: skip
     try:
         if given.experiment == "report":

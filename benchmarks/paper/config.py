@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+OWN = "own"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -31,6 +33,7 @@ class Recipe:
         flip: random horizontal flips.
         bf16: autocast to bfloat16.
         severities: of the corruptions, 1 to 5.
+        corruptions: "own", those of ``robustness.py``, or "medmnistc", those of that package.
         limit: use this many images of every part, evenly spaced, or None for all.
     """
 
@@ -51,6 +54,7 @@ class Recipe:
     flip: bool = False
     bf16: bool = False
     severities: tuple[int, ...] = (3, 5)
+    corruptions: str = OWN
     limit: int | None = None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import BACKBONE, BASELINE, PAPER, RESEEDED, Arm, Merging, Recipe, Run
+from .config import BACKBONE, BASELINE, OWN, PAPER, RESEEDED, Arm, Merging, Recipe, Run
 
 THRESHOLDS = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.5)
 Z_VALUES = (2.0, 3.0, 4.0, 6.0)
@@ -33,6 +33,7 @@ class Options:
         each_forward: merge before every forward pass.
         in_validation: merge in validation, too.
         micro_batches: parts of a batch whose gradients are accumulated.
+        corruptions: whose, see :class:`Recipe`.
         quick: tiny runs that show that everything works and say nothing else.
     """
 
@@ -48,6 +49,7 @@ class Options:
     each_forward: bool = False
     in_validation: bool = False
     micro_batches: int = 1
+    corruptions: str = OWN
     quick: bool = False
 
 
@@ -89,6 +91,7 @@ def recipes(options: Options) -> tuple[Recipe, Recipe]:
         "data": options.data, "size": options.size, "model": options.model or "vgg8", "weights": options.weights,
         "backbone_epochs": 16 if digits else 8, "arm_epochs": 6 if digits else 3, "batch_size": 32 if digits else 64,
         "flip": not digits, "bf16": options.bf16, "micro_batches": options.micro_batches,
+        "corruptions": options.corruptions,
     }  # fmt: skip
     if options.quick:
         values |= {"backbone_epochs": 1, "arm_epochs": 1, "severities": (3,), "limit": 96}
@@ -96,6 +99,7 @@ def recipes(options: Options) -> tuple[Recipe, Recipe]:
         if getattr(options, key) is not None:
             values[key] = getattr(options, key)
     suffix = "" if values["model"] == "vgg8" else f"-{str(values['model']).replace(':', '_')}"
+    suffix += "" if options.corruptions == OWN else f"-{options.corruptions}"
     suffix += "-quick" if options.quick else ""
     ordinary = Recipe(name=f"{name}{suffix}-ordinary", high=0.05, middle=0.005, weight_decay=5e-4, **values)  # type: ignore[arg-type]
     strong = Recipe(name=f"{name}{suffix}-strong-decay", high=0.1, middle=0.01, weight_decay=5e-3, **values)  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def execute(runs: Sequence[Run], where: Where) -> None:
     """Do the runs that have no file yet. Each is written when it is done, so that a kill loses only those under way.
 
     Raises:
-        ValueError: the data of a recipe cannot be used, before anything is trained.
+        ValueError: the data or corruptions of a recipe cannot be used, before anything is trained.
     """
     with _ranks(where) as rank:
         pending = [run for run in dict.fromkeys(runs) if not (where.out / run.file()).exists()]
@@ -73,7 +73,7 @@ def execute(runs: Sequence[Run], where: Where) -> None:
         if rank == 0:
             print(f"{len(set(runs)) - len(pending)} of {len(set(runs))} runs are done already", flush=True)
         for recipe in dict.fromkeys(run.recipe for run in pending):
-            bench_for(recipe, where)
+            bench_for(recipe, where).check_corruptions(recipe.corruptions)
         tasks: dict[tuple[Recipe, int], list[Run]] = {}
         for run in sorted(pending, key=lambda run: run.seed):  # whole seeds first: half a grid is then balanced
             tasks.setdefault((run.recipe, run.seed), []).append(run)

@@ -18,8 +18,10 @@ from .sequence_models import mamba_small, vit_small
 
 # As torchvision names and registers them, so that its ImageNet weights fit. They take three channels.
 PUBLISHED: dict[str, Callable[[int], nn.Module]] = {
+    "vgg11": lambda classes: nets.vgg(11, classes),
     "vgg16": lambda classes: nets.vgg(16, classes),
     "vgg19": lambda classes: nets.vgg(19, classes),
+    "vgg11_bn": lambda classes: nets.vgg(11, classes, batch_norm=True),
     "vgg16_bn": lambda classes: nets.vgg(16, classes, batch_norm=True),
     "vgg19_bn": lambda classes: nets.vgg(19, classes, batch_norm=True),
     "resnet18": nets.resnet18,

@@ -22,8 +22,8 @@ from torch.nn import functional
 from inmerge_fast import MergePlan, NoEffectWarning, __version__
 from inmerge_fast.demo_train import MOMENTUM, Schedule, epoch_steps
 
-from . import robustness
-from .config import Recipe, Run
+from . import medmnist_c, robustness
+from .config import OWN, Recipe, Run
 from .data import SPLITS, DataSet, Split
 from .merging import Merger
 from .metrics import accuracy, auc, class_aucs, filter_state
@@ -53,7 +53,7 @@ class Bench:
             train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
             data = dataclasses.replace(data, train=train, val=val, test=test)
         self.data, self.device, self.weights = data, device, weights
-        self._copies: dict[tuple[str, str, float], torch.Tensor] = {}
+        self._copies: dict[tuple[str, str, str, float], torch.Tensor] = {}
         sample = data.train.images[:: max(1, len(data.train) // 5000)].float() / 255
         dims = [0, *range(2, sample.ndim)]
         self.normalisation = (tuple(sample.mean(dims).tolist()), tuple(sample.std(dims).clamp(min=1e-6).tolist()))
@@ -69,14 +69,31 @@ class Bench:
         shape = (-1, *[1] * (unit.ndim - 2))
         return (unit - unit.new_tensor(mean).view(shape)) / unit.new_tensor(spread).view(shape)
 
-    def copies(self, split: str, kind: str, level: float) -> torch.Tensor:
-        """Corrupted (``kind`` a corruption) or noisy (``kind`` "noise") copies of a part's images."""
-        key = (split, kind, level)
+    def corruptions(self, source: str) -> tuple[str, ...]:
+        """Names of the corruptions, "own" ones or those of the package medmnistc."""
+        return tuple(robustness.CORRUPTIONS) if source == OWN else medmnist_c.names(self.data.name)
+
+    def check_corruptions(self, source: str) -> None:
+        """Try the corruptions on an image.
+
+        Raises:
+            ValueError: they cannot be used with this data set.
+        """
+        if source != OWN:
+            medmnist_c.check(self.data.test.images, self.data.name)
+
+    def copies(self, split: str, source: str, kind: str, level: float) -> torch.Tensor:
+        """Corrupted copies of a part's images by one of :meth:`corruptions`, or noisy ones (``kind`` "noise")."""
+        key = (split, source, kind, level)
         if key in self._copies:
             return self._copies[key]
         images = self.data.split(split).images
-        noisy = kind == "noise"
-        out = robustness.add_noise(images, level) if noisy else robustness.corrupt(images, kind, int(level))
+        if kind == "noise":
+            out = robustness.add_noise(images, level)
+        elif source == OWN:
+            out = robustness.corrupt(images, kind, int(level))
+        else:
+            out = medmnist_c.corrupt(images, self.data.name, kind, int(level))
         if out.numel() <= CACHE_BYTES:
             self._copies[key] = out
         return out
@@ -117,7 +134,7 @@ def train_backbone(recipe: Recipe, bench: Bench, seed: int) -> State:
 def backbone_identity(recipe: Recipe, bench: Bench, seed: int) -> dict[str, Any]:
     """Everything that the backbone's weights depend on."""
     values = dataclasses.asdict(recipe)
-    for unused in ("name", "arm_epochs", "low", "severities"):
+    for unused in ("name", "arm_epochs", "low", "severities", "corruptions"):
         del values[unused]
     return values | {"seed": seed, "source": bench.data.source} | environment(bench.device)
 
@@ -183,6 +200,7 @@ def run_arm(
             "collapsed": after.collapsed(before),
         },
         "merging": None if merger is None else merger.summary(),
+        "corruptions": OWN if recipe.corruptions == OWN else medmnist_c.version(),
         "environment": environment(bench.device) | {"seconds": round(time.perf_counter() - start, 2)},
     }
     return result, scores
@@ -316,11 +334,14 @@ def _measure(model: Model, recipe: Recipe, bench: Bench, split: str) -> tuple[di
     metrics: dict[str, Any] = {"clean": measured("clean", part.images)}
     metrics["class_auc"] = dict(zip(bench.data.labels, class_aucs(labels, scores["clean"]), strict=True))
     corrupted = {
-        name: {str(level): measured(f"{name}-{level}", bench.copies(split, name, level)) for level in recipe.severities}
-        for name in robustness.CORRUPTIONS
+        name: {
+            str(level): measured(f"{name}-{level}", bench.copies(split, recipe.corruptions, name, level))
+            for level in recipe.severities
+        }
+        for name in bench.corruptions(recipe.corruptions)
     }
     noise = {
-        f"{sigma:g}": measured(f"noise-{sigma:g}", bench.copies(split, "noise", sigma))
+        f"{sigma:g}": measured(f"noise-{sigma:g}", bench.copies(split, OWN, "noise", sigma))
         for sigma in robustness.NOISE_SIGMAS
     }
     flat = [values for by_level in corrupted.values() for values in by_level.values()]

@@ -16,7 +16,7 @@ from typing import Any
 
 from .chestxray import LABELS
 from .compare import METRICS, Paired, Row, compare
-from .config import Run
+from .config import OWN, Run
 from .experiments import Experiment
 from .grid import load_result
 from .published import CHESTXRAY14, CHESTXRAY14_COLUMNS, MEDMNIST
@@ -105,12 +105,13 @@ def setup_of(rows: Sequence[Row], results: Any, recipe: str, manifest: Mapping[s
     one = results[index][0][0]
     values, about = one["recipe"], one["environment"]
     counts = "/".join(map(str, one["data"]["images"]))
+    whose = "" if one.get("corruptions", OWN) == OWN else f" of {one['corruptions']}"  # files from before have no word
     text = (
         f"{one['data']['name']} ({counts} training/validation/test images), measured on the {manifest['split']} "
         f"images; {values['model']}, {values['optimizer']}, batch {values['batch_size']}, weight decay "
         f"{values['weight_decay']:g}, "
         f"{values['backbone_epochs']} backbone epochs (learning rate {values['high']:g} to {values['middle']:g}), then "
-        f"{values['arm_epochs']} in every arm (to {values['low']:g}); corruptions at severities "
+        f"{values['arm_epochs']} in every arm (to {values['low']:g}); corruptions{whose} at severities "
         f"{', '.join(map(str, values['severities']))}; {about['device']}, torch {about['torch']}."
     )
     published = MEDMNIST.get(one["data"]["name"])
