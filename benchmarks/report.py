@@ -14,14 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets import Target, host_targets, match_targets, merge_targets, scaling_targets, training_targets
+from benchmarks.targets import (
+    NOT_MEASURED,
+    Target,
+    host_targets,
+    match_targets,
+    merge_targets,
+    scaling_targets,
+    training_targets,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = RESULTS / "plots"
 BEGIN, END = "<!-- benchmarks: begin (python -m benchmarks.report) -->", "<!-- benchmarks: end -->"
 REGIMES = ("all pass", "none passes")
-NOT_MEASURED = "not yet measured on a GPU"
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,8 @@ def target_table(targets: Iterable[Target]) -> str:
         if target.measured is None:
             outcome = [NOT_MEASURED, "open"]
         else:
-            outcome = [f"{target.measured:.3g}{target.unit}", "reached" if target.reached else "**missed**"]
+            where = f" ({target.where})" if target.where else ""
+            outcome = [f"{target.measured:.3g}{target.unit}{where}", "reached" if target.reached else "**missed**"]
         lines.append([target.what, f"{'≤' if target.at_most else '≥'} {target.bound:g}{target.unit}", *outcome])
     return table(["target", "bound", "measured", ""], lines)
 

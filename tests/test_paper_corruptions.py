@@ -126,8 +126,10 @@ def test_what_cannot_be_used_is_named(package):
         medmnist_c.check(some_images(1, 28), "octmnist")
     with pytest.raises(ValueError, match=r"takes grey images for this set, got images of shape \(3, 16, 16\)"):
         medmnist_c.check(some_images(3), "pneumoniamnist")
-    with pytest.raises(ValueError, match=r"takes coloured images .* \(1, 8, 8, 8\)"):
-        medmnist_c.check(torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8), "pathmnist")
+    with pytest.raises(ValueError, match=r"takes coloured images .* \(1, 16, 16\)"):
+        medmnist_c.check(some_images(), "pathmnist")
+    with pytest.raises(ValueError, match=r"takes grey images .* \(1, 8, 8, 8\)"):
+        medmnist_c.check(torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8), "pneumoniamnist")
 
 
 @pytest.mark.parametrize("how", ["missing", "torchvision does not fit"])

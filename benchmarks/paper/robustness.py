@@ -2,8 +2,9 @@
 
 MedMNIST-C (Di Salvo et al. 2024) corrupts images of 224 px with OpenCV and ImageMagick. These corruptions are its kinds
 that make sense for grey and colour images of any size and for volumes, in PyTorch, with the parameters of
-:data:`CORRUPTIONS`; they are *not* bit for bit MedMNIST-C's, and its relative metric (against AlexNet at 224 px) is not
-used. A corruption is a function of the data set, its name and its severity alone: all runs see the same images.
+:data:`CORRUPTIONS`; they are *not* bit for bit MedMNIST-C's (``medmnist_c.py`` has those), and its relative metric
+(against AlexNet at 224 px) is not used. A corruption is a function of the data set, its name and its severity alone:
+all runs see the same images.
 """
 
 from __future__ import annotations
