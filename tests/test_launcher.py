@@ -1,26 +1,24 @@
-"""What the launcher must survive without a GPU to try it on: interruptions, captures, other streams, large numbers."""
-
-import contextlib
+"""What the launcher must survive without a GPU to try it on: interruptions and large numbers."""
 
 import numpy as np
 import pytest
 import torch
 from oracle import bits
 
-from inmerge_fast import MergePlan, NoEffectWarning, draw, merge_, reference_merge
+from inmerge_fast import MergePlan, draw, merge_, reference_merge
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
 
 from interpreter import apply_fixes, bounds, traffic  # noqa: E402
-from test_kernel_details import CALL, _CountingKernel  # noqa: E402
+from test_kernel_details import CALL  # noqa: E402
 from test_kernels import ALPHA, alike, assert_merged_and_clean, cycle, launcher_of, tensors_of  # noqa: E402
 
-from inmerge_fast import handle, launch  # noqa: E402
-from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor, _largest_similarity  # noqa: E402
-from inmerge_fast.handle import Arguments, Handle  # noqa: E402
+from inmerge_fast import launch  # noqa: E402
+from inmerge_fast.effect import _largest_similarity  # noqa: E402
+from inmerge_fast.handle import Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
-from inmerge_fast.launch import RESULT_SLOTS, Launcher  # noqa: E402
+from inmerge_fast.launch import RESULT_SLOTS  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 
@@ -95,228 +93,6 @@ def test_drawing_ahead_takes_a_slot_and_its_statistics_are_gone():
     calls[2].fetch()
 
 
-# ------------------------------------------------------------------------------------------------------------ captures
-
-
-def test_a_capture_is_told_to_warm_up(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="the first merge_ of a plan builds.*; call merge_ once before capturing"):
-        handle.check_not_capturing(CUDA, "builds its tables")
-    handle.check_not_capturing(torch.device("cpu"), "builds its tables")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    handle.check_not_capturing(CUDA, "builds its tables")
-
-
-def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
-    weights = [alike(128, 1024)]
-    plan, launcher = MergePlan(weights), launcher_of(weights)
-    launcher.reserve_scratch(0.1)
-    scratch, kernel = launcher.scratch, _CountingKernel()
-
-    def capturing(device, what):
-        raise RuntimeError(f"capturing: {what}")
-
-    for module in (launch, handle):
-        monkeypatch.setattr(module, "check_not_capturing", capturing)
-    monkeypatch.setattr(torch, "zeros", pytest.fail)
-    monkeypatch.setattr(torch, "empty", pytest.fail)
-    with pytest.raises(RuntimeError, match="capturing: builds its tables"):
-        Launcher(plan.layers, weights, plan.row_start)
-    with pytest.raises(RuntimeError, match="capturing: with a larger prob"):
-        launcher.reserve_scratch(1.0)
-    assert launcher.scratch is scratch
-    launcher.reserve_scratch(0.1)  # enough as it is
-    with pytest.raises(RuntimeError, match="capturing: compiles its kernels"):
-        Handle(kernel, {}, {}).launch(1, 0, Arguments(weights[0]), ())
-    assert (kernel.warmups, kernel.runs) == (0, [])
-
-
-class _CudaTotals:
-    """Stands in for the running totals of a plan on a GPU."""
-
-    is_cuda, device, dtype = True, CUDA, torch.int32
-
-
-class _Host:
-    dtype = torch.int32
-
-    def __init__(self):
-        self.copies = []
-
-    def copy_(self, source, *, non_blocking):
-        self.copies.append((source, non_blocking))
-
-    def __getitem__(self, index):
-        return 0 if index == 0 else 5
-
-
-def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_for_nobody(monkeypatch):
-    """Its copy would become part of a graph, and its event could not be asked."""
-    host, allocations, events = _Host(), [], []
-
-    class Event:
-        done = False
-
-        def __init__(self, device):
-            events.append(self)
-
-        def record(self):
-            pass
-
-        def query(self):
-            return self.done
-
-    monkeypatch.setattr(torch, "empty", lambda size, **options: allocations.append(options) or host)
-    monkeypatch.setattr(torch, "Event", Event)
-    monitor, totals = EffectMonitor(), _CudaTotals()
-
-    def count(calls, capturing=False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-        for _ in range(calls):
-            monitor.count_call(totals)
-
-    count(1)
-    assert [(options["device"], options["pin_memory"]) for options in allocations] == [("cpu", True)]
-    count(NO_EFFECT_CALLS - 2)
-    count(3, capturing=True)
-    assert host.copies == events == []
-    count(3)
-    assert host.copies == [(totals, True)]
-    assert len(events) == len(allocations) == 1
-    Event.done = True
-    with pytest.warns(NoEffectWarning):
-        count(1)
-    count(3)
-    assert len(host.copies) == 1
-
-
-# ------------------------------------------------------------------------------------------------------------- streams
-
-
-class _Stream:
-    def __init__(self, handle):
-        self.cuda_stream, self.waited_for = handle, []
-
-    def wait_stream(self, other):
-        self.waited_for.append(other.cuda_stream)
-
-
-class _Recorded(torch.Tensor):
-    """A tensor that remembers which streams its memory was said to be used on."""
-
-    def record_stream(self, stream):
-        self.streams.append(stream.cuda_stream)
-
-
-@pytest.fixture
-def on_streams(monkeypatch):
-    """A launcher that believes itself on a GPU, and a function that makes a stream current."""
-    weights = [alike(9, 20)]
-    launcher = launcher_of(weights)
-    launcher.weights = weights  # keeps them alive
-    launcher.reserve_scratch(0.3)
-    launcher.run(1, 0, prob=0.3, **CALL, dry_run=True, partner="nearest")  # builds what partner rules need
-    launcher.device, launcher.on_gpu = CUDA, True
-    for holder in (vars(launcher), vars(launcher.matcher), launcher.matcher._work):
-        for name, value in holder.items():
-            if isinstance(value, torch.Tensor):
-                holder[name] = value.as_subclass(_Recorded)
-                holder[name].streams = []
-    current = []
-
-    def switch(stream, capturing=False):
-        current[:] = [stream]
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: _Stream(handle))
-    return launcher, switch
-
-
-def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(on_streams):
-    launcher, switch = on_streams
-    first, second, captured = _Stream(0), _Stream(7), _Stream(9)
-    for stream, capturing in ((first, False), (second, False), (second, False), (captured, True), (first, False)):
-        switch(stream, capturing)
-        assert launcher.follow_current_stream() == stream.cuda_stream
-    assert second.waited_for == [0], "once: on the same stream calls follow each other anyway"
-    assert captured.waited_for == [], "a captured stream may not wait for another"
-    assert first.waited_for == [9]
-    assert all(tensor.streams == [0, 7, 9, 0] for tensor in launcher.matcher.tensors())
-    for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
-        assert getattr(launcher, name).streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
-
-
-def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_streams, monkeypatch):
-    """Its replays come unseen: what the host believes to be drawn or zeroed may not be any more."""
-    launcher, switch = on_streams
-    monkeypatch.setattr(launcher, "_on_device", contextlib.nullcontext)
-    launcher.device, launcher.on_gpu = torch.device("cpu"), False
-    launcher.reserve_scratch(0.9)
-    launcher.scratch = launcher.scratch.as_subclass(_Recorded)
-    launcher.scratch.streams = []
-    launcher.device, launcher.on_gpu = CUDA, True
-    launched = []
-    names = {launcher._draw: "draw and count", launcher._draw_only: "draw", launcher._count: "count"}
-    for of, name in names.items():
-        call = of.launch
-        monkeypatch.setattr(of, "launch", lambda *a, name=name, call=call: launched.append(name) or call(*a))
-
-    def run(step, capturing):
-        launched.clear()
-        switch(_Stream(0), capturing)
-        launcher.run(1, step, prob=0.9, **CALL, dry_run=False, next_draw=(1, step + 1, 0.9))
-        return list(launched)
-
-    def captured(step):
-        """A call of which nothing runs: its launches and memsets go into the graph."""
-        zeroed = []
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "zero_", lambda tensor: zeroed.append(tensor))
-            for handle in vars(launcher).values():
-                if isinstance(handle, Handle):
-                    patch.setattr(handle, "launch", lambda *a, handle=handle: launched.append(names.get(handle)))
-            patch.setattr(launcher._merge_handle({}), "launch", lambda *_: None)
-            called = run(step, True)
-        assert any(tensor is launcher.state for tensor in zeroed), "the list starts from nothing at every replay"
-        return called
-
-    compiled = []
-    monkeypatch.setattr(Handle, "compile", lambda self, *_: compiled.append(self))
-    assert run(0, False) == ["draw and count"] * 2
-    assert compiled == [launcher._draw_only, launcher._count], "what the graph needs and could not compile"
-    assert run(1, False) == ["draw and count"]
-    assert captured(2) == ["draw", "count"], "what was drawn ahead is not in the graph"
-    assert launcher.state.any(), "and is still listed, since nothing has run"
-    with bounds(*tensors_of(launcher, launcher.weights).values()):
-        assert run(3, False) == ["draw", "count"]
-    assert not launcher.state.any()
-    assert captured(4) == ["draw", "count"]
-    launcher._cut_short = True  # an interrupt before a replay, which resets nothing on the host
-    launcher.state.fill_(1)
-    switch(_Stream(0))
-    monkeypatch.setattr(launcher, "_set_thresholds", lambda _: None)  # there is no device to copy them to
-    launcher.prepare(1, 5, prob=0.9, write=True, **CALL)
-    assert not launcher.state.any()
-    assert len(compiled) == 2
-
-
-@pytest.mark.parametrize("call", ["run", "prepare"])
-def test_thresholds_are_copied_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch, call):
-    launcher, _ = on_streams
-    launcher.device, launcher.on_gpu, order = torch.device("cpu"), False, []
-    for name in ("follow_current_stream", "_set_thresholds"):
-        original = getattr(launcher, name)
-        monkeypatch.setattr(launcher, name, lambda *a, name=name, original=original: order.append(name) or original(*a))
-    numbers = {"prob": 0.3, "alpha": 0.5, "threshold": [0.1]}
-    monkeypatch.setattr(launcher, "_threshold_argument", lambda given: launcher._set_thresholds(tuple(given)) or 3.0)
-    if call == "run":
-        launcher.run(1, 0, **numbers, dry_run=True)
-    else:
-        launcher.prepare(1, 0, **numbers, write=False)
-    assert order[:2] == ["follow_current_stream", "_set_thresholds"]
-
-
 def test_an_interrupt_between_new_scratch_and_its_tables_leaves_no_table_of_the_old(monkeypatch):
     launcher = launcher_of([alike(64, 300)])
     launcher.reserve_scratch(0.3)
@@ -338,33 +114,6 @@ def test_a_draw_ahead_serves_the_next_call_only():
     launcher.run(3, 0, **numbers, next_draw=(3, 1, 0.5))
     launcher.calls += 1
     assert launcher.run(3, 1, **numbers).fetch().counts.tolist() == [draw(3, 1, 0, 40, 0.5)[0].sum()]
-
-
-def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, monkeypatch):
-    launcher, switch = on_streams
-    old = launcher.scratch
-    for stream in (_Stream(0), _Stream(7)):
-        switch(stream)
-        launcher.follow_current_stream()
-    third = _Stream(8)
-    switch(third)
-    monkeypatch.setattr(torch, "empty", lambda size, *, dtype, device: torch.zeros(size, dtype=dtype))
-    launcher.reserve_scratch(1.0)
-    assert launcher.scratch is not old
-    assert third.waited_for == [7], "only then does what comes next on this stream come after the use on the other"
-    assert old.streams == [0, 7, 8]
-
-
-def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch):
-    launcher, switch = on_streams
-    launcher.device, launcher.on_gpu = torch.device("cpu"), False
-    results = launcher.run(1, 0, prob=0.3, **CALL, dry_run=True)
-    launcher.device, launcher.on_gpu = CUDA, True
-    launcher._stream = 7
-    reader = _Stream(0)
-    switch(reader)
-    assert results.fetch().counts.tolist() == [draw(1, 0, 0, 9, 0.3)[0].sum()]
-    assert reader.waited_for == [7]
 
 
 # ------------------------------------------------------------------------------------------------- memory and addresses
