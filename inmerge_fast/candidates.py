@@ -213,6 +213,11 @@ def _weight_and_layout(candidate: Candidate) -> tuple[torch.Tensor, FilterLayout
     if isinstance(holder, torch.Tensor):
         weight = check_weight(holder, name)
         return weight, filter_layout(weight, name)
+    if holder._buffers.get("weight") is not None:
+        raise ValueError(
+            f"{name}: the weight is a buffer, which nothing trains; make it a Parameter, merge the tensor itself "
+            "(merge_(module.weight)), or leave the layer out with exclude="
+        )
     if "weight" not in holder._parameters or hasattr(type(holder), "weight"):
         raise ValueError(
             f"{name}: the weight is computed at every forward pass{_computed_by(holder)}, so a merge of it would be "

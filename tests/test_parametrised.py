@@ -101,3 +101,15 @@ def test_a_weight_property_of_the_class_hides_the_parameter():
     conv.__class__ = Scaled
     with pytest.raises(ValueError, match="computed at every forward pass"):
         inmerge_fast.merge_(conv, **SAMPLE_ALL)
+
+
+def test_a_weight_that_is_a_buffer_is_called_one():
+    conv = nn.Conv2d(2, 4, 3)
+    weight = conv.weight.detach().clone()
+    del conv.weight
+    conv.register_buffer("weight", weight)
+    model = nn.Sequential(conv, nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match=r"^0: the weight is a buffer.*merge_\(module\.weight\).*exclude="):
+        inmerge_fast.merge_(model, skip_first=0, **SAMPLE_ALL)
+    assert inmerge_fast.merge_(conv.weight, **SAMPLE_ALL).sampled == 4
+    assert inmerge_fast.merge_(model, skip_first=0, exclude="0", **SAMPLE_ALL).sampled == 4
