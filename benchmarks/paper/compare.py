@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from inmerge_fast.demo_data import require
 
+from .config import OWN
+
 LEVEL = 0.95
 FEWEST = 3  # pairs for an interval
 # Column title and place in a result file of what is compared, all in [0, 1] and shown in percent.
@@ -59,7 +61,7 @@ def paired(differences: Sequence[float]) -> Paired:
         return Paired(0.0, 0.0, 0.0, 0.0, 1.0, n)
     # Accuracies come in steps of an image: two or three seeds can agree on one by chance, and a spread of 0 would make
     # of it a p of 0.
-    if n < FEWEST or sd == 0:
+    if n < FEWEST or sd < 1e-9:  # differences of shares are equal but for rounding
         return Paired(mean, sd, math.nan, math.nan, math.nan, n)
     t = require("scipy.stats", "scikit-learn").t
     error = sd / math.sqrt(n)
@@ -153,7 +155,8 @@ def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, A
         for what, one, other in (
             ("backbone", result["digests"]["backbone"], partner["digests"]["backbone"]),
             ("data", result["data"], partner["data"]),
-            ("recipe", result["recipe"], partner["recipe"]),
+            ("recipe", _recipe(result), _recipe(partner)),
+            ("source of corruptions", result.get("corruptions", OWN), partner.get("corruptions", OWN)),
         ):
             if one != other:
                 raise ValueError(f"{arm['label']}, seed {result['seed']}: another {what} than the baseline's")
@@ -177,6 +180,10 @@ def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, A
         identical=identical,
         merging=arm["merging"],
     )
+
+
+def _recipe(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {"corruptions": OWN, **result["recipe"]}  # files from before there was a choice have no word on it
 
 
 def two_level_bootstrap(
