@@ -177,7 +177,7 @@ def test_an_experiment_uses_it_where_it_is(package, tmp_path, capsys):
 def test_what_it_cannot_do_is_said_before_anything_is_trained(package, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(protocol, "train_backbone", None)
     with pytest.raises(SystemExit):
-        run(tmp_path, capsys, "octmnist")
+        run(tmp_path, capsys, "octmnist", "--corruptions", "medmnistc")
     assert "cut at severity 1 fails on images of 28x28" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(tmp_path, capsys, "mine", "--corruptions", "medmnistc")
@@ -186,6 +186,7 @@ def test_what_it_cannot_do_is_said_before_anything_is_trained(package, tmp_path,
 
 def test_other_data_and_other_machines_get_our_own(package, tmp_path, capsys, monkeypatch):
     assert "corruptions: our own (medmnistc has no corruptions for 'mine'" in run(tmp_path, capsys, "mine")
+    assert "corruptions: our own (medmnistc's cut at severity 1 fails on images" in run(tmp_path, capsys, "octmnist")
     monkeypatch.setitem(sys.modules, "medmnistc", None)
     forget_package(monkeypatch)
     monkeypatch.setitem(sys.modules, "medmnistc", None)

@@ -17,6 +17,7 @@ from paper_fixtures import TINY, write_chestxray14, write_npz
 
 from benchmarks.paper import confirm, grid, protocol, report
 from benchmarks.paper.__main__ import main, show
+from benchmarks.paper.compare import compare
 from benchmarks.paper.config import BASELINE, RESEEDED, Arm, Merging, Run
 from benchmarks.paper.experiments import EXPERIMENTS, Experiment, Options
 from benchmarks.paper.grid import Where, execute, load_result
@@ -226,10 +227,20 @@ def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monk
     with pytest.raises(ValueError, match="the search is not complete: 6 runs are missing"):
         confirm.plan(options, where)
     confirm.search(options, where)
+    # A search with other options leaves its manifest in the same place; the plan is made from its own search.
+    other = dataclasses.replace(FAST, batch_size=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(confirm, "recipes", lambda options: (other, other))
+        confirm.search(options, where)
     assert not list(where.out.glob("*/*/test-*.json"))  # the test images are not looked at
     confirm.plan(options, where)
     path = confirm.plan_path(options, where.out)
     plan = json.loads(path.read_text())
+    own = compare([[load_result(where.out / run.file()) for run in confirm.search_experiment(options).runs()
+                    if run.arm == arm] for arm in confirm.search_experiment(options).groups[0][1]])  # fmt: skip
+    assert {row.label: row.difference["corrupted AUC"].mean for row in own[1:]} == pytest.approx(
+        {label: one["d_mean"] for label, one in plan["search"].items()}, abs=1e-12
+    )
     gains = [label for label, one in plan["search"].items() if one["d_mean"] > 0 and not one["collapsed"]]
     assert [Merging(**setting).label() for setting in plan["confirm"]] == gains[:2]
     assert not set(plan["seeds"]) & {0, 1}
@@ -245,6 +256,9 @@ def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monk
     assert (idle["d_mean"], idle["bootstrap_low"], idle["bootstrap_high"], idle["confirmed"]) == (0, 0, 0, False)
     assert all(one["seeds"] == 2 for one in verdict.values())
     assert "**confirm**" in report.write(where.out).read_text()
+    monkeypatch.setattr(confirm, "execute", None)
+    confirm.confirm(options, where)  # one look is one look
+    assert "confirmed already" in capsys.readouterr().out
     capsys.readouterr()
 
 
@@ -282,6 +296,8 @@ def test_a_file_of_ones_own(tmp_path, capsys, monkeypatch):
         (["sweep-layers", "--data", "missing.npz"], "missing.npz: there is no such file"),
         (["sweep-layers", "--seeds", "0"], "must be a whole number above 0"),
         (["sweep-layers", "--model", "alexnet", "--quick", "--processes", "1"], "model must be one of"),
+        (["search", "--show"], "argument --show: is for experiments, not for search"),
+        (["sweep-layers", "--each-forward"], "changes nothing with one forward pass per step"),
         (["report"], "holds no manifest of an experiment"),
     ],
 )

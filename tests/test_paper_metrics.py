@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.paper import robustness
-from benchmarks.paper.compare import holm, paired, two_level_bootstrap
+from benchmarks.paper.compare import compare, holm, paired, two_level_bootstrap
 from benchmarks.paper.metrics import FilterState, accuracy, auc, class_aucs, filter_state
 from inmerge_fast import MergePlan
 
@@ -74,6 +74,27 @@ def test_paired_differences_of_identical_arms_and_of_one_seed():
         assert one.mean == 0.5
         assert math.isnan(one.low)
         assert math.isnan(one.p)
+    # One image of 500 each time, which is the same number but for rounding.
+    one = paired([100 * count / 500 - 100 * (count - 1) / 500 for count in (499, 438, 97, 4)])
+    assert 0 < one.sd < 1e-12
+    assert math.isnan(one.p)
+
+
+def test_files_from_before_there_was_a_choice_of_corruptions_compare_with_new_ones():
+    result = {
+        "recipe": {"name": "r"}, "data": {}, "seed": 0, "arm": {"label": "a", "stop": 0, "reseed": 0, "merging": None},
+        "digests": {"backbone": "b", "weights": "w"}, "filters": {"rank_before": 1.0, "rank": 1.0, "collapsed": False},
+        "merging": None, "metrics": {"attacked": {"fgsm 8/255": 0, "pgd 2/255": 0}}
+        | {key: {"acc": 0.5, "auc": 0.5} for key in ("clean", "corrupted", "noise")},
+    }  # fmt: skip
+    new = result | {"recipe": {"name": "r", "corruptions": "own"}, "corruptions": "own"}
+    assert compare([[result], [new]])[1].identical == 1
+    theirs = result | {"recipe": {"name": "r", "corruptions": "medmnistc"}}
+    with pytest.raises(ValueError, match="another recipe than the baseline's"):
+        compare([[result], [theirs]])
+    first, second = (theirs | {"corruptions": f"medmnistc {version}"} for version in ("0.1.0", "0.2.0"))
+    with pytest.raises(ValueError, match="another source of corruptions"):
+        compare([[first], [second]])
 
 
 def test_holm_is_the_textbook_step_down():

@@ -11,7 +11,7 @@ import torch
 
 from . import confirm, medmnist_c, report
 from .config import OWN
-from .data import md5_of
+from .data import load, md5_of
 from .experiments import EXPERIMENTS, Experiment, Options
 from .figures import write_figures
 from .grid import Where, execute, is_leader
@@ -76,12 +76,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _corruptions(wanted: str, data: str) -> str:
+def _corruptions(wanted: str, spec: str, size: int | None, root: str | None) -> str:
     """Whose corruptions are used with a data set; says so where nobody has chosen."""
     if wanted != "auto":
         return wanted
     try:
-        medmnist_c.names(data)
+        medmnist_c.registry()  # first, since the data may be large or missing
+        data = load(spec, size=size, root=root)
+        medmnist_c.check(data.test.images, data.name)
         out, text = medmnist_c.PACKAGE, f"those of {medmnist_c.version()} (or --corruptions {OWN})"
     except ValueError as error:
         out, text = OWN, f"our own ({str(error).split(';')[0]})"
@@ -114,11 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data, root = Path(data).name, str(Path(data).resolve().parent)
     elif Path(data).is_dir() and data != "chestxray14":
         data, root = Path(data).resolve().name, str(Path(data).resolve().parent)
-    named = "chestxray14" if root is not None and (Path(root) / data).is_dir() else Path(data).stem
     device = given.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     where = Where(out, root, device, processes, given.tensorboard, given.weights)
+    if given.show and given.experiment not in EXPERIMENTS:
+        parser.error(f"argument --show: is for experiments, not for {given.experiment}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"argument --device: {device}: there is no CUDA device here")
+    if given.each_forward and given.micro_batches == 1:
+        parser.error("argument --each-forward: changes nothing with one forward pass per step; give --micro-batches")
     if given.weights is not None and not given.weights.is_file():
         parser.error(f"argument --weights: {given.weights}: there is no such file")
     weights = f"{given.weights.name}, md5 {md5_of(given.weights)}" if given.weights is not None else None
@@ -127,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
         bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
         micro_batches=given.micro_batches, quick=given.quick,
-        corruptions=OWN if given.experiment == "report" else _corruptions(given.corruptions, named),
+        corruptions=OWN if given.experiment == "report" else _corruptions(given.corruptions, data, given.size, root),
     )  # fmt: skip
     try:
         if given.experiment == "report":

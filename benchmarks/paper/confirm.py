@@ -17,7 +17,7 @@ import numpy as np
 
 from .compare import Paired, compare, holm, paired, two_level_bootstrap, value_of
 from .config import BASELINE, Arm, Merging, Recipe, Run
-from .experiments import Experiment, Options, recipes
+from .experiments import Experiment, Options, arms_of, recipes
 from .grid import Where, execute, is_leader, load_result
 from .metrics import auc
 from .tables import manifest_name, markdown, read_manifest, write_manifest, write_tables
@@ -47,7 +47,7 @@ DECISION = (
 def search_experiment(options: Options) -> Experiment:
     """The search: measured on validation images only."""
     seeds = tuple(range(options.seeds or (2 if options.quick else SEARCH_SEEDS)))
-    arms = (BASELINE, *(Arm(setting) for setting in CANDIDATES))
+    arms = (BASELINE, *arms_of(options, CANDIDATES))
     return Experiment("search", "Search on validation images", ((recipes(options)[0], arms),), seeds, split="val")
 
 
@@ -82,7 +82,7 @@ def plan(options: Options, where: Where) -> None:
         raise ValueError(
             f"the search is not complete: {len(missing)} runs are missing, as {missing[0]}; run search first"
         )
-    manifest = where.out / f"{manifest_name(experiment)}.json"
+    manifest = write_manifest(experiment, where.out)  # the one that is there may be of other options
     rows = compare(read_manifest(manifest)[1][0])[1:]
     ranked = sorted(zip(rows, CANDIDATES, strict=True), key=lambda pair: -pair[0].difference[METRIC].mean)
     chosen = [setting for row, setting in ranked if row.difference[METRIC].mean > 0 and not row.collapsed][
@@ -124,6 +124,10 @@ def confirm(options: Options, where: Where) -> None:
     experiment = confirm_experiment(plan_path(options, where.out))
     if len(experiment.groups[0][1]) == 1:
         print("the plan confirms nothing: no setting of the search qualified")
+        return
+    done = result_path(experiment, where.out)
+    if done.exists():
+        print(f"{done}: confirmed already, and a second look would not be one look\n{done.read_text()}")
         return
     execute(experiment.runs(), where)
     if not is_leader():

@@ -110,7 +110,8 @@ def _seeds(options: Options, default: int) -> tuple[int, ...]:
     return tuple(range(options.seeds or (2 if options.quick else default)))
 
 
-def _arms(options: Options, settings: Sequence[Merging]) -> tuple[Arm, ...]:
+def arms_of(options: Options, settings: Sequence[Merging]) -> tuple[Arm, ...]:
+    """An arm for each setting, with the switches of the command line."""
     return tuple(
         Arm(dataclasses.replace(setting, each_forward=options.each_forward, in_validation=options.in_validation))
         for setting in settings
@@ -119,7 +120,7 @@ def _arms(options: Options, settings: Sequence[Merging]) -> tuple[Arm, ...]:
 
 def table_medmnist(options: Options) -> Experiment:
     """The paper's MedMNIST table: its setting against the baseline, with the noise floor and a threshold that acts."""
-    arms = (BASELINE, RESEEDED, BACKBONE, *_arms(options, [PAPER, Merging(z=3.0)]))
+    arms = (BASELINE, RESEEDED, BACKBONE, *arms_of(options, [PAPER, Merging(z=3.0)]))
     groups = tuple((recipe, arms) for recipe in recipes(options))
     return Experiment("table-medmnist", "Baseline and InMerge", groups, _seeds(options, 8))
 
@@ -134,7 +135,7 @@ def table_chestxray14(options: Options) -> Experiment:
             recipe, high=0.1, middle=0.01, low=0.001, weight_decay=1e-4, batch_size=options.batch_size or 324,
             backbone_epochs=options.backbone_epochs or 30, arm_epochs=options.arm_epochs or 10,
         )  # fmt: skip
-    arms = (BASELINE, RESEEDED, *_arms(options, [PAPER]))
+    arms = (BASELINE, RESEEDED, *arms_of(options, [PAPER]))
     return Experiment("table-chestxray14", "ChestX-ray14", ((recipe, arms),), _seeds(options, 3))
 
 
@@ -142,7 +143,7 @@ def sweep_weight_probability(options: Options) -> Experiment:
     """Figure 2 of the paper: merge weight alpha times merge probability p."""
     alphas, probs = ((0.5, 0.8), (0.1, 0.3)) if options.quick else (ALPHAS, PROBS)
     settings = [Merging(alpha=alpha, prob=prob) for alpha, prob in itertools.product(alphas, probs)]
-    arms = (BASELINE, RESEEDED, *_arms(options, settings))
+    arms = (BASELINE, RESEEDED, *arms_of(options, settings))
     title = "Merge weight and probability"
     return Experiment("sweep-weight-probability", title, ((recipes(options)[1], arms),), _seeds(options, 3), "heat")
 
@@ -150,7 +151,7 @@ def sweep_weight_probability(options: Options) -> Experiment:
 def sweep_layers(options: Options) -> Experiment:
     """Figure 3a: how many of the first convolutions are left out."""
     settings = [Merging(skip_first=skip) for skip in ((0.0, 0.6) if options.quick else SKIPS)]
-    arms = (BASELINE, RESEEDED, *_arms(options, settings))
+    arms = (BASELINE, RESEEDED, *arms_of(options, settings))
     return Experiment("sweep-layers", "Layers left out", ((recipes(options)[1], arms),), _seeds(options, 3), "line")
 
 
@@ -158,7 +159,7 @@ def sweep_threshold(options: Options) -> Experiment:
     """Figure 3b: the similarity threshold, fixed and as z / sqrt(D)."""
     fixed, scaled = ((-1.0, 0.3), (3.0,)) if options.quick else (THRESHOLDS, Z_VALUES)
     settings = [Merging(threshold=value) for value in fixed] + [Merging(z=value) for value in scaled]
-    arms = (BASELINE, RESEEDED, *_arms(options, settings))
+    arms = (BASELINE, RESEEDED, *arms_of(options, settings))
     return Experiment(
         "sweep-threshold", "Similarity threshold", ((recipes(options)[1], arms),), _seeds(options, 3), "line"
     )
@@ -168,7 +169,7 @@ def partner_rules(options: Options) -> Experiment:
     """Which filter is the partner: a random one (the paper), one above the threshold, the most similar one."""
     z_values = (4.0,) if options.quick else (3.0, 5.0)
     settings = [Merging(z=z, partner=rule) for z in z_values for rule in ("random", "similar", "nearest")]
-    arms = (BASELINE, RESEEDED, *_arms(options, settings))
+    arms = (BASELINE, RESEEDED, *arms_of(options, settings))
     return Experiment("partner-rules", "Partner rules", ((recipes(options)[1], arms),), _seeds(options, 3))
 
 
@@ -187,7 +188,7 @@ def _sequence(options: Options, name: str, title: str, model: str) -> Experiment
     # SGD at these rates does not train them.
     recipe = dataclasses.replace(recipe, optimizer="adam", high=1e-3, middle=1e-4, low=1e-5, weight_decay=0.0)
     settings = [Merging(include_linear=True), Merging(z=4.0, include_linear=True), Merging(z=2.0, include_linear=True)]
-    arms = (BASELINE, RESEEDED, *_arms(options, settings[: 2 if options.quick else 3]))
+    arms = (BASELINE, RESEEDED, *arms_of(options, settings[: 2 if options.quick else 3]))
     return Experiment(name, title, ((recipe, arms),), _seeds(options, 3))
 
 

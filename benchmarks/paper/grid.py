@@ -65,7 +65,7 @@ def execute(runs: Sequence[Run], where: Where) -> None:
         ValueError: the data or corruptions of a recipe cannot be used, before anything is trained.
     """
     with _ranks(where) as rank:
-        pending = [run for run in dict.fromkeys(runs) if not (where.out / run.file()).exists()]
+        pending = [run for run in dict.fromkeys(runs) if not _is_done(run, where.out)]
         if dist.is_initialized():
             shared = [pending]
             dist.broadcast_object_list(shared, src=0)  # no rank may see a file that another one did not
@@ -85,6 +85,11 @@ def execute(runs: Sequence[Run], where: Where) -> None:
                 for run in _do(task, where):
                     bar.update()
                     bar.set_postfix_str(f"{run.recipe.name} {run.arm.label()} seed {run.seed}"[:60], refresh=False)
+
+
+def _is_done(run: Run, out: Path) -> bool:
+    path = out / run.file()
+    return path.exists() and (path.with_suffix(".npz").exists() or not run.keep_scores)
 
 
 def _bar(total: int, disable: bool = False) -> Any:

@@ -10,6 +10,7 @@ not used.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import random
 import re
@@ -24,6 +25,7 @@ import torch
 from inmerge_fast.demo_data import require
 
 PACKAGE = "medmnistc"
+TRIED = 8  # images, by check: where stains and bubbles fit is a matter of chance
 SAME_IMAGES = {"chestxray14": "chestmnist"}
 HOW_TO_INSTALL = (
     "install it with pip install --no-deps, with opencv-python-headless, scikit-image, wand, the system's ImageMagick "
@@ -31,19 +33,28 @@ HOW_TO_INSTALL = (
 )
 
 
-def _design(data_name: str) -> tuple[dict[str, Any], bool]:
-    """The corruptions designed for a data set, each with its parameters, and whether its images are coloured."""
+def registry() -> Any:
+    """The package's list of corruptions.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     try:
-        from medmnistc.corruptions import registry
+        return importlib.import_module(f"{PACKAGE}.corruptions.registry")
     except (ImportError, RuntimeError, OSError) as error:  # no package; a torchvision or ImageMagick that does not fit
         raise ValueError(f"{PACKAGE} cannot be imported ({error}); {HOW_TO_INSTALL}") from error
+
+
+def _design(data_name: str) -> tuple[dict[str, Any], bool]:
+    """The corruptions designed for a data set, each with its parameters, and whether its images are coloured."""
+    designed = registry()
     key = re.sub(r"_\d+$", "", data_name)
     key = SAME_IMAGES.get(key, key)
-    if key not in registry.CORRUPTIONS_DS:
+    if key not in designed.CORRUPTIONS_DS:
         raise ValueError(
-            f"{PACKAGE} has no corruptions for {data_name!r}, only for {', '.join(registry.CORRUPTIONS_DS)}"
+            f"{PACKAGE} has no corruptions for {data_name!r}, only for {', '.join(designed.CORRUPTIONS_DS)}"
         )
-    return registry.CORRUPTIONS_DS[key], registry.DATASET_RGB[key]
+    return designed.CORRUPTIONS_DS[key], designed.DATASET_RGB[key]
 
 
 def names(data_name: str) -> tuple[str, ...]:
@@ -57,18 +68,21 @@ def names(data_name: str) -> tuple[str, ...]:
 
 def version() -> str:
     """The package and its version, for result files."""
-    return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
+    try:
+        return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{PACKAGE} (of unknown version)"
 
 
 def check(images: torch.Tensor, data_name: str) -> None:
-    """Try every corruption of a data set at every severity on the first of its images, see :func:`corrupt`.
+    """Try every corruption of a data set at every severity on some of its images, see :func:`corrupt`.
 
     Raises:
         ValueError: the package cannot be imported, has none for this set, or one fails on such images.
     """
     for name in names(data_name):
         for severity in range(1, 6):
-            corrupt(images[:1], data_name, name, severity)
+            corrupt(images[:TRIED], data_name, name, severity)
 
 
 def corrupt(images: torch.Tensor, data_name: str, name: str, severity: int) -> torch.Tensor:

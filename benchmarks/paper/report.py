@@ -11,13 +11,15 @@ from .experiments import EXPERIMENTS
 from .figures import write_figures
 from .tables import SHOWN, difference_text, markdown, rows_of, write_tables
 
+MOST_NAMED = 4  # gains or losses that a sentence names; more are counted
 ORDER = [*EXPERIMENTS, "search", "confirm"]
 HEAD = """# Does in-model merging help? What these experiments found
 
 Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, one JSON per run. How
 runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
 [protocol.py](protocol.py): all arms of a seed start from the same backbone, see the same images in the same order for
-the same number of epochs, keep the weights of their last epoch, and no setting is chosen on what is reported.
+the same number of epochs, and keep the weights of their last epoch. Tables of test images choose nothing; the one
+setting that was followed up from such a table is named as that.
 
 """
 LIMITS = """## Limits
@@ -26,9 +28,10 @@ LIMITS = """## Limits
   put together from public copies of the images: its counts are the official ones per split, its order is not, so its
   MD5 differs from MedMNIST's; 8 images occur in both the training and the validation part. Not run: PathMNIST,
   DermaMNIST, BloodMNIST, ChestX-ray14, any size above 28.
-- **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm); where a table says so, a small
-  vision transformer or a small Mamba. Not run: the paper's ImageNet-pretrained VGG19 at 224 px, ResNets and
-  DenseNets. What is said here says nothing about them.
+- **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm); where a table says so, a ResNet-18
+  of a quarter of the width (0.7 M), a small vision transformer or a small Mamba. Not run: the paper's
+  ImageNet-pretrained VGG19 at 224 px, ResNets of full width and DenseNets. What is said here says nothing about them.
+  In the transformer and the Mamba, rows of the classifier may merge, too; in none of the runs did one.
 - **Seeds.** As the tables say: 20 in the confirmation, else 2 to 8, so that intervals are wide and only large
   effects show. What any number of seeds shows is what merges and what collapses. The sweeps are looks around, on
   the test images and without a plan: a gain in one of them is where to look next, not a finding. The one that was
@@ -116,7 +119,12 @@ def _sentence(rows: Sequence[Row]) -> str:
     else:
         counts = f"{_count(len(gains), 'gain')} and {_count(len(losses), 'loss')}"
         text += f"{compared} comparisons with the baseline: {counts} after Holm's correction"
-    text += f" (gains: {'; '.join(gains)})" if gains else ""
+    few = [
+        f"{name}: {'; '.join(one)}"
+        for name, one in (("gains", gains), ("losses", losses))
+        if 0 < len(one) <= MOST_NAMED
+    ]
+    text += f" ({'; '.join(few)})" if few else ""
     text += "."
     idle = [row.label for row in settings if row.identical == row.n]
     if idle:
@@ -137,7 +145,7 @@ def _unconfirmed(plan: Path) -> str:
         return ""
     label, best = max(content["search"].items(), key=lambda item: item[1]["d_mean"])
     return (
-        f"**confirm**, {content['recipe']['name']}: nothing to confirm, so the test images were not looked at. The "
+        f"**confirm**, {content['recipe']['name']}: nothing to confirm, so no look at the test images followed. The "
         f"plan's rule: {content['rule']}. None of the {len(content['search'])} settings of the search is; the best is "
         f"{label} with {best['d_mean']:+.2f} points."
     )
@@ -155,4 +163,6 @@ def _confirmation(path: Path) -> str:
             f"{'confirmed' if one['confirmed'] else 'not confirmed'}"
         )
     recipe = path.stem.split(".", 1)[1]
-    return f"**confirm**, {recipe}: one look at the test images with fresh seeds. {'; '.join(lines)}."
+    chosen = json.loads((path.parent / f"plan.{recipe}.json").read_text())["rule"]
+    text = f"**confirm**, {recipe}: fresh seeds on the test images. The plan's rule: {chosen}. {'; '.join(lines)}."
+    return text + "".join(f" In the same runs: {_sentence(rows)}" for _, rows in rows_of(path) if rows)

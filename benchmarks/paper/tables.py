@@ -114,7 +114,7 @@ def setup_of(rows: Sequence[Row], results: Any, recipe: str, manifest: Mapping[s
         f"{values['arm_epochs']} in every arm (to {values['low']:g}); corruptions{whose} at severities "
         f"{', '.join(map(str, values['severities']))}; {about['device']}, torch {about['torch']}."
     )
-    published = MEDMNIST.get(one["data"]["name"])
+    published = MEDMNIST.get(one["data"]["name"].split("_")[0])
     if published:
         text += " The paper's accuracy: {:.3f} ± {:.3f} without and {:.3f} ± {:.3f} with merging.".format(
             *published[0], *published[1]
