@@ -19,9 +19,10 @@ from benchmarks.paper import confirm, grid, protocol, report
 from benchmarks.paper.__main__ import main, show
 from benchmarks.paper.compare import compare
 from benchmarks.paper.config import BASELINE, RESEEDED, Arm, Merging, Run
-from benchmarks.paper.experiments import EXPERIMENTS, Experiment, Options
+from benchmarks.paper.experiments import EXPERIMENTS, Experiment, Options, recipes
 from benchmarks.paper.grid import Where, execute, load_result
 from benchmarks.paper.published import CHESTXRAY14
+from benchmarks.paper.tables import write_manifest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -88,13 +89,26 @@ def test_table_shows_what_the_files_say(finished):
 @pytest.mark.parametrize("figure", ["line", "heat"])
 def test_other_figures_repeat(finished, tmp_path, figure):
     from benchmarks.paper.figures import write_figures
-    from benchmarks.paper.tables import write_manifest
 
     path = write_manifest(experiment(figure=figure), finished)
     first = [one.read_bytes() for one in write_figures(path)]
     assert [one.read_bytes() for one in write_figures(path)] == first
     write_manifest(experiment(), finished)
     write_figures(path)
+
+
+def test_fewer_seeds_and_other_options_leave_tables_alone(finished):
+    manifest = finished / f"partner-rules.{FAST.name}.json"
+    before = manifest.read_bytes()
+    assert write_manifest(experiment(seeds=1), finished) == manifest
+    assert manifest.read_bytes() == before
+    usual = {recipe.name for recipe in recipes(Options())}
+    assert usual == {"digits-ordinary", "digits-strong-decay"}
+    assert {recipe.name for recipe in recipes(Options(batch_size=32, seeds=2))} == usual  # the default, spelt out
+    others = [{"arm_epochs": 2}, {"batch_size": 16}, {"bf16": True}, {"in_validation": True}, {"micro_batches": 2},
+              {"weights": "a.pth, md5 0"}, {"weights": "a.pth, md5 1"}, {"arm_epochs": 3}]  # fmt: skip
+    names = {recipes(Options(**changed))[0].name for changed in others}
+    assert len(names | usual) == len(others) + 2
 
 
 def test_damaged_results_are_named(finished, tmp_path):

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import BACKBONE, BASELINE, OWN, PAPER, RESEEDED, Arm, Merging, Recipe, Run
+from .config import BACKBONE, BASELINE, OWN, PAPER, RESEEDED, Arm, Merging, Recipe, Run, digest
 
 THRESHOLDS = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.5)
 Z_VALUES = (2.0, 3.0, 4.0, 6.0)
 ALPHAS, PROBS = (0.5, 0.8, 0.95), (0.05, 0.3, 0.5)
+SWITCHES = ("weights", "bf16", "each_forward", "in_validation", "micro_batches")
 SKIPS = (0.0, 0.25, 0.5, 0.6, 0.75)  # share of the convolutions left out
 
 
@@ -95,12 +96,16 @@ def recipes(options: Options) -> tuple[Recipe, Recipe]:
     }  # fmt: skip
     if options.quick:
         values |= {"backbone_epochs": 1, "arm_epochs": 1, "severities": (3,), "limit": 96}
+    changed: dict[str, object] = {
+        key: getattr(options, key) for key in SWITCHES if getattr(options, key) != getattr(Options, key)
+    }
     for key in ("backbone_epochs", "arm_epochs", "batch_size"):
-        if getattr(options, key) is not None:
-            values[key] = getattr(options, key)
+        if getattr(options, key) not in (None, values[key]):
+            changed[key] = values[key] = getattr(options, key)
     suffix = "" if values["model"] == "vgg8" else f"-{str(values['model']).replace(':', '_')}"
     suffix += "" if options.corruptions == OWN else f"-{options.corruptions}"
     suffix += "-quick" if options.quick else ""
+    suffix += f"-{digest(changed)}" if changed else ""  # or its tables would take the place of the usual ones
     ordinary = Recipe(name=f"{name}{suffix}-ordinary", high=0.05, middle=0.005, weight_decay=5e-4, **values)  # type: ignore[arg-type]
     strong = Recipe(name=f"{name}{suffix}-strong-decay", high=0.1, middle=0.01, weight_decay=5e-3, **values)  # type: ignore[arg-type]
     return ordinary, strong

@@ -38,7 +38,7 @@ def manifest_name(experiment: Experiment) -> str:
 
 
 def write_manifest(experiment: Experiment, out: Path) -> Path:
-    """Say which runs belong to an experiment."""
+    """Say which runs belong to an experiment. A manifest of the same arms with more seeds stays as it is."""
     groups = [
         {
             "recipe": recipe.name,
@@ -51,6 +51,11 @@ def write_manifest(experiment: Experiment, out: Path) -> Path:
                "split": experiment.split, "groups": groups}  # fmt: skip
     path = out / f"{manifest_name(experiment)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        files = [arm for group in json.loads(path.read_text())["groups"] for arm in group["files"]]
+        fewer = [arm for group in groups for arm in group["files"]]
+        if len(files) == len(fewer) and all(set(a) > set(b) for a, b in zip(files, fewer, strict=True)):
+            return path
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
