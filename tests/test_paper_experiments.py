@@ -270,6 +270,11 @@ def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monk
     assert (idle["d_mean"], idle["bootstrap_low"], idle["bootstrap_high"], idle["confirmed"]) == (0, 0, 0, False)
     assert all(one["seeds"] == 2 for one in verdict.values())
     assert "**confirm**" in report.write(where.out).read_text()
+    # Scores are not committed: where they are missing, runs are made again.
+    for path in (next(where.out.glob("confirm.*.result.json")), next(where.out.glob("*/*/test-101.npz"))):
+        path.unlink()
+    confirm.confirm(options, where)
+    assert json.loads(next(where.out.glob("confirm.*.result.json")).read_text()) == verdict
     monkeypatch.setattr(confirm, "execute", None)
     confirm.confirm(options, where)  # one look is one look
     assert "confirmed already" in capsys.readouterr().out

@@ -12,8 +12,6 @@ import numpy.typing as npt
 
 from inmerge_fast.demo_data import require
 
-from .config import OWN
-
 LEVEL = 0.95
 FEWEST = 3  # pairs for an interval
 # Column title and place in a result file of what is compared, all in [0, 1] and shown in percent.
@@ -155,8 +153,8 @@ def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, A
         for what, one, other in (
             ("backbone", result["digests"]["backbone"], partner["digests"]["backbone"]),
             ("data", result["data"], partner["data"]),
-            ("recipe", _recipe(result), _recipe(partner)),
-            ("source of corruptions", result.get("corruptions", OWN), partner.get("corruptions", OWN)),
+            ("recipe", result["recipe"], partner["recipe"]),
+            ("source of corruptions", result["corruptions"], partner["corruptions"]),
         ):
             if one != other:
                 raise ValueError(f"{arm['label']}, seed {result['seed']}: another {what} than the baseline's")
@@ -180,10 +178,6 @@ def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, A
         identical=identical,
         merging=arm["merging"],
     )
-
-
-def _recipe(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {"corruptions": OWN, **result["recipe"]}  # files from before there was a choice have no word on it
 
 
 def two_level_bootstrap(

@@ -20,7 +20,7 @@ from .config import BASELINE, Arm, Merging, Recipe, Run
 from .experiments import Experiment, Options, arms_of, recipes
 from .grid import Where, execute, is_leader, load_result
 from .metrics import auc
-from .tables import manifest_name, markdown, read_manifest, write_manifest, write_tables
+from .tables import manifest_name, markdown, write_manifest, write_tables
 
 CANDIDATES = (
     Merging(z=3.0),
@@ -82,8 +82,7 @@ def plan(options: Options, where: Where) -> None:
         raise ValueError(
             f"the search is not complete: {len(missing)} runs are missing, as {missing[0]}; run search first"
         )
-    manifest = write_manifest(experiment, where.out)  # the one that is there may be of other options
-    rows = compare(read_manifest(manifest)[1][0])[1:]
+    rows = compare(_results(experiment, where.out))[1:]
     ranked = sorted(zip(rows, CANDIDATES, strict=True), key=lambda pair: -pair[0].difference[METRIC].mean)
     chosen = [setting for row, setting in ranked if row.difference[METRIC].mean > 0 and not row.collapsed][
         :MOST_CONFIRMED
@@ -138,6 +137,13 @@ def confirm(options: Options, where: Where) -> None:
     print(json.dumps(verdict(experiment, where.out), indent=1))
 
 
+def _results(experiment: Experiment, out: Path) -> list[list[dict[str, Any]]]:
+    """Results of every arm of an experiment with one recipe, a list each."""
+    ((recipe, arms),) = experiment.groups
+    runs = [[Run(recipe, arm, seed, experiment.split) for seed in experiment.seeds] for arm in arms]
+    return [[load_result(out / run.file()) for run in each] for each in runs]
+
+
 def result_path(experiment: Experiment, out: Path) -> Path:
     """Where the verdict is written."""
     return out / f"{manifest_name(experiment)}.result.json"
@@ -148,7 +154,7 @@ def verdict(experiment: Experiment, out: Path) -> dict[str, Any]:
     (recipe, arms) = experiment.groups[0]
     one: dict[Arm, list[Run]] = {arm: [Run(recipe, arm, seed) for seed in experiment.seeds] for arm in arms}
     scores = {arm: [np.load((out / run.file()).with_suffix(".npz")) for run in runs] for arm, runs in one.items()}
-    results = {arm: [load_result(out / run.file()) for run in runs] for arm, runs in one.items()}
+    results = dict(zip(arms, _results(experiment, out), strict=True))
     labels = scores[arms[0]][0]["labels"]
     names = [key for key in scores[arms[0]][0].files if key not in ("labels", "clean") and not key.startswith("noise-")]
     tested: list[tuple[Arm, Paired, tuple[float, float, float]]] = []

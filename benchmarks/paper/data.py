@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,11 @@ def load(spec: str, *, size: int | None = None, root: str | Path | None = None) 
         if spec == "chestxray14" or path.is_dir():
             return load_chestxray14(path if path.is_dir() else folder / spec, size=size or 224)
     return _medmnist(spec, size or 28, folder)
+
+
+def without_size(name: str) -> str:
+    """The name of a data set without the size of its images: ``pathmnist`` of ``pathmnist_224``."""
+    return re.sub(r"_\d+$", "", name)
 
 
 def _digits() -> DataSet:

@@ -13,8 +13,9 @@ from .config import BACKBONE, BASELINE, OWN, PAPER, RESEEDED, Arm, Merging, Reci
 THRESHOLDS = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.5)
 Z_VALUES = (2.0, 3.0, 4.0, 6.0)
 ALPHAS, PROBS = (0.5, 0.8, 0.95), (0.05, 0.3, 0.5)
-SWITCHES = ("weights", "bf16", "each_forward", "in_validation", "micro_batches")
 SKIPS = (0.0, 0.25, 0.5, 0.6, 0.75)  # share of the convolutions left out
+# Options that change the runs and have no word of their own in the name of a recipe.
+SWITCHES = ("weights", "bf16", "each_forward", "in_validation", "micro_batches")
 
 
 @dataclass(frozen=True)

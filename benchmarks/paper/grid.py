@@ -19,7 +19,7 @@ import torch.distributed as dist
 from inmerge_fast.demo_data import require
 
 from . import protocol
-from .config import Recipe, Run, digest
+from .config import OWN, Recipe, Run, digest
 from .data import load
 
 POLL_SECONDS = 1.0
@@ -226,4 +226,6 @@ def load_result(path: Path) -> dict[str, Any]:
     missing = {"recipe", "arm", "seed", "data", "digests", "metrics", "filters"} - set(result)
     if missing:
         raise ValueError(f"{path}: is not a result: {', '.join(sorted(missing))} missing; delete it and run again")
+    for values in (result, result["recipe"]):
+        values.setdefault("corruptions", OWN)  # files from before there was a choice have no word on it
     return result

@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import random
-import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +22,8 @@ import numpy as np
 import torch
 
 from inmerge_fast.demo_data import require
+
+from .data import without_size
 
 PACKAGE = "medmnistc"
 TRIED = 8  # images, by check: where stains and bubbles fit is a matter of chance
@@ -48,7 +49,7 @@ def registry() -> Any:
 def _design(data_name: str) -> tuple[dict[str, Any], bool]:
     """The corruptions designed for a data set, each with its parameters, and whether its images are coloured."""
     designed = registry()
-    key = re.sub(r"_\d+$", "", data_name)
+    key = without_size(data_name)
     key = SAME_IMAGES.get(key, key)
     if key not in designed.CORRUPTIONS_DS:
         raise ValueError(

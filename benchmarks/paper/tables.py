@@ -17,6 +17,7 @@ from typing import Any
 from .chestxray import LABELS
 from .compare import METRICS, Paired, Row, compare
 from .config import OWN, Run
+from .data import without_size
 from .experiments import Experiment
 from .grid import load_result
 from .published import CHESTXRAY14, CHESTXRAY14_COLUMNS, MEDMNIST
@@ -110,7 +111,7 @@ def setup_of(rows: Sequence[Row], results: Any, recipe: str, manifest: Mapping[s
     one = results[index][0][0]
     values, about = one["recipe"], one["environment"]
     counts = "/".join(map(str, one["data"]["images"]))
-    whose = "" if one.get("corruptions", OWN) == OWN else f" of {one['corruptions']}"  # files from before have no word
+    whose = "" if one["corruptions"] == OWN else f" of {one['corruptions']}"
     text = (
         f"{one['data']['name']} ({counts} training/validation/test images), measured on the {manifest['split']} "
         f"images; {values['model']}, {values['optimizer']}, batch {values['batch_size']}, weight decay "
@@ -119,7 +120,7 @@ def setup_of(rows: Sequence[Row], results: Any, recipe: str, manifest: Mapping[s
         f"{values['arm_epochs']} in every arm (to {values['low']:g}); corruptions{whose} at severities "
         f"{', '.join(map(str, values['severities']))}; {about['device']}, torch {about['torch']}."
     )
-    published = MEDMNIST.get(one["data"]["name"].split("_")[0])
+    published = MEDMNIST.get(without_size(one["data"]["name"]))
     if published:
         text += " The paper's accuracy: {:.3f} ± {:.3f} without and {:.3f} ± {:.3f} with merging.".format(
             *published[0], *published[1]
