@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import CYCLES_PER_SECOND, WARM_UP, cold_cache, quantiles
+from benchmarks.timing import CYCLES_PER_SECOND, WARM_UP, cold_cache, means_of, quantiles
+from inmerge_fast.draw_ahead import DRAW_AHEAD
 
-AHEAD = 10  # calls queued behind a sleeping device: few enough that the queue never fills, which would stop the host
+AHEAD = 12  # calls queued behind a sleeping device: few enough that the queue never fills, which would stop the host
 ASLEEP = 0.03  # seconds; longer than the host needs to queue AHEAD calls
 PROFILED_CALLS = 20
 
 
 @dataclass(frozen=True)
 class DeviceTimes:
-    """Seconds per call: on the device from the first launch's start to the last one's end, and on the host."""
+    """Seconds per call: on the device from the first launch's start to the last one's end, and on the host.
+
+    Each a mean of ``DRAW_AHEAD`` calls in a row, one of which draws for all of them.
+    """
 
     device: list[float]
     host: list[float]
@@ -51,7 +55,8 @@ def device_times(call: Callable[[int], object], device: torch.device, repeats: i
             end.record()
             events.append((start, end))
     torch.cuda.synchronize(device)
-    return DeviceTimes([start.elapsed_time(end) * 1e-3 for start, end in events], host)
+    times = [start.elapsed_time(end) * 1e-3 for start, end in events]
+    return DeviceTimes(means_of(times, DRAW_AHEAD), means_of(host, DRAW_AHEAD))
 
 
 def kernel_times(call: Callable[[int], object], device: torch.device) -> dict[str, float]:

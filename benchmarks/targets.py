@@ -121,28 +121,36 @@ def match_targets(found: Sequence[Results]) -> list[Target]:
 
 
 def host_targets(found: Sequence[Results]) -> list[Target]:
-    """Targets of ``bench_host``. Over a driver that does nothing, its own 2 to 3 us a launch are missing."""
+    """Targets of ``bench_host``, times machine by machine, since they are the processor's.
+
+    Over a driver that does nothing, its own 2 to 3 us a launch are missing.
+    """
     measured = _of(found, "host", on_gpu=True) or _of(found, "host", on_gpu=False)
-    over_stub = any(row["driver"] == "stub" for results in measured for row in results.rows)
-    where = "over a driver that does nothing, " + NOT_MEASURED if over_stub else ""
-
-    rows = [row for results in measured for row in results.pick(part="merge_")]
-
-    def slowest(low: int, high: int) -> float | None:
-        nets = [row for row in rows if row["target"] != "conv"]
-        return _worst(row["host_us"] for row in nets if low <= row["layers"] <= high)
 
     def most_launches(part: str) -> float | None:
         return _worst(row.get("launches") for results in measured for row in results.pick(part=part))
 
-    return [
-        Target("launches of `merge_`, whatever the number of layers", 3, most_launches("merge_")),
-        Target("launches of a step that was drawn ahead", 2, most_launches("InMerge.step")),
-        Target("host time of a call, one convolution", 15,
-               _worst(row["host_us"] for row in rows if row["target"] == "conv"), " µs", where=where),
-        Target("host time of a call, up to 50 layers", 35, slowest(1, 50), " µs", where=where),
-        Target("host time of a call, up to 110 layers", 60, slowest(51, 110), " µs", where=where),
-    ]  # fmt: skip
+    targets = [
+        Target("launches of `merge_` at most, whatever the number of layers", 3, most_launches("merge_")),
+        Target("launches of a step at most, where draws run ahead", 2, most_launches("InMerge.step")),
+    ]
+    for results in measured:
+        rows = results.pick(part="merge_")
+        stub = any(row["driver"] == "stub" for row in rows)
+        where = f"{results.device}, commit {results.environment['commit']}"
+        where += f", over a driver that does nothing, {NOT_MEASURED}" if stub else ""
+        conv = [row["host_us"] for row in rows if row["target"] == "conv"]
+        up_to_50, up_to_110 = (
+            [row["host_us"] for row in rows if row["target"] != "conv" and low < row["layers"] <= high]
+            for low, high in ((0, 50), (50, 110))
+        )
+        targets += [
+            Target(f"host time of a call, {of}", bound, _worst(times), " µs", where=where)
+            for of, bound, times in (
+                ("one convolution", 15, conv), ("up to 50 layers", 35, up_to_50), ("up to 110 layers", 60, up_to_110)
+            )
+        ]  # fmt: skip
+    return targets
 
 
 def training_targets(found: Sequence[Results]) -> list[Target]:

@@ -105,6 +105,13 @@ def time_interleaved(
     return samples
 
 
+def means_of(seconds: Iterable[float], count: int) -> list[float]:
+    """Means of ``count`` samples in a row each, for calls of which one in so many does what the others find done."""
+    values = np.fromiter(seconds, float)
+    whole = len(values) // count
+    return np.mean(values[: whole * count].reshape(whole, count), axis=1).tolist() if whole else [float(values.mean())]
+
+
 def quantiles(seconds: Iterable[float], name: str) -> dict[str, float]:
     """Median and 20 / 80 % quantiles in microseconds, as ``name_us``, ``name_q20_us`` and ``name_q80_us``."""
     low, middle, high = np.quantile(np.fromiter(seconds, float) * 1e6, [0.2, 0.5, 0.8])

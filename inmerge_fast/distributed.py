@@ -175,7 +175,6 @@ class ShardedPlan(MergePlan):
         alpha: float,
         thresholds: Sequence[float],
         partner: str,
-        next_draw: object = None,
     ) -> MergeStats:
         """Merge in place, see :func:`inmerge_fast.merge.merge_plan_`; all ranks must call it."""
         coin, partners = self.draw(seed, step, prob)

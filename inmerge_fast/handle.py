@@ -48,14 +48,14 @@ class Handle:
         self._run: Any = None
         self._fixed: tuple[Any, ...] = ()
 
-    def launch(self, programs: int, stream: int, tensors: Arguments, numbers: tuple[Any, ...]) -> None:
-        """Launch ``programs`` programs on ``stream`` with the kernel's arguments in order: tables, then numbers."""
+    def launch(self, grid: tuple[int, int], stream: int, tensors: Arguments, numbers: tuple[Any, ...]) -> None:
+        """Launch a ``grid`` of programs on ``stream`` with the kernel's arguments in order: tables, then numbers."""
         if self._run is None:
             if not isinstance(self._kernel, triton.JITFunction):  # interpreted
-                self._kernel[(programs,)](*tensors, *numbers, **self._constants)
+                self._kernel[grid](*tensors, *numbers, **self._constants)
                 return
             self._compile(tensors, numbers)
-        self._run(programs, 1, 1, stream, *self._fixed, *tensors.pointers, *numbers, *self._values)
+        self._run(*grid, 1, stream, *self._fixed, *tensors.pointers, *numbers, *self._values)
 
     def compile(self, tensors: Arguments, numbers: tuple[Any, ...]) -> None:
         """Compile for launches with such arguments, unless that is done, without launching anything."""

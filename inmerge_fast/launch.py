@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import triton
 
 from .candidates import MergeLayer
 from .draw import coin_threshold
+from .draw_ahead import DRAW_AHEAD, Drawn, next_draw
 from .handle import Arguments, Handle, check_not_capturing, merge_options
 from .kernels import tables
 from .kernels.count import _count_kernel
@@ -23,7 +23,7 @@ from .kernels.merge import _merge_kernel
 from .kernels.prepare import _prepare_kernel
 from .launch_match import Matcher
 from .layer_table import layer_table
-from .results import RESULT_SLOTS, Results
+from .results import SLOTS, Results
 
 ROW_BLOCK = 256  # rows per program of the draw and the count
 SCRATCH_SHARE = 0.12  # of the layers' bytes, at prob 0.3; merged rows with readers need 8 % on average
@@ -33,6 +33,26 @@ PROGRAMS_PER_SM = 8
 _NOTHING = contextlib.nullcontext()
 MAX_ELEMENTS = 2**31 - 2**10  # per filter: the last block of one begins and ends within 31 bits
 MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
+
+
+class Slot(NamedTuple):
+    """A call's share of the buffers that several calls have at a time, ``(rows,)`` padded to a multiple of 16 each.
+
+    Attributes:
+        partner: int32, each row's partner or -1.
+        readers: int32, how many active rows read each row.
+        active: int32, the active rows.
+        outcome: int8, what became of each row (``kernels/tables.py``).
+        similarity: float32, of active rows.
+        state: int32 ``(STATE_WORDS,)``.
+    """
+
+    partner: torch.Tensor
+    readers: torch.Tensor
+    active: torch.Tensor
+    outcome: torch.Tensor
+    similarity: torch.Tensor
+    state: torch.Tensor
 
 
 class Launcher:
@@ -65,27 +85,28 @@ class Launcher:
         self.layer_table = zeros(*table.shape, dtype=torch.int64).copy_(torch.from_numpy(table))
         row_layer = np.repeat(np.arange(len(layers), dtype=np.int32), np.diff(row_start))
         self.row_layer = zeros(rows).copy_(torch.from_numpy(row_layer))
-        self.partner, self.readers, self.active = zeros(rows), zeros(rows), zeros(rows)
-        # A draw that counts takes these in turns: it counts in one and zeroes the other (kernels/draw.py).
-        self.counted_even, self.counted_odd = zeros(rows), zeros(rows)
         self.counter, self.slot, self.deferred = zeros(rows), zeros(rows), zeros(rows)
-        self.state = zeros(tables.STATE_WORDS.value)
         self.call = zeros(tables.CALL_WORDS.value, dtype=torch.int64)
         self.totals = zeros(2)
         self.totals[tables.LARGEST_KEY.value] = -(2**31)
         padded = -(-rows // 16) * 16  # so that every slot begins at a multiple of 16 bytes
-        self.similarity = zeros(RESULT_SLOTS, padded, dtype=torch.float32)
-        self.outcome = zeros(RESULT_SLOTS, padded, dtype=torch.int8)
+        self.partner, self.readers, self.active = (zeros(SLOTS, padded) for _ in range(3))
+        self.outcome = zeros(SLOTS, padded, dtype=torch.int8)
+        self.similarity = zeros(SLOTS, padded, dtype=torch.float32)
+        self.state = zeros(SLOTS, tables.STATE_WORDS.value)
+        of_slots = (self.partner, self.readers, self.active, self.outcome, self.similarity, self.state)
+        self.slots = [Slot(*(tensor[index] for tensor in of_slots)) for index in range(SLOTS)]
+        self._draw_tables = Arguments(self.layer_table, self.row_layer, *of_slots[:4], self.state, self.call)
         self.scratch = zeros(0, dtype=torch.int8)
-        self.calls = -1
-        self.drawn_ahead = -1  # the latest call whose draw came before it, and so took its slot
+        self.calls = -1  # number of the latest
+        self.taken = 0  # the calls before this one have taken their slots, those that are drawn ahead included
+        self._drawn: Drawn | None = None
+        self._clean = range(SLOTS)  # the calls whose slots a draw may count in: their readers and state are zero
         self._thresholds: tuple[float, ...] | None = None
         self._reserved_prob = -1.0  # the prob that scratch is large enough for
         self._captured_scratch: list[torch.Tensor] = []
-        self._drawn: tuple[int, int, int, bool] | None = None  # what the next call finds drawn, and whether counted
-        self._turn = 0  # of the draw that counts
         self._has_captured = False  # replays of a graph come unseen, between any two calls
-        self._may_capture = self._capturing = False
+        self._may_capture = False
         kinds = table[:, tables.KIND.value]
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
@@ -99,23 +120,27 @@ class Launcher:
             "SEM": "acq_rel",
             "NAIVE": False,
         }
-        self._draw = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False, "COUNT": True}, {})
-        self._draw_only = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": False, "COUNT": False}, {})
-        self._draw_from_memory = Handle(_draw_kernel, {"BLOCK": ROW_BLOCK, "IN_MEMORY": True, "COUNT": False}, {})
+        drawing = {"BLOCK": ROW_BLOCK, "SLOTS": SLOTS}
+        self._draw = Handle(_draw_kernel, drawing | {"IN_MEMORY": False, "COUNT": True}, {})
+        self._draw_only = Handle(_draw_kernel, drawing | {"IN_MEMORY": False, "COUNT": False}, {})
+        self._draw_from_memory = Handle(_draw_kernel, drawing | {"IN_MEMORY": True, "COUNT": False}, {})
         self._prepare = Handle(_prepare_kernel, {}, {})
         self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": False}, {})
         self._count_matched = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": True}, {})
         self._layers, self._zeros = layers, zeros
         self._matcher: Matcher | None = None
-        self._counts: dict[bool, Arguments] = {}
+        self._counts: dict[tuple[int, bool], Arguments] = {}
         self._merges: dict[tuple[tuple[str, Any], ...], Handle] = {}
         self._stream: int | None = None
-        self._cut_short = False
         self._row_blocks = triton.cdiv(rows, ROW_BLOCK)
         self.programs = 4  # the interpreter runs them one after the other
         if self.on_gpu:
             self.programs = torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
         self.programs = min(self.programs, rows)
+
+    def slot_of(self, call: int) -> Slot:
+        """The slot of a call, which later calls use again."""
+        return self.slots[call % SLOTS]
 
     def reserve_scratch(self, prob: float) -> None:
         """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average.
@@ -133,27 +158,14 @@ class Launcher:
             with torch.inference_mode(False):
                 self.scratch = torch.empty(wanted, dtype=torch.int8, device=self.device)
         # Also where scratch is large enough already: the last time may have been interrupted between the two.
-        turns = itertools.product(range(RESULT_SLOTS), (0, 1, None))
-        self._tables = {(slot, turn): self._tables_of(slot, turn) for slot, turn in turns}
+        self._tables = [self._merge_tables(slot) for slot in self.slots]
         self._reserved_prob = enough
 
-    def _tables_of(self, slot: int, turn: int | None) -> tuple[Arguments, Arguments]:
-        """Tensor arguments of the draw and the merge that leave their results in ``slot``.
-
-        ``turn`` says which readers the draw counts in and which it zeroes; None is a draw that does not count.
-        """
-        similarity, outcome = self.similarity[slot], self.outcome[slot]
-        both = (self.counted_even, self.counted_odd)
-        readers, stale = (self.readers, self.readers) if turn is None else (both[turn], both[1 - turn])
-        return (
-            Arguments(
-                self.layer_table, self.row_layer, self.partner, readers, outcome, self.call, stale, self.active,
-                self.state,
-            ),
-            Arguments(
-                self.layer_table, self.row_layer, self.partner, readers, self.active, self.counter, self.slot,
-                self.deferred, self.state, self.scratch, similarity, outcome, self.totals, self.call,
-            ),
+    def _merge_tables(self, slot: Slot) -> Arguments:
+        """Tensor arguments of the merge of the call in ``slot``."""
+        return Arguments(
+            self.layer_table, self.row_layer, slot.partner, slot.readers, slot.active, self.counter, self.slot,
+            self.deferred, slot.state, self.scratch, slot.similarity, slot.outcome, self.totals, self.call,
         )  # fmt: skip
 
     def _threshold_argument(self, threshold: float | Sequence[float]) -> float:
@@ -196,12 +208,12 @@ class Launcher:
         threshold: float | Sequence[float],
         dry_run: bool,
         partner: str = "random",
-        next_draw: tuple[int, int, float] | None = None,
         **overrides: Any,
     ) -> Results:
-        """Draw and merge: two launches on the current stream, no synchronisation.
+        """Draw and merge on the current stream, no synchronisation.
 
-        Five with a partner rule; three in a CUDA graph and once one was captured.
+        That is two launches, or one where an earlier draw has drawn for this call, too (:mod:`.draw_ahead`). Five with
+        a partner rule; three in a CUDA graph and once one was captured.
 
         Args:
             seed: seed of the draw.
@@ -211,70 +223,51 @@ class Launcher:
             threshold: similarity that a pair must exceed, or one for each layer.
             dry_run: only measure.
             partner: the rule; other than "random" it takes three launches between draw and merge.
-            next_draw: seed, step and prob of the next call, if known: they are drawn after this merge, so that the next
-                call need not wait for its draw.
             **overrides: constants of the merge kernel, for tests; those of the match kernel are in ``match``.
         """
-        coin, random = coin_threshold(prob), partner == "random"
+        coin = coin_threshold(prob)
         with self.lock, self._on_device():
             stream = self.follow_current_stream()  # first: what is copied and zeroed here comes after earlier calls
-            self.reserve_scratch(prob if next_draw is None else max(prob, next_draw[2]))
+            self.reserve_scratch(prob)
             limit = self._threshold_argument(threshold)
-            if self._is_captured():
-                self._forget_drawn()
-            elif self.on_gpu and not self._may_capture:  # what a graph launches, it cannot compile
-                self._draw_only.compile(self._tables[0, None][0], (seed, step, coin, self.rows))
-                self._count.compile(self._counted(False), (self.rows,))
+            if self.on_gpu and not self._is_captured() and not self._may_capture:
+                # What a graph launches, it cannot compile.
+                self._draw_only.compile(self._draw_tables, (seed, step, 0, coin, self.rows, 0, 1))
+                self._count.compile(self._counted(0, False), (self.rows,))
                 self._may_capture = True
-            # The buffers of a draw that counts are taken in turns, which a graph cannot.
-            counts = random and not self._has_captured
-            self.calls += 1
-            slot = self.calls % RESULT_SLOTS
-            if self._drawn != (seed, step, coin, counts) or self.drawn_ahead != self.calls:
-                self._forget_drawn()
-                self._draw_rows(slot, stream, (seed, step, coin), counts)
-            self._cut_short, self._drawn = self._cut_short or counts, None
-            self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
-            if not counts:
-                self._count_drawn(stream, matched=not random)
-            turn = self._turn if counts else None
-            self._merge(slot, turn, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
-            if next_draw is not None and not self._has_captured:
-                ahead = (next_draw[0], next_draw[1], coin_threshold(next_draw[2]))
-                self.drawn_ahead = self.calls + 1
-                self._draw_rows((slot + 1) % RESULT_SLOTS, stream, ahead, random)
-                self._drawn, self._cut_short = (*ahead, random), False
-            return Results(self, self.calls)
+            call = self.calls = self.calls + 1
+            slot = call % SLOTS
+            if partner != "random" or self._has_captured:
+                self._draw_apart(self._draw_only, stream, slot, seed, step, coin)
+                self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
+                self._count_drawn(stream, slot, matched=partner != "random")
+            elif self._drawn is None or not self._drawn.serves(call, seed, step, coin):
+                self._draw_and_count(stream, next_draw(self._drawn, call, seed, step, coin))
+            self._merge(slot, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
+            return Results(self, call)
 
-    def _draw_rows(self, slot: int, stream: int, numbers: tuple[int, int, int], counts: bool) -> None:
-        """Draw, and count if ``counts``; what is counted must then be merged or forgotten."""
-        if not counts:
-            self._draw_only.launch(self._row_blocks, stream, self._tables[slot, None][0], (*numbers, self.rows))
-            return
-        self._begin()
-        turn = 1 - self._turn
-        self._draw.launch(self._row_blocks, stream, self._tables[slot, turn][0], (*numbers, self.rows))
-        self._turn = turn
+    def _draw_and_count(self, stream: int, draws: Drawn) -> None:
+        """Draw and count in one launch, for one call or for several."""
+        clean = self._clean
+        if draws.first < clean.start or draws.end > clean.stop:
+            # Other draws have counted there, for calls that did not come, or calls in between have left theirs.
+            self.readers.zero_()
+            self.state.zero_()
+            clean = range(draws.first, draws.first + SLOTS)
+        # Until the launch is queued nothing is known to be clean: an interrupt may come before or after.
+        self._clean, self._drawn, self.taken = range(0), None, max(self.taken, draws.end)
+        number = draws.end - draws.first
+        numbers = (draws.seed, draws.step, draws.stride or 0, draws.coin, self.rows, draws.first % SLOTS, number)
+        self._draw.launch((self._row_blocks, DRAW_AHEAD), stream, self._draw_tables, numbers)
+        self._clean, self._drawn = range(draws.end, max(clean.stop, draws.end + DRAW_AHEAD)), draws
 
-    def _forget_drawn(self) -> None:
-        """Undo what a draw ahead has counted, if there is one; call it before anything else is drawn."""
-        if self._drawn is not None and self._drawn[3]:
-            self._cut_short = True
-        self._drawn = None
+    def _draw_apart(self, kernel: Handle, stream: int, slot: int, seed: int, step: int, coin: int) -> None:
+        """Draw for one call, and count in a launch of its own: ahead of partner rules, and in CUDA graphs.
 
-    def _begin(self) -> None:
-        """Before a count: its list and readers start from zero, also where the last one was not merged.
-
-        In a graph always: the host does not see what comes before a replay.
+        A graph's replays come unseen, so it can rely on nothing that another draw has left.
         """
-        if self._cut_short or self._capturing:
-            self._forget_counted()
-        self._cut_short = True
-
-    def _forget_counted(self) -> None:
-        self.state.zero_()
-        self.counted_even.zero_()
-        self.counted_odd.zero_()
+        self._drawn, self.taken = None, max(self.taken, self.calls + 1)
+        kernel.launch((self._row_blocks, 1), stream, self._draw_tables, (seed, step, 0, coin, self.rows, slot, 1))
 
     def prepare(
         self, seed: int, step: int, *, prob: float, alpha: float, threshold: float | Sequence[float], write: bool
@@ -288,13 +281,11 @@ class Launcher:
             stream = self.follow_current_stream()
             if self._reserved_prob < 0:
                 self.reserve_scratch(prob)
-            if self._cut_short and not self._is_captured():
-                self._forget_counted()  # a replay of the graph would not
             if isinstance(threshold, (float, int)):
                 threshold = (threshold,) * len(self.layer_table)
             self._set_thresholds(tuple(threshold))
             numbers = (seed, step, coin_threshold(prob), alpha, 1.0 - alpha, int(write))
-            self._prepare.launch(1, stream, Arguments(self.call), numbers)
+            self._prepare.launch((1, 1), stream, Arguments(self.call), numbers)
 
     def run_from_memory(self, *, partner: str = "random", **overrides: Any) -> Results:
         """The launches of :meth:`run` with the numbers that :meth:`prepare` left in device memory, for CUDA graphs.
@@ -306,21 +297,19 @@ class Launcher:
                 raise RuntimeError("nothing was prepared: call prepare before run_from_memory")
             stream = self.follow_current_stream()
             self._is_captured()
-            self._forget_drawn()
             self.calls += 1
-            slot = self.calls % RESULT_SLOTS
+            slot = self.calls % SLOTS
             limit = float(tables.FROM_TABLE.value)
-            self._draw_from_memory.launch(self._row_blocks, stream, self._tables[slot, None][0], (0, 0, 0, self.rows))
+            self._draw_apart(self._draw_from_memory, stream, slot, 0, 0, 0)
             self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
-            self._count_drawn(stream, matched=partner != "random")
+            self._count_drawn(stream, slot, matched=partner != "random")
             overrides |= {"IN_MEMORY": True}
-            self._merge(slot, None, stream, alpha=0.0, limit=limit, dry_run=False, **overrides)
+            self._merge(slot, stream, alpha=0.0, limit=limit, dry_run=False, **overrides)
             return Results(self, self.calls)
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph takes this call along, which then knows the address of scratch for good."""
-        self._capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
-        if not self._capturing:
+        if not (self.on_gpu and torch.cuda.is_current_stream_capturing()):
             return False
         self._has_captured = True
         if all(kept is not self.scratch for kept in self._captured_scratch):
@@ -333,8 +322,9 @@ class Launcher:
     ) -> None:  # fmt: skip
         if partner != "random":
             seed, step = seed_step or (None, 0)
+            drawn = self.slots[slot]
             self.matcher.run(
-                partner, stream, (self.layer_table, self.partner, self.similarity[slot], self.call), seed, step, limit,
+                partner, stream, (self.layer_table, drawn.partner, drawn.similarity, self.call), seed, step, limit,
                 **overrides,
             )  # fmt: skip
 
@@ -343,9 +333,9 @@ class Launcher:
         with self.lock, self._on_device():
             self.reserve_scratch(prob)
             stream = self.follow_current_stream()
-            self._forget_drawn()
-            self._draw_rows(0, stream, (seed, step, coin_threshold(prob)), False)
-            self._match(partner, stream, 0, (seed, step), self._threshold_argument(threshold), {})
+            slot = (self.calls + 1) % SLOTS  # a call's statistics stay what they are
+            self._draw_apart(self._draw_only, stream, slot, seed, step, coin_threshold(prob))
+            self._match(partner, stream, slot, (seed, step), self._threshold_argument(threshold), {})
 
     def found_partners(self) -> torch.Tensor:
         """What :meth:`find_partners` found: int64 ``(rows,)``, row numbers; only sampled rows with a partner count."""
@@ -354,34 +344,30 @@ class Launcher:
     def merge_drawn(
         self, slot: int, *, alpha: float, threshold: float | Sequence[float], dry_run: bool, **overrides: Any
     ) -> None:
-        """Count and merge with the partners that are in the table, whoever chose them; for tests."""
+        """Count and merge with the partners that are in the slot, whoever chose them; for tests."""
         stream, limit = self.follow_current_stream(), self._threshold_argument(threshold)
-        self._forget_drawn()
-        self._count_drawn(stream, matched=False)
-        self._merge(slot, None, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
+        self._count_drawn(stream, slot, matched=False)
+        self._merge(slot, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
 
-    def _count_drawn(self, stream: int, *, matched: bool) -> None:
-        self._begin()
+    def _count_drawn(self, stream: int, slot: int, *, matched: bool) -> None:
         count = self._count_matched if matched else self._count
-        count.launch(self._row_blocks, stream, self._counted(matched), (self.rows,))
+        count.launch((self._row_blocks, 1), stream, self._counted(slot, matched), (self.rows,))
 
-    def _merge(
-        self, slot: int, turn: int | None, stream: int, *, alpha: float, limit: float, dry_run: bool, **overrides: Any
-    ) -> None:
-        """Merge what was counted, in that ``turn``."""
+    def _merge(self, slot: int, stream: int, *, alpha: float, limit: float, dry_run: bool, **overrides: Any) -> None:
+        """Merge what was counted in a slot."""
         programs, capacity = self.programs, self.scratch.numel() // 16
         if overrides:
             programs, capacity = overrides.pop("programs", programs), overrides.pop("capacity", capacity)
         numbers = (capacity, alpha, 1.0 - alpha, limit, int(not dry_run), programs)
-        self._merge_handle(overrides).launch(programs, stream, self._tables[slot, turn][1], numbers)
-        self._cut_short = self._capturing  # nothing ran then
+        self._merge_handle(overrides).launch((programs, 1), stream, self._tables[slot], numbers)
 
-    def _counted(self, matched: bool) -> Arguments:
+    def _counted(self, slot: int, matched: bool) -> Arguments:
         """Tensor arguments of the count; ``best`` is not looked at unless partners were matched."""
-        if matched not in self._counts:
+        if (slot, matched) not in self._counts:
+            partner, readers, active, _, _, state = self.slots[slot]
             best = self.matcher.best if matched else self.call
-            self._counts[matched] = Arguments(self.partner, self.readers, self.active, self.state, best)
-        return self._counts[matched]
+            self._counts[slot, matched] = Arguments(partner, readers, active, state, best)
+        return self._counts[slot, matched]
 
     def _merge_handle(self, overrides: dict[str, Any]) -> Handle:
         key = tuple(sorted(overrides.items())) if overrides else ()

@@ -98,7 +98,7 @@ class Matcher:
         """
         layer_table, partners, similarity, call = tables_of_call
         self._list_handle.launch(
-            len(self.groups), stream, Arguments(self.groups, partners, self.list, self.best, similarity), ()
+            (len(self.groups), 1), stream, Arguments(self.groups, partners, self.list, self.best, similarity), ()
         )
         constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None}
         if partner == "similar" and constants["HAS_STRIDED"]:
@@ -111,7 +111,8 @@ class Matcher:
             self._handles[key] = Handle(_match_kernel, ordered, {"num_warps": WARPS})
         work = self.work(constants["ROWS"], constants["TILE"])
         self._handles[key].launch(
-            len(work), stream, Arguments(layer_table, work, self.list, self.best, call), (seed or 0, step, threshold),
+            (len(work), 1), stream, Arguments(layer_table, work, self.list, self.best, call),
+            (seed or 0, step, threshold),
         )  # fmt: skip
 
     def tensors(self) -> list[torch.Tensor]:

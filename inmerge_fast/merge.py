@@ -129,7 +129,6 @@ def merge_plan_(
     thresholds: float | Sequence[float],
     partner: str = "random",
     dry_run: bool = False,
-    next_draw: tuple[int, int, float] | None = None,
 ) -> MergeStats:
     """Merge a plan's ``weights`` (:meth:`MergePlan.current_weights`) with arguments that were checked before.
 
@@ -143,11 +142,10 @@ def merge_plan_(
         thresholds: one for all layers, or one for each; above 1 for a layer that is measured and never merged.
         partner: the rule.
         dry_run: write nothing.
-        next_draw: seed, step and prob of the next call where they are known: on a GPU it is drawn after this merge.
     """
     path = plan.path
     if path == "triton":
-        fetch = _run_kernels(plan, weights, seed, step, prob, alpha, thresholds, partner, dry_run, next_draw)
+        fetch = _run_kernels(plan, weights, seed, step, prob, alpha, thresholds, partner, dry_run)
     else:
         fetch = _run_eager(plan, weights, seed, step, prob, alpha, thresholds, partner, dry_run)
     if not dry_run:
@@ -166,12 +164,10 @@ def merge_plan_(
 
 def _run_kernels(
     plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float,
-    thresholds: float | Sequence[float], rule: str, dry_run: bool, next_draw: tuple[int, int, float] | None,
+    thresholds: float | Sequence[float], rule: str, dry_run: bool,
 ) -> Callable[[], SampledPairs]:  # fmt: skip
     launcher = plan.launcher(weights)
-    results = launcher.run(
-        seed, step, prob=prob, alpha=alpha, threshold=thresholds, partner=rule, dry_run=dry_run, next_draw=next_draw
-    )
+    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=thresholds, partner=rule, dry_run=dry_run)
     if not dry_run and coin_threshold(prob) > 0:
         plan.effect.count_call(launcher.totals)
     return results

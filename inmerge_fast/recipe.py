@@ -65,14 +65,6 @@ class Recipe:
         """Threshold at ``step``, if it is one for all layers."""
         return value_at("threshold", self.threshold, step, low=-1.0)  # type: ignore[arg-type]
 
-    def next_draw(self, step: int) -> tuple[int, int, float] | None:
-        """Seed, step and prob of the next draw after the one of ``step``; None if there is none."""
-        following = step + self.every
-        try:
-            return (self.seed, following, self.prob_at(following)) if self.merges_at(following) else None
-        except Exception:  # a schedule that ends here may well raise there; if that step comes, it says so itself
-            return None
-
     def to_plain(self) -> dict[str, Any]:
         """For a checkpoint."""
         threshold: Any = self.threshold

@@ -10,18 +10,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .draw_ahead import DRAW_AHEAD
 from .kernels import tables
 from .stats import SampledPairs
 
 if TYPE_CHECKING:
     from .launch import Launcher
 
-RESULT_SLOTS = 8  # calls whose statistics stay readable, the one that is drawn ahead included
+KEPT_CALLS = 8  # whose statistics stay readable
+SLOTS = KEPT_CALLS + DRAW_AHEAD - 1  # the others hold what is drawn for calls to come
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen, it would take twice as long to make, and every call makes one
 class Results:
-    """Where a call's results are: a slot, readable until ``RESULT_SLOTS`` later calls have reused it."""
+    """Where a call's results are: a slot, readable until it is another call's."""
 
     launcher: Launcher
     call: int
@@ -67,14 +69,14 @@ class Results:
 
     def _slot(self) -> tuple[torch.Tensor, torch.Tensor]:
         launcher = self.launcher
-        if max(launcher.calls, launcher.drawn_ahead) - self.call >= RESULT_SLOTS:
+        if launcher.taken - self.call > SLOTS:
             raise RuntimeError(
-                f"the statistics of this call are gone: the plan keeps those of its last {RESULT_SLOTS} calls in "
-                "device memory, of one fewer where the next call is drawn ahead; read them earlier"
+                f"the statistics of this call are gone: the plan keeps those of its last {KEPT_CALLS} calls in device "
+                "memory; read them earlier"
             )
-        slot = self.call % RESULT_SLOTS
+        slot = launcher.slot_of(self.call)
         launcher.follow_current_stream()  # the call may have run on another one
-        return launcher.similarity[slot, : launcher.rows], launcher.outcome[slot, : launcher.rows]
+        return slot.similarity[: launcher.rows], slot.outcome[: launcher.rows]
 
     def _pairs(self, similarity: torch.Tensor, outcome: torch.Tensor) -> SampledPairs:
         values: npt.NDArray[np.float64] = similarity.double().numpy()

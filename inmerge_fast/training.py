@@ -198,7 +198,6 @@ class InMerge:
             alpha=settings.alpha,
             thresholds=settings.thresholds,
             partner=self._recipe.partner,
-            next_draw=self._recipe.next_draw(step) if self.plan.path == "triton" else None,
         )
         self.step_count = step + 1
         if observed:

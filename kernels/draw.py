@@ -13,6 +13,7 @@ from .tables import (
     NOT_SAMPLED,
     SAMPLED,
     SEED,
+    STATE_WORDS,
     STEP,
 )
 
@@ -37,56 +38,73 @@ def philox_partner(seed, step_lo, step_hi, layer, i_filter, group_size, coin_thr
     return coin, partner
 
 
-@triton.jit(do_not_specialize=["seed", "step", "coin_threshold", "rows"])
+@triton.jit(do_not_specialize=["seed", "step", "stride", "coin_threshold", "rows", "first_slot", "draws"])
 def _draw_kernel(
     layer_ptr,
     row_layer_ptr,
     partner_ptr,
     readers_ptr,
-    outcome_ptr,
-    call_ptr,
-    stale_ptr,
     active_ptr,
+    outcome_ptr,
     state_ptr,
+    call_ptr,
     seed: tl.uint64,  # annotated: an unannotated int takes the width of its value, and a seed of 2**31 another kernel
     step: tl.int64,
+    stride: tl.int64,
     coin_threshold,
     rows,
+    first_slot,
+    draws,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Partners of all rows of all layers: ``partner`` is a row number, or -1 where the coin says no.
+    """Partners of all rows of all layers, for ``draws`` calls: row numbers, or -1 where the coin says no.
 
-    Also ``outcome``, SAMPLED or not. With COUNT, what ``kernels/count.py`` does as well: ``readers`` and the list's
-    length in ``state`` must be zero then, and ``stale``, the readers of the call before, is zeroed for the call after.
-    Without, ``readers`` is zeroed for a count, and ``stale``, ``active`` and ``state`` are not looked at.
+    Also ``outcome``, SAMPLED or not. Draw k is of step ``step + k * stride`` and goes to slot ``(first_slot + k) %
+    SLOTS``; a slot has a line in each of ``partner``, ``readers``, ``active`` and ``outcome``, ``rows`` entries padded
+    to a multiple of 16, and its own state words.
+
+    With COUNT, what ``kernels/count.py`` does as well. The slots' ``readers`` and state must be zero then, and those of
+    the ``grid[1]`` slots after the drawn ones are zeroed for draws to come. Without, each draw zeroes its own, for a
+    count that is a launch of its own.
 
     With IN_MEMORY the seed, the step and the coin's threshold are read from ``call`` (``kernels/prepare.py``), so that
     a CUDA graph can be replayed with others.
 
-    Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row and the layer table (from cache), stores 9 bytes per row; with
-    COUNT 4 more, and adds 4, per active row. No hazard: every entry is written by one program and read by none, what
-    is counted apart (:func:`count_rows`). That is why the counts have two buffers: a row's zero and what others add to
-    it would race in one.
+    Grid: ``(cdiv(rows, BLOCK), at least draws)``, with COUNT at most ``SLOTS - draws`` of the second. Per draw it loads
+    4 bytes per row and the layer table (from cache) and stores 5 bytes per row; COUNT stores 4 more, and adds 4, per
+    active row. Per slot that is zeroed it stores 4 bytes per row and the state words. No hazard: every entry is written
+    by one program and read by none, what is counted apart (:func:`count_rows`). That is why slots are zeroed a launch
+    ahead: a row's zero and what others add to it would race in one.
     """
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_row = i_row < rows
-    table = layer_ptr + tl.load(row_layer_ptr + i_row, mask=m_row, other=0).to(tl.int64) * COLUMNS
-    layer_id = tl.load(table + LAYER_ID, mask=m_row, other=0).to(tl.int32)
-    group_size = tl.load(table + GROUP_SIZE, mask=m_row, other=2).to(tl.int32)
-    first_row = tl.load(table + FIRST_ROW, mask=m_row, other=0).to(tl.int32)
-    if IN_MEMORY:
-        seed = tl.load(call_ptr + SEED).to(tl.uint64)
-        step = tl.load(call_ptr + STEP)
-        coin_threshold = tl.load(call_ptr + COIN_THRESHOLD).to(tl.int32)
-    step = step.to(tl.int64)  # the interpreter ignores the annotation, and >> 32 of 32 bits is undefined
-    step_lo = step.to(tl.int32)
-    step_hi = (step >> 32).to(tl.int32)
-    coin, partner = philox_partner(seed, step_lo, step_hi, layer_id, i_row - first_row, group_size, coin_threshold)
-    partner = tl.where(coin & m_row, first_row + partner, -1)
-    tl.store(partner_ptr + i_row, partner, mask=m_row)
-    tl.store((stale_ptr if COUNT else readers_ptr) + i_row, 0, mask=m_row)
-    tl.store(outcome_ptr + i_row, tl.where(coin, SAMPLED, NOT_SAMPLED).to(tl.int8), mask=m_row)
-    if COUNT:
-        count_rows(i_row, partner, readers_ptr, active_ptr, state_ptr)
+    i_draw = tl.program_id(1)
+    pitch = (rows.to(tl.int64) + 15) // 16 * 16
+    slot = (first_slot + i_draw) % SLOTS
+    clean_slot = (slot + draws) % SLOTS if COUNT else slot
+    tl.store(readers_ptr + clean_slot * pitch + i_row, 0, mask=m_row)
+    if tl.program_id(0) == 0:
+        tl.store(state_ptr + clean_slot * STATE_WORDS + tl.arange(0, STATE_WORDS), 0)
+    if i_draw < draws:
+        table = layer_ptr + tl.load(row_layer_ptr + i_row, mask=m_row, other=0).to(tl.int64) * COLUMNS
+        layer_id = tl.load(table + LAYER_ID, mask=m_row, other=0).to(tl.int32)
+        group_size = tl.load(table + GROUP_SIZE, mask=m_row, other=2).to(tl.int32)
+        first_row = tl.load(table + FIRST_ROW, mask=m_row, other=0).to(tl.int32)
+        if IN_MEMORY:
+            seed = tl.load(call_ptr + SEED).to(tl.uint64)
+            step = tl.load(call_ptr + STEP)
+            coin_threshold = tl.load(call_ptr + COIN_THRESHOLD).to(tl.int32)
+        # The interpreter ignores the annotations, and >> 32 of 32 bits is undefined.
+        step = step.to(tl.int64) + stride.to(tl.int64) * i_draw
+        step_lo = step.to(tl.int32)
+        step_hi = (step >> 32).to(tl.int32)
+        coin, partner = philox_partner(seed, step_lo, step_hi, layer_id, i_row - first_row, group_size, coin_threshold)
+        partner = tl.where(coin & m_row, first_row + partner, -1)
+        line = slot * pitch
+        tl.store(partner_ptr + line + i_row, partner, mask=m_row)
+        tl.store(outcome_ptr + line + i_row, tl.where(coin, SAMPLED, NOT_SAMPLED).to(tl.int8), mask=m_row)
+        if COUNT:
+            count_rows(i_row, partner, readers_ptr + line, active_ptr + line, state_ptr + slot * STATE_WORDS)

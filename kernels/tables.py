@@ -52,7 +52,7 @@ WORK_COLUMNS = tl.constexpr(5)
 NO_PAIR = tl.constexpr(-(2**63))  # below every pair
 FURTHEST_ROW = tl.constexpr(2**31 - 1)
 
-# State words, int32: zero between calls, but for the rows that a draw ahead has listed.
+# State words of a slot, int32: zero before a draw counts and after the merge.
 ACTIVE_ROWS = tl.constexpr(0)  # length of the list of active rows
 SCRATCH_USED = tl.constexpr(1)  # in units of 16 bytes
 FINISHED = tl.constexpr(2)  # programs of the merge launch that are through

@@ -150,7 +150,7 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
         {"seed": 2**64 - 1, "step": 2**63 - 1, "prob": 2**-24, "alpha": 0.3, "threshold": 0.1, "dry_run": False},
     ]
     for filters in (7, 16):  # 7: result slots that are not multiples of 16 bytes, unless padded
-        for slot in range(8):
+        for slot in range(11):
             for case in cases:
                 with launches.on("sm_90") as caught:
                     launcher = launcher_of(["float32"], False, filters)

@@ -18,10 +18,12 @@ from triton.runtime.driver import driver
 
 import inmerge_fast
 from inmerge_fast.draw import coin_threshold
+from inmerge_fast.draw_ahead import DRAW_AHEAD
 from inmerge_fast.launch import Launcher
+from inmerge_fast.results import SLOTS
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
-DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 13, 6, 20, 7  # all but the constants
+DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 15, 6, 20, 7  # all but the constants
 
 
 class StubDriver(CudaDriver):
@@ -77,18 +79,17 @@ def main():
     remembered[1], remembered[2] = DRAW_PARAMETERS, MERGE_PARAMETERS
     handles = (launcher._draw, launcher._merge_handle({}))
     compiled = [handle._compiled for handle in handles]
-    readers = launcher.counted_even.data_ptr(), launcher.counted_odd.data_ptr()
-    turns = [[(draw.parameters[3], draw.parameters[6]), merge.parameters[3]] for draw, merge in (run(0, 1), run(0, 2))]
     draw, merge = run(SEED, STEP)
+    call = launcher.calls
     small_draw = run(3, 4)[0]
-    ahead = run(3, 5, next_draw=(3, 6, 0.3))
-    drawn_before, other_seed = run(3, 6), run(3, 7, next_draw=(3, 8, 0.3)) and run(4, 8)
+    calls = [run(3, 4 + 2**40 * k) for k in range(1, 7)] + [run(4, 8)]
+    several = calls[1][0]
     prepared = {"prob": 0.3, "alpha": 0.8, "threshold": 0.25, "write": True}
     launcher.prepare(0, 0, **prepared)  # compiles
     launcher.run_from_memory()
     remembered[3], remembered[5] = PREPARE_PARAMETERS, COUNT_PARAMETERS
     (prepare,) = recorded(launcher.prepare, SEED, STEP, **prepared)
-    from_memory = recorded(launcher.run_from_memory)
+    from_memory, launcher_calls = recorded(launcher.run_from_memory), launcher.calls
     times = []
     for step in range(2000):
         start = time.perf_counter()
@@ -123,29 +124,27 @@ def main():
 
     print(json.dumps({
         "grids": [list(record.grid) for record in (draw, merge)],
-        "expected_grids": [[launcher._row_blocks, 1, 1], [launcher.programs, 1, 1]],
-        "turns": sorted(turns) == sorted([[one, one[0]] for one in (readers, readers[::-1])]),
+        "expected_grids": [[launcher._row_blocks, DRAW_AHEAD, 1], [launcher.programs, 1, 1]],
         "same_handles": [handle._compiled for handle in handles] == compiled,
         "functions": len({record.function for record in (draw, count, merge)}),
         "pointers": [
             draw.parameters[0] == launcher.layer_table.data_ptr(),
-            draw.parameters[8] == launcher.state.data_ptr(),
-            count.parameters[0] == launcher.partner.data_ptr(),
-            merge.parameters[4] == launcher.active.data_ptr(),
+            draw.parameters[6] == launcher.state.data_ptr(),
+            count.parameters[0] == launcher.slot_of(launcher_calls).partner.data_ptr(),
+            merge.parameters[4] == launcher.slot_of(call).active.data_ptr(),
+            merge.parameters[8] == launcher.slot_of(call).state.data_ptr(),
         ],
-        "seed_step": [draw.parameters[9], draw.parameters[10]] == [SEED, STEP],
-        "small_seed_step": [small_draw.parameters[9], small_draw.parameters[10]] == [3, 4],
+        "seed_step": [draw.parameters[8], draw.parameters[9]] == [SEED, STEP],
+        "small_seed_step": [small_draw.parameters[8], small_draw.parameters[9]] == [3, 4],
         "coin_threshold": low(draw.parameters[11]) == coin_threshold(0.3),
         "rows": low(draw.parameters[12]) == launcher.rows,
+        "slot_draws": [low(word) for word in draw.parameters[13:15]] == [call % SLOTS, 1],
         "capacity": low(merge.parameters[14]) == launcher.scratch.numel() // 16,
         "alpha_beta_threshold": [as_float(word) for word in merge.parameters[15:18]],
         "write_programs": [low(word) for word in merge.parameters[18:20]] == [1, launcher.programs],
-        "launches": {
-            "first with a draw ahead": [kernel_of(record) for record in ahead],
-            "then": [kernel_of(record) for record in drawn_before],
-            "another seed": [kernel_of(record) for record in other_seed],
-        },
-        "ahead": [ahead[-1].parameters[i] for i in (9, 10)] == [3, 6],
+        "launches": [[kernel_of(record) for record in records] for records in calls],
+        "ahead": [several.parameters[i] for i in (8, 9, 10)] == [3, 4 + 2 * 2**40, 2**40]
+        and low(several.parameters[14]) == DRAW_AHEAD,
         "prepared": [prepare.parameters[i] for i in (1, 2)] == [SEED, STEP]
         and low(prepare.parameters[3]) == coin_threshold(0.3)
         and [as_float(prepare.parameters[i]) for i in (4, 5)] == [as_float(merge.parameters[i]) for i in (15, 16)]

@@ -9,7 +9,7 @@ import torch
 
 import inmerge_fast
 from benchmarks import bench_match, bench_merge, bench_scaling, bench_training, providers, report, targets
-from benchmarks.timing import time_interleaved, write_results
+from benchmarks.timing import means_of, time_interleaved, write_results
 from benchmarks.work import REGIMES, SEED, Settings, bytes_of_draw, mean_bytes
 
 ALL = [providers.PUBLISHED, providers.EAGER, providers.SAMPLED, providers.MERGE]
@@ -142,7 +142,8 @@ def row(provider, wall, *, net="VGG19", device=None, regime="all pass", layers=6
 
 
 def results_of(rows, *, gpu, bench="merge"):
-    return report.Results(report.RESULTS / "x.json", bench, {"device": "d"} | ({"cuda": "13"} if gpu else {}), rows)
+    about = {"device": "d", "commit": "c"} | ({"cuda": "13"} if gpu else {})
+    return report.Results(report.RESULTS / "x.json", bench, about, rows)
 
 
 def test_targets_take_the_worst_figure_and_say_what_was_not_measured():
@@ -218,9 +219,15 @@ def test_host_targets_prefer_a_gpu_and_name_the_stub():
         [{"part": "merge_", "target": "conv", "layers": 1, "host_us": 14.0, "driver": "cuda"}], gpu=True, bench="host"
     )
     row = report.target_table([targets.host_targets([stub])[2]])
-    assert "| 10 µs (over a driver that does nothing, not yet measured on a GPU) | reached |" in row
+    assert "| 10 µs (d, commit c, over a driver that does nothing, not yet measured on a GPU) | reached |" in row
     assert targets.host_targets([stub, real])[2].measured == 14.0
-    assert "| 14 µs | reached |" in report.target_table([targets.host_targets([stub, real])[2]])
+    assert "| 14 µs (d, commit c) | reached |" in report.target_table([targets.host_targets([stub, real])[2]])
+    assert [target.measured for target in targets.host_targets([stub, stub])] == [None, None, *(10.0, None, None) * 2]
+
+
+def test_samples_are_averaged_over_as_many_calls_as_are_drawn_for():
+    assert means_of([1, 2, 3, 10, 5, 5, 5, 5, 9], 4) == [4.0, 5.0]
+    assert means_of([1, 2], 4) == [1.5]
 
 
 def test_launches_are_the_most_of_any_network():

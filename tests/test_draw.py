@@ -58,20 +58,80 @@ def draw_on_kernel(layers, seed, step, prob, block=64):
         line[tables.LAYER_ID.value], line[tables.FIRST_ROW.value] = layer_id, int(first_row)
         line[tables.GROUP_SIZE.value] = filters // groups
     rows = int(first_rows[-1])
+    slots, pitch = 3, -(-rows // 16) * 16
     row_layer = torch.repeat_interleave(
         torch.arange(len(layers), dtype=torch.int32), torch.tensor([filters for _, filters, _ in layers])
     )
-    partner, readers, unused = (torch.full((rows + 1,), -7, dtype=torch.int32) for _ in range(3))
-    outcome = torch.full((rows + 1,), -7, dtype=torch.int8)
-    _draw_kernel[(-(-rows // block),)](
-        table, row_layer, partner, readers, outcome, torch.zeros(2, dtype=torch.int64), unused, unused, unused,
-        seed, step, coin_threshold(prob), rows, BLOCK=block, IN_MEMORY=False, COUNT=False,
+    partner, readers, active = (torch.full((slots, pitch), -7, dtype=torch.int32) for _ in range(3))
+    outcome, state = torch.full((slots, pitch), -7, dtype=torch.int8), torch.full((slots, 4), -7, dtype=torch.int32)
+    _draw_kernel[(-(-rows // block), 1)](
+        table, row_layer, partner, readers, active, outcome, state, torch.zeros(2, dtype=torch.int64),
+        seed, step, 0, coin_threshold(prob), rows, 1, 1, BLOCK=block, SLOTS=slots, IN_MEMORY=False, COUNT=False,
     )  # fmt: skip
-    assert partner[-1] == readers[-1] == outcome[-1] == -7, "wrote past the last row"
-    assert not readers[:-1].any()
-    assert (unused == -7).all()
-    assert torch.equal(outcome[:-1] == tables.SAMPLED.value, partner[:-1] >= 0)
-    return partner[:-1].numpy(), first_rows
+    written = torch.zeros(slots, pitch, dtype=torch.bool)
+    written[1, :rows] = True
+    for buffer in (partner, readers, outcome):
+        assert (buffer[~written] == -7).all(), "wrote past the last row, or to another slot"
+    assert not readers[written].any()
+    assert (active == -7).all()
+    assert state.tolist() == [[-7] * 4, [0] * 4, [-7] * 4]
+    assert torch.equal(outcome[written] == tables.SAMPLED.value, partner[written] >= 0)
+    return partner[written].numpy(), first_rows
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("step", "stride"), [(0, 1), (2**32 - 2, 1), (7, 1000), (2**62, -(2**60)), (9, 0)])
+@pytest.mark.parametrize(("first_slot", "draws"), [(0, 1), (2, 3), (9, 4)])
+def test_triton_twin_draws_and_counts_for_several_calls(step, stride, first_slot, draws):
+    """Into slots one after the other, and zeroes as many after them as the grid has; nothing else is written."""
+    pytest.importorskip("triton")
+    from interpreter import apply_fixes
+
+    from inmerge_fast.kernels import tables
+    from inmerge_fast.kernels.draw import _draw_kernel
+
+    apply_fixes()
+    layers, rows, slots, ahead, prob = [(5, 40, 1), (2, 30, 3)], 70, 11, 4, 0.5
+    table = torch.zeros(2, tables.COLUMNS.value, dtype=torch.int64)
+    for line, (layer_id, filters, groups), first_row in zip(table, layers, (0, 40), strict=True):
+        line[tables.LAYER_ID.value], line[tables.FIRST_ROW.value] = layer_id, first_row
+        line[tables.GROUP_SIZE.value] = filters // groups
+    row_layer = torch.tensor([0] * 40 + [1] * 30, dtype=torch.int32)
+    drawn = [(first_slot + k) % slots for k in range(draws)]
+    zeroed = [(first_slot + draws + k) % slots for k in range(ahead)]
+    partner, readers, active = (torch.full((slots, 80), -7, dtype=torch.int32) for _ in range(3))
+    outcome, state = torch.full((slots, 80), -7, dtype=torch.int8), torch.full((slots, 4), -7, dtype=torch.int32)
+    readers[drawn, :rows], state[drawn] = 0, 0
+    _draw_kernel[(2, ahead)](
+        table, row_layer, partner, readers, active, outcome, state, torch.zeros(2, dtype=torch.int64),
+        3, step, stride, coin_threshold(prob), rows, first_slot, draws, BLOCK=64, SLOTS=slots, IN_MEMORY=False,
+        COUNT=True,
+    )  # fmt: skip
+    for k, slot in enumerate(drawn):
+        expected = []
+        for (layer_id, filters, groups), first_row in zip(layers, (0, 40), strict=True):
+            coin, chosen = draw(3, step + k * stride, layer_id, filters, prob, groups=groups)
+            expected += np.where(coin, first_row + chosen, -1).tolist()
+        sampled = [row for row in range(rows) if expected[row] >= 0]
+        assert partner[slot, :rows].tolist() == expected
+        assert readers[slot, :rows].tolist() == [expected.count(row) for row in range(rows)]
+        assert state[slot].tolist() == [len(sampled), 0, 0, 0]
+        assert sorted(active[slot, : len(sampled)].tolist()) == sampled
+        assert (active[slot, len(sampled) :] == -7).all()
+        assert (outcome[slot, :rows] == tables.SAMPLED.value).nonzero()[:, 0].tolist() == sampled
+    assert not readers[zeroed, :rows].any()
+    assert not state[zeroed].any()
+    others = [slot for slot in range(slots) if slot not in drawn]
+    untouched = [slot for slot in others if slot not in zeroed]
+    for buffer, where in (
+        (partner, others),
+        (active, others),
+        (outcome, others),
+        (readers, untouched),
+        (state, untouched),
+    ):
+        assert (buffer[where] == -7).all()
+    assert all((buffer[:, rows:] == -7).all() for buffer in (partner, readers, active, outcome))
 
 
 @pytest.mark.interpreted

@@ -16,7 +16,6 @@ import triton
 from oracle import BAND
 
 from inmerge_fast.kernels import tables
-from inmerge_fast.launch import RESULT_SLOTS
 
 pytestmark = pytest.mark.gpu
 
@@ -103,7 +102,9 @@ def test_the_compiled_draw_is_the_draw(seed, step, prob, groups):
         per_group = layer.layout.filters // layer.layout.group_size
         coin, partner = draw(seed, step, layer.layer_id, layer.layout.filters, prob, groups=per_group)
         partner[~coin] = -1 - first
-        assert torch.equal(launcher.partner[first:end].cpu().long(), torch.from_numpy(first + partner))
+        assert torch.equal(
+            launcher.slot_of(launcher.calls).partner[first:end].cpu().long(), torch.from_numpy(first + partner)
+        )
 
 
 def test_a_weight_of_more_than_2_to_the_31_elements():
@@ -176,7 +177,7 @@ def test_10_000_steps_equal_an_exact_replay():
 
         stats = merge_(plan, prob=prob, alpha=0.8, threshold=threshold, seed=seed, step=numbers[place])
 
-        outcome = launcher.outcome[launcher.calls % RESULT_SLOTS, : launcher.rows]
+        outcome = launcher.slot_of(launcher.calls).outcome[: launcher.rows]
         passed = outcome == tables.PASSED.value
         wrong += ((outcome != tables.NOT_SAMPLED.value) != coins[place]).sum()
         pairs += coins[place].sum()
@@ -258,8 +259,9 @@ class Litmus:
         launcher.reserve_scratch(1.0)
         first_row = torch.from_numpy(plan.row_start[:-1]).to(DEVICE).repeat_interleave(FILTERS)
         partner = torch.cat(self.partners)
-        launcher.partner.copy_(torch.where(partner >= 0, partner + first_row, -1))
-        launcher.outcome[0, : launcher.rows] = (partner >= 0).to(torch.int8)
+        slot = launcher.slot_of(0)
+        slot.partner[: launcher.rows] = torch.where(partner >= 0, partner + first_row, -1)
+        slot.outcome[: launcher.rows] = (partner >= 0).to(torch.int8)
 
     def wrong_launches(self, count, threshold, **overrides):
         """How many of so many launches gave anything but the simultaneous merge; waits for the device once."""
@@ -273,7 +275,7 @@ class Litmus:
         wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
         for _ in range(count):
             self.memory.copy_(self.before)
-            self.launcher.readers.zero_()
+            self.launcher.slot_of(0).readers.zero_()
             self.launcher.merge_drawn(0, alpha=0.75, threshold=threshold, dry_run=False, **overrides)
             wrong += (self.memory != wanted).any()
         assert not self.launcher.counter.any(), "counters must come back to zero"

@@ -13,7 +13,7 @@ from inmerge_fast.effect import NO_EFFECT_CALLS
 
 triton = pytest.importorskip("triton")
 
-from inmerge_fast.launch import RESULT_SLOTS  # noqa: E402
+from inmerge_fast.results import KEPT_CALLS, SLOTS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -92,7 +92,7 @@ def test_no_device_memory_is_allocated_after_the_first_call():
     weights = some_weights()
     plan = warm_plan(weights)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    for step in range(2 * RESULT_SLOTS):
+    for step in range(2 * SLOTS):
         merge_(plan, seed=1, step=step, prob=(0.1, 0.3, 1.0)[step % 3], threshold=(-1.0, 0.3)[step % 2])
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     _ = torch.empty(1, device=DEVICE)
@@ -104,7 +104,7 @@ def test_nothing_is_compiled_after_the_first_call(monkeypatch):
     plan = warm_plan(weights)
     compiled = []
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **details: compiled.append(details["metadata"]))
-    for step in range(2 * RESULT_SLOTS):
+    for step in range(2 * SLOTS):
         seed, number = (1, 2**64 - 1)[step % 2], (1, 16, 2**62)[step % 3]
         prob, threshold, alpha = (0.1, 1.0)[step % 2], (-1.0, 0.0, 1.0)[step % 3], (1.0, 0.0, 0.8)[step % 3]
         call = {"prob": prob, "threshold": threshold, "alpha": alpha, "dry_run": step % 5 == 0}
@@ -187,10 +187,10 @@ def test_statistics_read_on_another_stream_are_those_of_the_call():
 
 def test_statistics_of_reused_slots_raise():
     plan = warm_plan(weights := some_weights())
-    calls = [merge_(plan, seed=1, step=step, prob=1.0, dry_run=True) for step in range(RESULT_SLOTS + 1)]
+    calls = [merge_(plan, seed=1, step=step, prob=1.0, dry_run=True) for step in range(SLOTS + 1)]
     with pytest.raises(RuntimeError, match="statistics of this call are gone"):
         _ = calls[0].sampled
-    assert calls[1].sampled == calls[-1].sampled == sum(map(len, weights))
+    assert calls[-KEPT_CALLS].sampled == calls[-1].sampled == sum(map(len, weights))
 
 
 # ---------------------------------------------------------------------------------------------------------- CUDA graphs
@@ -238,7 +238,9 @@ def test_a_captured_merge_repeats_its_draw_and_calls_in_between_stay_right(drawn
     launcher = plan.launcher(weights)
     merge_(plan, seed=1, step=0, **CALL)
     if drawn_ahead:  # what it has counted must not be in the graph's way
-        launcher.run(1, 1, **CALL, dry_run=False, next_draw=(1, 2, CALL["prob"]))
+        for step in (1, 2):
+            merge_(plan, seed=1, step=step, **CALL)
+        assert launcher._drawn.end > launcher.calls + 1
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -23,8 +23,10 @@ from test_kernels import (  # noqa: E402
     anyhow,
     assert_merged_and_clean,
     cycle,
+    give_partners,
     launcher_of,
     merge_with_table,
+    partners_of,
     tensors_of,
 )
 
@@ -83,8 +85,7 @@ def test_no_interleaving_of_a_dry_run_races(table):
         before = weights[0].clone()
         with interleaved(seed, tensors=tensors_of(launcher, weights)) as schedule:
             for _ in range(2):
-                launcher.partner.copy_(torch.tensor(table(6, rng)))
-                launcher.readers.zero_()
+                give_partners(launcher, table(6, rng))
                 launcher.merge_drawn(0, **CALL, dry_run=True, BLOCK=8, programs=8)
         assert not schedule.races, schedule.races[:3]
         assert_merged_and_clean(launcher, weights, [before])
@@ -118,7 +119,7 @@ def test_no_program_loads_what_its_other_threads_may_still_be_storing(capacity):
         weights = [alike(9, 20), alike(7, 33, torch.bfloat16)]
         launcher = launcher_of(weights)
         partners = [table(len(weight), rng) for weight in weights]
-        awaiting = _StoresAwaitingABarrier(launcher.active)
+        awaiting = _StoresAwaitingABarrier(launcher.slot_of(0).active)
         with observe(awaiting):
             expected = merge_with_table(launcher, weights, partners, BLOCK=16, programs=1, capacity=capacity)
         assert_merged_and_clean(launcher, weights, expected)
@@ -156,8 +157,7 @@ def test_any_table_of_strided_filters_whatever_the_scratch(name, capacity):
     for table in (cycle, lambda n, _: reading_back(n), anyhow):
         partner = np.array(table(launcher.rows, rng))
         expected = reference_merge(weight, partner >= 0, partner, **CALL, **layout).weight
-        launcher.partner.copy_(torch.from_numpy(partner))
-        launcher.readers.zero_()
+        give_partners(launcher, partner)
         launcher.reserve_scratch(1.0)
         launcher.merge_drawn(0, **CALL, dry_run=False, BLOCK=16, programs=3, capacity=capacity)
         assert_merged_and_clean(launcher, [weight], [expected])
@@ -207,7 +207,7 @@ def test_rows_that_find_the_launchers_own_scratch_full_wait():
     assert 0 < rows_that_fit < filters // 2
     before = weights[0].clone()
     partner = torch.tensor(reading_back(filters))
-    launcher.partner.copy_(partner)
+    give_partners(launcher, partner)
     with bounds(*tensors_of(launcher, weights).values()), traffic(scratch=[launcher.scratch]) as moved:
         launcher.merge_drawn(0, **CALL, dry_run=False, programs=1)
     assert moved["scratch"].bytes_stored == 4 * elements * rows_that_fit
@@ -303,7 +303,7 @@ def test_seed_zero_is_a_seed_and_not_the_one_in_device_memory():
     launcher.prepare(5, 6, prob=0.7, alpha=ALPHA, threshold=-1.0, write=True)
     launcher.run(0, 3, prob=0.7, **CALL, dry_run=True)
     coin, partner = draw(0, 3, 0, 9, 0.7)
-    assert launcher.partner.tolist() == np.where(coin, partner, -1).tolist()
+    assert partners_of(launcher).tolist() == np.where(coin, partner, -1).tolist()
 
 
 def test_a_kernel_with_other_constants_is_another_kernel():
@@ -340,9 +340,9 @@ def test_a_handle_looks_its_kernel_up_once():
     kernel, tensor = _CountingKernel(), torch.zeros(4)
     handle = Handle(kernel, {"BLOCK": 8}, {"maxnreg": 80})
     for number in (7, 8):
-        handle.launch(3, 5, Arguments(tensor), (number,))
+        handle.launch((3, 2), 5, Arguments(tensor), (number,))
     assert kernel.warmups == 1
-    assert kernel.runs == [(3, 1, 1, 5, *[None] * 5, tensor.data_ptr(), number, 8) for number in (7, 8)]
+    assert kernel.runs == [(3, 2, 1, 5, *[None] * 5, tensor.data_ptr(), number, 8) for number in (7, 8)]
 
 
 # ------------------------------------------------------------------------------------------------------ running totals

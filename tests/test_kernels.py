@@ -14,8 +14,11 @@ pytestmark = pytest.mark.interpreted
 from interleave import interleaved, permuted  # noqa: E402
 from interpreter import apply_fixes, bounds, traffic  # noqa: E402
 
+from inmerge_fast.handle import Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
-from inmerge_fast.launch import RESULT_SLOTS, Launcher  # noqa: E402
+from inmerge_fast.kernels.draw import _draw_kernel  # noqa: E402
+from inmerge_fast.launch import Launcher  # noqa: E402
+from inmerge_fast.results import KEPT_CALLS, SLOTS  # noqa: E402
 
 ALPHA = 0.75
 NO_SCRATCH, LITTLE_SCRATCH = 0, 12  # in units of 16 bytes
@@ -34,6 +37,19 @@ def launcher_of(weights):
 def tensors_of(launcher, weights):
     held = {name: value for name, value in vars(launcher).items() if isinstance(value, torch.Tensor) and value.numel()}
     return held | {f"weight{index}": weight for index, weight in enumerate(weights)}
+
+
+def partners_of(launcher):
+    """Partners of all rows in the latest call, or in the slot that tests fill by hand while there was none."""
+    return launcher.slot_of(max(launcher.calls, 0)).partner[: launcher.rows]
+
+
+def give_partners(launcher, partners):
+    """Put partners where ``merge_drawn(0, ...)`` finds them."""
+    slot = launcher.slot_of(0)
+    slot.partner[: launcher.rows] = torch.as_tensor(partners)
+    slot.readers.zero_()
+    slot.outcome[: launcher.rows] = (slot.partner[: launcher.rows] >= 0).to(torch.int8)
 
 
 def alike(filters, elements, dtype=torch.float32, seed=0):
@@ -89,9 +105,7 @@ def merge_with_table(launcher, weights, partners, *, threshold=-1.0, **overrides
         partner = np.array(partner)
         expected.append(reference_merge(weight, partner >= 0, partner, alpha=ALPHA, threshold=threshold).weight)
         rows.append(np.where(partner >= 0, partner + first_row, -1))
-    launcher.partner.copy_(torch.from_numpy(np.concatenate(rows)))
-    launcher.readers.zero_()
-    launcher.outcome[0, : launcher.rows] = (launcher.partner >= 0).to(torch.int8)
+    give_partners(launcher, np.concatenate(rows))
     launcher.reserve_scratch(1.0)
     launcher.merge_drawn(0, alpha=ALPHA, threshold=threshold, dry_run=False, **overrides)
     return expected
@@ -149,27 +163,28 @@ def test_no_interleaving_races_between_layers_and_at_a_threshold(seed):
     assert not schedule.races, schedule.races[:3]
 
 
-@pytest.mark.parametrize("one_buffer", [False, True], ids=["as it is", "broken: one buffer of readers"])
-def test_the_draw_that_counts_does_not_race(one_buffer):
-    """Two programs per draw, several calls in a row, some drawn ahead; in one buffer zeros and counts would race."""
+@pytest.mark.parametrize("one_slot", [False, True], ids=["as it is", "broken: one slot"])
+def test_the_draw_that_counts_does_not_race(one_slot):
+    """Two blocks of rows per draw, drawn one by one and several ahead; in one slot zeros and counts would race."""
     races = 0
     for seed in range(4):
         weights = [alike(300, 4, seed=seed)]
         launcher = launcher_of(weights)
-        if one_buffer:
-            launcher.counted_odd = launcher.counted_even
+        if one_slot:
+            constants = {"BLOCK": 256, "SLOTS": 1, "IN_MEMORY": False, "COUNT": True}
+            launcher._draw = Handle(_draw_kernel, constants, {})
         launcher.reserve_scratch(0.1)
         with interleaved(seed, tensors=tensors_of(launcher, weights), resident=[None, 3][seed % 2]) as schedule:
-            for step in range(3):
+            for step in (0, 1, 2, 3, 9):  # 3 finds its draw made, of the two after it one is made in vain
                 before = weights[0].clone()
-                ahead = (1, step + 1, 0.1) if step % 2 else None
-                launcher.run(1, step, prob=0.1, alpha=ALPHA, threshold=-1.0, dry_run=False, next_draw=ahead, programs=4)
-                if not one_buffer:
-                    coin, partner = draw(1, step, 0, 300, 0.1)
-                    expected = reference_merge(before, coin, partner, alpha=ALPHA, threshold=-1.0).weight
-                    assert torch.equal(bits(weights[0]), bits(expected))
+                launcher.run(1, step, prob=0.1, alpha=ALPHA, threshold=-1.0, dry_run=False, programs=4)
+                if one_slot:
+                    continue
+                coin, partner = draw(1, step, 0, 300, 0.1)
+                expected = reference_merge(before, coin, partner, alpha=ALPHA, threshold=-1.0).weight
+                assert torch.equal(bits(weights[0]), bits(expected))
         races += len(schedule.races)
-    assert (races > 0) == one_buffer
+    assert (races > 0) == one_slot
 
 
 def races_of(breakage, *, barrier_before_release=False):
@@ -223,8 +238,8 @@ def test_the_order_of_the_active_list_does_not_matter():
         with permuted(order):
             expected = merge_with_table(launcher, weights, [anyhow(300, np.random.default_rng(7))], BLOCK=16)
         assert_merged_and_clean(launcher, weights, expected)
-        lists.append(launcher.active.clone())
-    active = int((launcher.partner >= 0).sum())
+        lists.append(launcher.slot_of(0).active.clone())
+    active = int((partners_of(launcher) >= 0).sum())
     assert not torch.equal(lists[0][:active], lists[1][:active])
     assert torch.equal(lists[0][:active].sort().values, lists[1][:active].sort().values)
 
@@ -282,12 +297,13 @@ def test_statistics_of_reused_slots_raise_instead_of_showing_another_call():
     weight = alike(9, 20)  # the launcher does not keep it alive
     launcher = launcher_of([weight])
     first = launcher.run(1, 0, prob=1.0, alpha=ALPHA, threshold=-1.0, dry_run=True)
-    for step in range(1, RESULT_SLOTS):
+    for step in range(1, KEPT_CALLS):
         launcher.run(1, step, prob=1.0, alpha=ALPHA, threshold=-1.0, dry_run=True)
         assert first.fetch().counts.tolist() == [9]
-    launcher.run(1, RESULT_SLOTS, prob=1.0, alpha=ALPHA, threshold=-1.0, dry_run=True)
+    for step in range(KEPT_CALLS, SLOTS + 1):
+        launcher.run(1, step, prob=1.0, alpha=ALPHA, threshold=-1.0, dry_run=True)
     with pytest.raises(
-        RuntimeError, match=f"statistics of this call are gone: the plan keeps those of its last {RESULT_SLOTS}"
+        RuntimeError, match=f"statistics of this call are gone: the plan keeps those of its last {KEPT_CALLS}"
     ):
         first.fetch()
 
@@ -308,5 +324,5 @@ def test_seed_and_step_may_live_in_device_memory():
         launcher.prepare(seed, step, prob=0.7, alpha=ALPHA, threshold=-1.0, write=True)
         launcher.run_from_memory()
         twin.run(seed, step, prob=0.7, alpha=ALPHA, threshold=-1.0, dry_run=False)
-        assert torch.equal(launcher.partner, twin.partner)
+        assert torch.equal(partners_of(launcher), partners_of(twin))
         assert torch.equal(weights[0], twins[0])

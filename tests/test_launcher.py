@@ -12,13 +12,22 @@ pytestmark = pytest.mark.interpreted
 
 from interpreter import apply_fixes, bounds, traffic  # noqa: E402
 from test_kernel_details import CALL  # noqa: E402
-from test_kernels import ALPHA, alike, assert_merged_and_clean, cycle, launcher_of, tensors_of  # noqa: E402
+from test_kernels import (  # noqa: E402
+    ALPHA,
+    alike,
+    assert_merged_and_clean,
+    cycle,
+    give_partners,
+    launcher_of,
+    tensors_of,
+)
 
 from inmerge_fast import launch  # noqa: E402
+from inmerge_fast.draw_ahead import DRAW_AHEAD  # noqa: E402
 from inmerge_fast.effect import _largest_similarity  # noqa: E402
 from inmerge_fast.handle import Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
-from inmerge_fast.launch import RESULT_SLOTS  # noqa: E402
+from inmerge_fast.results import KEPT_CALLS, SLOTS  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 
@@ -38,7 +47,7 @@ CUT_SHORT = [
 ]
 
 
-@pytest.mark.parametrize("calls_before", [1, 2])
+@pytest.mark.parametrize("calls_before", [1, 2, 3, 4])
 @pytest.mark.parametrize(("partner", "when", "launch"), CUT_SHORT)
 def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, partner, when, launch, calls_before):
     """Ctrl-C while the merge kernel compiles comes between the count and the merge: rows counted, and never merged."""
@@ -48,7 +57,7 @@ def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, p
     plan = MergePlan(weight)
     for step in range(calls_before):
         merge_(plan, step=step, **call)
-    original, launched = Handle.launch, []
+    original, launched, after = Handle.launch, [], range(calls_before, calls_before + 6)
 
     def interrupted(self, *arguments):
         if len(launched) == launch and when == "before":
@@ -68,52 +77,87 @@ def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, p
         *(launcher.matcher.tensors() if partner != "random" else []),
     ]
     with bounds(*everything):
-        for step in (2, 3):
+        for step in after:
             assert merge_(plan, step=step, **call).merged == 9
-    for step in (*range(calls_before), 2, 3):
+            assert not launcher.slot_of(launcher.calls).state.any()
+    for step in (*range(calls_before), *after):
         merge_(twin, step=step, **call)
     assert torch.equal(weight, twin)
-    assert not launcher.state.any()
 
 
-def test_drawing_ahead_takes_a_slot_and_its_statistics_are_gone():
+def test_statistics_of_the_last_calls_stay_whatever_is_drawn_ahead():
     weights = [alike(9, 20)]
     launcher = launcher_of(weights)
-
-    def run(step, **ahead):
-        return launcher.run(1, step, prob=0.5, alpha=ALPHA, threshold=-1.0, dry_run=True, **ahead)
-
-    calls = [run(step, next_draw=(1, step + 1, 0.5)) for step in range(RESULT_SLOTS)]
+    calls = []
+    for step in range(3 * SLOTS):
+        calls.append(launcher.run(1, step, prob=0.5, alpha=ALPHA, threshold=-1.0, dry_run=True))
+        kept = range(max(0, step + 1 - KEPT_CALLS), step + 1)
+        assert [int(calls[k].fetch().counts[0]) for k in kept] == [draw(1, k, 0, 9, 0.5)[0].sum() for k in kept]
+    assert launcher._drawn.end - launcher._drawn.first == DRAW_AHEAD
     with pytest.raises(RuntimeError, match="statistics of this call are gone"):
-        calls[0].fetch()
-    for step in range(1, RESULT_SLOTS):
-        coin, _ = draw(1, step, 0, 9, 0.5)
-        assert calls[step].fetch().counts.tolist() == [coin.sum()]
-    assert run(RESULT_SLOTS).fetch().counts.tolist() == [draw(1, RESULT_SLOTS, 0, 9, 0.5)[0].sum()]
-    calls[2].fetch()
+        calls[-SLOTS].fetch()
 
 
 def test_an_interrupt_between_new_scratch_and_its_tables_leaves_no_table_of_the_old(monkeypatch):
     launcher = launcher_of([alike(64, 300)])
     launcher.reserve_scratch(0.3)
     with monkeypatch.context() as patch:
-        patch.setattr(launcher, "_tables_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(launcher, "_merge_tables", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             launcher.reserve_scratch(1.0)
     launcher.reserve_scratch(1.0)
-    assert all(merge[9] is launcher.scratch for _, merge in launcher._tables.values())
+    assert all(merge[9] is launcher.scratch for merge in launcher._tables)
 
 
-def test_a_draw_ahead_serves_the_next_call_only():
+def test_a_draw_ahead_serves_the_call_of_its_number_only():
     """Where an interrupt has made a call that left no trace but its number, the outcome lies in another slot."""
     weights = [alike(40, 6)]
     launcher = launcher_of(weights)
     numbers = {"prob": 0.5, "alpha": ALPHA, "threshold": -1.0, "dry_run": False}
-    for step in range(RESULT_SLOTS):  # old outcomes in every slot
-        launcher.run(2, step, **numbers | {"prob": 1.0})
-    launcher.run(3, 0, **numbers, next_draw=(3, 1, 0.5))
+    for step in range(SLOTS):  # old outcomes in every slot
+        launcher.run(2, step**2, **numbers | {"prob": 1.0})
+    for step in range(3):
+        launcher.run(3, step, **numbers)
+    assert launcher._drawn.end == launcher.calls + DRAW_AHEAD
     launcher.calls += 1
-    assert launcher.run(3, 1, **numbers).fetch().counts.tolist() == [draw(3, 1, 0, 40, 0.5)[0].sum()]
+    assert launcher.run(3, 3, **numbers).fetch().counts.tolist() == [draw(3, 3, 0, 40, 0.5)[0].sum()]
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([(1, step, 0.5) for step in range(11)], [1, 1, 4, 0, 0, 0, 4, 0, 0, 0, 4]),
+        ([(1, 3 * step, 0.5) for step in range(7)], [1, 1, 4, 0, 0, 0, 4]),
+        ([(1, 50 - step, 0.5) for step in range(7)], [1, 1, 4, 0, 0, 0, 4]),
+        ([(1, 4, 0.5)] * 7, [1, 1, 4, 0, 0, 0, 4]),
+        ([(1, step, 0.5) for step in (0, 1, 2, 9, 10, 11, 12)], [1, 1, 4, 1, 1, 4, 0]),
+        ([(1, 2**63 - 6 + step, 0.5) for step in range(6)], [1, 1, 4, 0, 0, 0]),
+        ([(1, 2**63 - 5 + step, 0.5) for step in range(5)], [1] * 5),  # a fourth step there is not
+        ([(1, 4 - step, 0.5) for step in range(5)], [1] * 5),
+        ([(1, step, 0.5 + step / 64) for step in range(6)], [1] * 6),
+        ([(seed, 0, 0.5) for seed in range(6)], [1] * 6),
+        ([(seed, 7 * seed, 0.5) for seed in (1, 1, 2, 2, 3)], [1] * 5),
+    ],
+)
+def test_draws_are_made_ahead_where_steps_follow_each_other_evenly(monkeypatch, calls, expected):
+    weights = [alike(40, 6), alike(30, 9)]
+    launcher, made = launcher_of(weights), []
+    original = launcher._draw.launch
+
+    def launch(grid, stream, tensors, numbers):
+        made[-1] += numbers[-1]
+        original(grid, stream, tensors, numbers)
+
+    monkeypatch.setattr(launcher._draw, "launch", launch)
+    for seed, step, prob in calls:
+        made.append(0)
+        before = [weight.clone() for weight in weights]
+        launcher.run(seed, step, prob=prob, alpha=ALPHA, threshold=-1.0, dry_run=False)
+        for layer, (old, new) in enumerate(zip(before, weights, strict=True)):
+            coin, partner = draw(seed, step, layer, len(old), prob)
+            expected_weight = reference_merge(old, coin, partner, alpha=ALPHA, threshold=-1.0).weight
+            assert torch.equal(bits(new), bits(expected_weight))
+    assert made == expected
 
 
 # ------------------------------------------------------------------------------------------------- memory and addresses
@@ -165,7 +209,7 @@ def test_addresses_beyond_2_to_the_31_elements(capacity):
     launcher.layer_table[0, tables.FIRST_ROW.value] -= far
     launcher.reserve_scratch(1.0)
     partner = np.array(cycle(filters, None))
-    launcher.partner.copy_(torch.from_numpy(partner))
+    give_partners(launcher, partner)
     expected = reference_merge(weights[0], partner >= 0, partner, **CALL).weight
     with bounds(*tensors_of(launcher, weights).values()):
         launcher.merge_drawn(0, **CALL, dry_run=False, BLOCK=2**13, programs=2, capacity=capacity * 8)
@@ -177,44 +221,51 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say(counts):
     weights = [alike(300, 4), alike(45, 4)]
     launcher = launcher_of(weights)
     launcher.reserve_scratch(0.5)
-    rows, blocks = launcher.rows, launcher._row_blocks
-    handle, turn = (launcher._draw, 0) if counts else (launcher._draw_only, None)
-    stale = launcher.counted_odd if counts else launcher.readers
+    rows, blocks, tables_ = launcher.rows, launcher._row_blocks, launcher._draw_tables
+    draws, handle, zeroed = (3, launcher._draw, DRAW_AHEAD) if counts else (1, launcher._draw_only, 1)
+    readers = {"counted": [launcher.readers[:draws]], "zeroed": [launcher.readers[draws:]]} if counts else {}
     with traffic(
-        drawn=[launcher.partner, stale, launcher.outcome], index=[launcher.row_layer], active=[launcher.active]
-    ) as drawing:
-        handle.launch(blocks, 0, launcher._tables[0, turn][0], (1, 0, 2**23, rows))
-    active = int((launcher.partner >= 0).sum())
-    assert 0 < active < rows
-    assert drawing["drawn"].bytes_stored == 9 * rows
-    assert drawing["index"].bytes_loaded == 4 * rows
+        partner=[launcher.partner], outcome=[launcher.outcome], index=[launcher.row_layer], active=[launcher.active],
+        state=[launcher.state], **readers or {"zeroed": [launcher.readers]},
+    ) as drawing:  # fmt: skip
+        handle.launch((blocks, zeroed), 0, tables_, (1, 0, 1, 2**23, rows, 0, draws))
+    active = [int((launcher.partner[slot] > -1)[:rows].sum()) for slot in range(draws)]
+    assert all(0 < number < rows for number in active)
+    assert drawing["partner"].bytes_stored == 4 * rows * draws
+    assert drawing["outcome"].bytes_stored == rows * draws
+    assert drawing["index"].bytes_loaded == 4 * rows * draws
+    assert drawing["zeroed"].bytes_stored == 4 * rows * zeroed
+    assert drawing["state"].bytes_stored == 16 * zeroed
+    stored = 5 * rows * draws + (4 * rows + 16) * zeroed
     if counts:
-        assert drawing["active"].bytes_stored == drawing.bytes_stored - 9 * rows == 4 * active
-        assert drawing.atomics == active + blocks
+        assert drawing["active"].bytes_stored == 4 * sum(active)
+        assert drawing["counted"].bytes_stored == 0
+        assert drawing.bytes_stored == stored + 4 * sum(active)
+        assert drawing.atomics == sum(active) + blocks * draws
         return
-    assert drawing.bytes_stored == 9 * rows
+    assert drawing.bytes_stored == stored
     with traffic(partner=[launcher.partner], active=[launcher.active]) as counting:
-        launcher._count.launch(blocks, 0, launcher._counted(False), (rows,))
+        launcher._count.launch((blocks, 1), 0, launcher._counted(0, False), (rows,))
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
-    assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active
-    assert counting.atomics == active + blocks
+    assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active[0]
+    assert counting.atomics == active[0] + blocks
 
 
-def test_a_draw_that_counts_finds_its_buffers_empty_whatever_came_before():
-    """Every kind of call, in every order, some drawn ahead and not used, some cut short between draw and merge."""
+def test_a_draw_that_counts_finds_its_slots_empty_whatever_came_before():
+    """Every kind of call after every other, after a few alike: some drawn ahead and not used, some cut short."""
     kinds = {
-        "plain": {}, "ahead": {"ahead": True}, "ahead of another": {"ahead": "another"}, "dry run": {"dry_run": True},
-        "nearest": {"partner": "nearest"}, "nearest ahead": {"partner": "nearest", "ahead": True}, "cut": {"cut": True},
-        "search": {"search": True}, "from memory": {"memory": True},
+        "plain": {}, "dry run": {"dry_run": True}, "nearest": {"partner": "nearest"}, "cut": {"cut": True},
+        "search": {"search": True}, "from memory": {"memory": True}, "elsewhere": {"jump": 1000},
     }  # fmt: skip
-    weights = [alike(40, 6), alike(30, 9)]
-    launcher = launcher_of(weights)
-    names = [name for first in kinds for second in kinds for name in (first, second)]
-    for step, name in enumerate(names):
-        how = {"partner": "random", "dry_run": False, "ahead": None, "cut": False} | kinds[name]
+    weights = [alike(12, 6), alike(9, 9)]
+    launcher, step = launcher_of(weights), 0
+    # After three plain calls there are draws for three more.
+    names = [name for first in kinds for second in kinds for name in (*("plain",) * 3, first, second)]
+    for name in names:
+        how = {"partner": "random", "dry_run": False, "cut": False, "jump": 1} | kinds[name]
+        step += how["jump"]
         before = [weight.clone() for weight in weights]
         call = {"prob": 0.5, "alpha": ALPHA, "threshold": -1.0}
-        ahead = {None: None, True: (7, step + 1, 0.5), "another": (8, step, 0.5)}[how["ahead"]]
         if how.get("search"):
             launcher.find_partners(7, step, prob=0.5, partner="nearest", threshold=0.3)
             continue
@@ -228,14 +279,13 @@ def test_a_draw_that_counts_finds_its_buffers_empty_whatever_came_before():
                     launcher.run(7, step, dry_run=False, **call)
             continue
         else:
-            launcher.run(7, step, dry_run=how["dry_run"], partner=how["partner"], next_draw=ahead, **call)
+            launcher.run(7, step, dry_run=how["dry_run"], partner=how["partner"], **call)
         if how["partner"] == "random" and not how["dry_run"]:
             for layer, (old, new) in enumerate(zip(before, weights, strict=True)):
                 coin, partner = draw(7, step, layer, len(old), 0.5)
                 expected = reference_merge(old, coin, partner, alpha=ALPHA, threshold=-1.0).weight
-                assert torch.equal(bits(new), bits(expected)), f"{name}, call {step}"
-        if ahead is None:
-            assert not launcher.state.any(), f"{name}, call {step}"
+                assert torch.equal(bits(new), bits(expected)), f"{name}, step {step}"
+        assert not launcher.slot_of(launcher.calls).state.any(), f"{name}, step {step}"
 
 
 def test_the_largest_similarity_of_all_may_be_negative():

@@ -197,39 +197,31 @@ def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_s
     def run(step, capturing):
         launched.clear()
         switch(_Stream(0), capturing)
-        launcher.run(1, step, prob=0.9, **CALL, dry_run=False, next_draw=(1, step + 1, 0.9))
+        launcher.run(1, step, prob=0.9, **CALL, dry_run=False)
         return list(launched)
 
     def captured(step):
-        """A call of which nothing runs: its launches and memsets go into the graph."""
-        zeroed = []
+        """A call of which nothing runs: its launches go into the graph, and nothing else does."""
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "zero_", lambda tensor: zeroed.append(tensor))
+            patch.setattr(torch.Tensor, "zero_", lambda _: pytest.fail("a memset"))
             for handle in vars(launcher).values():
                 if isinstance(handle, Handle):
                     patch.setattr(handle, "launch", lambda *a, handle=handle: launched.append(names.get(handle)))
             patch.setattr(launcher._merge_handle({}), "launch", lambda *_: None)
-            called = run(step, True)
-        assert any(tensor is launcher.state for tensor in zeroed), "the list starts from nothing at every replay"
-        return called
+            return run(step, True)
 
     compiled = []
     monkeypatch.setattr(Handle, "compile", lambda self, *_: compiled.append(self))
-    assert run(0, False) == ["draw and count"] * 2
+    assert [run(step, False) for step in range(4)] == [["draw and count"]] * 3 + [[]]
     assert compiled == [launcher._draw_only, launcher._count], "what the graph needs and could not compile"
-    assert run(1, False) == ["draw and count"]
-    assert captured(2) == ["draw", "count"], "what was drawn ahead is not in the graph"
+    assert captured(4) == ["draw", "count"], "what was drawn ahead is not in the graph"
     assert launcher.state.any(), "and is still listed, since nothing has run"
     with bounds(*tensors_of(launcher, launcher.weights).values()):
-        assert run(3, False) == ["draw", "count"]
-    assert not launcher.state.any()
-    assert captured(4) == ["draw", "count"]
-    launcher._cut_short = True  # an interrupt before a replay, which resets nothing on the host
-    launcher.state.fill_(1)
-    switch(_Stream(0))
-    monkeypatch.setattr(launcher, "_set_thresholds", lambda _: None)  # there is no device to copy them to
-    launcher.prepare(1, 5, prob=0.9, write=True, **CALL)
-    assert not launcher.state.any()
+        for step in range(5, 9):
+            launcher.slot_of(launcher.calls + 1).state.fill_(1)  # as a replay may leave what is drawn ahead
+            assert run(step, False) == ["draw", "count"]
+            assert not launcher.slot_of(launcher.calls).state.any()
+    assert captured(9) == ["draw", "count"]
     assert len(compiled) == 2
 
 
