@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.driver import driver
 
 
 def check_not_capturing(device: torch.device, what: str) -> None:
@@ -19,6 +20,12 @@ def check_not_capturing(device: torch.device, what: str) -> None:
         raise RuntimeError(
             f"the first merge_ of a plan {what}, which a CUDA graph cannot capture; call merge_ once before capturing"
         )
+
+
+def raw_stream(device: torch.device) -> int:
+    """The handle of the current stream, as launches take it; PyTorch's own function makes an object for it first."""
+    stream: int = driver.active.get_current_stream(device.index)
+    return stream
 
 
 class Arguments(tuple[torch.Tensor, ...]):

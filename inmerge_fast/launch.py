@@ -15,7 +15,7 @@ import triton
 from .candidates import MergeLayer
 from .draw import coin_threshold
 from .draw_ahead import DRAW_AHEAD, Drawn, next_draw
-from .handle import Arguments, Handle, check_not_capturing, merge_options
+from .handle import Arguments, Handle, check_not_capturing, merge_options, raw_stream
 from .kernels import tables
 from .kernels.count import _count_kernel
 from .kernels.draw import _draw_kernel
@@ -243,7 +243,7 @@ class Launcher:
                 self._count_drawn(stream, slot, matched=partner != "random")
             elif self._drawn is None or not self._drawn.serves(call, seed, step, coin):
                 self._draw_and_count(stream, next_draw(self._drawn, call, seed, step, coin))
-            self._merge(slot, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
+            self._merge(slot, stream, alpha, limit, dry_run, overrides)
             return Results(self, call)
 
     def _draw_and_count(self, stream: int, draws: Drawn) -> None:
@@ -304,7 +304,7 @@ class Launcher:
             self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
             self._count_drawn(stream, slot, matched=partner != "random")
             overrides |= {"IN_MEMORY": True}
-            self._merge(slot, stream, alpha=0.0, limit=limit, dry_run=False, **overrides)
+            self._merge(slot, stream, 0.0, limit, False, overrides)
             return Results(self, self.calls)
 
     def _is_captured(self) -> bool:
@@ -347,13 +347,15 @@ class Launcher:
         """Count and merge with the partners that are in the slot, whoever chose them; for tests."""
         stream, limit = self.follow_current_stream(), self._threshold_argument(threshold)
         self._count_drawn(stream, slot, matched=False)
-        self._merge(slot, stream, alpha=alpha, limit=limit, dry_run=dry_run, **overrides)
+        self._merge(slot, stream, alpha, limit, dry_run, overrides)
 
     def _count_drawn(self, stream: int, slot: int, *, matched: bool) -> None:
         count = self._count_matched if matched else self._count
         count.launch((self._row_blocks, 1), stream, self._counted(slot, matched), (self.rows,))
 
-    def _merge(self, slot: int, stream: int, *, alpha: float, limit: float, dry_run: bool, **overrides: Any) -> None:
+    def _merge(
+        self, slot: int, stream: int, alpha: float, limit: float, dry_run: bool, overrides: dict[str, Any]
+    ) -> None:
         """Merge what was counted in a slot."""
         programs, capacity = self.programs, self.scratch.numel() // 16
         if overrides:
@@ -389,9 +391,9 @@ class Launcher:
         """The current stream; the first time on another one, it waits for what this plan still does on the last."""
         if not self.on_gpu:
             return 0
-        current = torch.cuda.current_stream(self.device)
-        stream: int = current.cuda_stream
+        stream = raw_stream(self.device)
         if stream != self._stream:
+            current = torch.cuda.current_stream(self.device)
             # torch.cuda.graph() synchronises before it captures, and a captured stream may not wait for another.
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 current.wait_stream(torch.cuda.ExternalStream(self._stream, self.device))

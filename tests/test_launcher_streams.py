@@ -161,6 +161,7 @@ def on_streams(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(launch, "raw_stream", lambda device: current[0].cuda_stream)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: _Stream(handle))
     return launcher, switch
 
