@@ -229,7 +229,8 @@ def render(found: Sequence[Results]) -> str:
                 parts.append(f"![{device}: {title}]({path.relative_to(RESULTS.parents[1]).as_posix()})")
     targets = [*merge_targets(found), *match_targets(found), *host_targets(found), *training_targets(found),
                *scaling_targets(found)]  # fmt: skip
-    parts += ["### Targets", "The best committed figures against what this project aims at.", target_table(targets)]
+    caption = "The worst committed figure of each against what this project aims at; host times machine by machine."
+    parts += ["### Targets", caption, target_table(targets)]
     return "\n\n".join(parts)
 
 

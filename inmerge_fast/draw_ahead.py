@@ -40,9 +40,9 @@ class Drawn(NamedTuple):
 def next_draw(last: Drawn | None, call: int, seed: int, step: int, coin: int) -> Drawn:
     """What to draw for a call that nothing was drawn for: its own draw, and the next ones' if they can be told.
 
-    They can when the step is as far from the last as that one was from the one before, with the same seed and prob. A
-    call without a seed draws one and a schedule of prob changes it, so nothing is ever drawn ahead for those. A wrong
-    guess costs a launch and two memsets, which is why two equal distances are waited for.
+    They can when the step is as far from the last as that one was from the one before, with the same seed and prob. So
+    nothing is drawn ahead for calls without a seed, which draw one each, nor while a schedule changes prob. A wrong
+    guess costs two memsets, which is why two equal distances are waited for.
     """
     if last is None or (last.seed, last.coin) != (seed, coin):
         return Drawn(seed, coin, step, None, call, call + 1)

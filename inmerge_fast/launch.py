@@ -238,7 +238,7 @@ class Launcher:
             call = self.calls = self.calls + 1
             slot = call % SLOTS
             if partner != "random" or self._has_captured:
-                self._draw_apart(self._draw_only, stream, slot, seed, step, coin)
+                self._draw_apart(self._draw_only, stream, call, seed, step, coin)
                 self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
                 self._count_drawn(stream, slot, matched=partner != "random")
             elif self._drawn is None or not self._drawn.serves(call, seed, step, coin):
@@ -248,26 +248,28 @@ class Launcher:
 
     def _draw_and_count(self, stream: int, draws: Drawn) -> None:
         """Draw and count in one launch, for one call or for several."""
-        clean = self._clean
+        # First nothing is known to be drawn or clean: an interrupt may come at any place below, or after the launch.
+        clean, self._drawn, self._clean = self._clean, None, range(0)
+        self.taken = max(self.taken, draws.end)
         if draws.first < clean.start or draws.end > clean.stop:
             # Other draws have counted there, for calls that did not come, or calls in between have left theirs.
             self.readers.zero_()
             self.state.zero_()
             clean = range(draws.first, draws.first + SLOTS)
-        # Until the launch is queued nothing is known to be clean: an interrupt may come before or after.
-        self._clean, self._drawn, self.taken = range(0), None, max(self.taken, draws.end)
         number = draws.end - draws.first
-        numbers = (draws.seed, draws.step, draws.stride or 0, draws.coin, self.rows, draws.first % SLOTS, number)
+        stride = draws.stride if number > 1 else 0  # that of a single draw means nothing, and may not fit 64 bits
+        numbers = (draws.seed, draws.step, stride, draws.coin, self.rows, draws.first % SLOTS, number)
         self._draw.launch((self._row_blocks, DRAW_AHEAD), stream, self._draw_tables, numbers)
         self._clean, self._drawn = range(draws.end, max(clean.stop, draws.end + DRAW_AHEAD)), draws
 
-    def _draw_apart(self, kernel: Handle, stream: int, slot: int, seed: int, step: int, coin: int) -> None:
-        """Draw for one call, and count in a launch of its own: ahead of partner rules, and in CUDA graphs.
+    def _draw_apart(self, kernel: Handle, stream: int, call: int, seed: int, step: int, coin: int) -> None:
+        """Draw for this call only, and count in a launch of its own: ahead of partner rules, and in CUDA graphs.
 
         A graph's replays come unseen, so it can rely on nothing that another draw has left.
         """
-        self._drawn, self.taken = None, max(self.taken, self.calls + 1)
-        kernel.launch((self._row_blocks, 1), stream, self._draw_tables, (seed, step, 0, coin, self.rows, slot, 1))
+        self._drawn, self.taken = None, max(self.taken, call + 1)
+        numbers = (seed, step, 0, coin, self.rows, call % SLOTS, 1)
+        kernel.launch((self._row_blocks, 1), stream, self._draw_tables, numbers)
 
     def prepare(
         self, seed: int, step: int, *, prob: float, alpha: float, threshold: float | Sequence[float], write: bool
@@ -300,7 +302,7 @@ class Launcher:
             self.calls += 1
             slot = self.calls % SLOTS
             limit = float(tables.FROM_TABLE.value)
-            self._draw_apart(self._draw_from_memory, stream, slot, 0, 0, 0)
+            self._draw_apart(self._draw_from_memory, stream, self.calls, 0, 0, 0)
             self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
             self._count_drawn(stream, slot, matched=partner != "random")
             overrides |= {"IN_MEMORY": True}
@@ -333,9 +335,9 @@ class Launcher:
         with self.lock, self._on_device():
             self.reserve_scratch(prob)
             stream = self.follow_current_stream()
-            slot = (self.calls + 1) % SLOTS  # a call's statistics stay what they are
-            self._draw_apart(self._draw_only, stream, slot, seed, step, coin_threshold(prob))
-            self._match(partner, stream, slot, (seed, step), self._threshold_argument(threshold), {})
+            following = self.calls + 1  # in its slot, so that the last calls' statistics stay what they are
+            self._draw_apart(self._draw_only, stream, following, seed, step, coin_threshold(prob))
+            self._match(partner, stream, following % SLOTS, (seed, step), self._threshold_argument(threshold), {})
 
     def found_partners(self) -> torch.Tensor:
         """What :meth:`find_partners` found: int64 ``(rows,)``, row numbers; only sampled rows with a partner count."""

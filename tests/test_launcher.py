@@ -251,41 +251,94 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say(counts):
     assert counting.atomics == active[0] + blocks
 
 
-def test_a_draw_that_counts_finds_its_slots_empty_whatever_came_before():
-    """Every kind of call after every other, after a few alike: some drawn ahead and not used, some cut short."""
-    kinds = {
-        "plain": {}, "dry run": {"dry_run": True}, "nearest": {"partner": "nearest"}, "cut": {"cut": True},
-        "search": {"search": True}, "from memory": {"memory": True}, "elsewhere": {"jump": 1000},
-    }  # fmt: skip
-    weights = [alike(12, 6), alike(9, 9)]
-    launcher, step = launcher_of(weights), 0
+def interrupted(holder, name, number, *, after):
+    """A patch with which the ``number``-th call of a method is interrupted, before it does anything or ``after``."""
+    original, calls = getattr(holder, name), []
+
+    def method(self, *arguments):
+        calls.append(1)
+        if len(calls) != number:
+            return original(self, *arguments)
+        if after:
+            original(self, *arguments)
+        raise KeyboardInterrupt
+
+    return holder, name, method
+
+
+DRAW, MERGE, MEMSET, SECOND_MEMSET = (
+    (Handle, "launch", 1),
+    (Handle, "launch", 2),
+    *((torch.Tensor, "zero_", k) for k in (1, 2)),
+)
+KINDS = {
+    "plain": {}, "dry run": {"dry_run": True}, "nearest": {"partner": "nearest"}, "search": {"search": True},
+    "from memory": {"memory": True}, "elsewhere": {"jump": 1000}, "before the draw": {"cut": DRAW},
+    "after the draw": {"cut": DRAW, "after": True}, "before the merge": {"cut": MERGE},
+    "elsewhere, before the draw": {"cut": DRAW, "aside": 1000}, "memset": {"cut": MEMSET, "after": True, "aside": 1000},
+    "both memsets": {"cut": SECOND_MEMSET, "after": True, "aside": 1000},
+}  # fmt: skip
+
+
+def sequences():
+    """Names of kinds of calls, one list after the other."""
     # After three plain calls there are draws for three more.
-    names = [name for first in kinds for second in kinds for name in (*("plain",) * 3, first, second)]
+    yield [name for first in KINDS for second in KINDS for name in (*("plain",) * 3, first, second)]
+    for seed in range(4):  # runs of a kind, up to more than there are slots
+        rng = np.random.default_rng(seed)
+        yield [name for _ in range(25) for name in [str(rng.choice(list(KINDS)))] * rng.integers(1, SLOTS + 3)]
+
+
+@pytest.mark.parametrize("names", list(sequences()), ids=["pairs", "runs 0", "runs 1", "runs 2", "runs 3"])
+def test_every_call_merges_its_own_draw_and_old_statistics_are_theirs_or_gone(names):
+    """Draws that are made ahead and not used, calls that are cut short anywhere, and calls that count apart."""
+    weights = [alike(12, 6), alike(9, 9)]
+    launcher, step, kept = launcher_of(weights), 0, {}
+    call = {"prob": 0.5, "alpha": ALPHA, "threshold": -1.0}
     for name in names:
-        how = {"partner": "random", "dry_run": False, "cut": False, "jump": 1} | kinds[name]
+        how = {"partner": "random", "dry_run": False, "jump": 1, "cut": None} | KINDS[name]
         step += how["jump"]
         before = [weight.clone() for weight in weights]
-        call = {"prob": 0.5, "alpha": ALPHA, "threshold": -1.0}
+        numbers, arguments = (7, step + how.get("aside", 0)), {k: how[k] for k in ("dry_run", "partner")}
+        with pytest.MonkeyPatch.context() as patch:
+            if how["cut"]:
+                patch.setattr(*interrupted(*how["cut"], after="after" in how))
+            try:
+                if how.get("search"):
+                    launcher.find_partners(*numbers, prob=0.5, partner="nearest", threshold=0.3)
+                elif how.get("memory"):
+                    launcher.prepare(*numbers, write=True, **call)
+                    results = launcher.run_from_memory()
+                else:
+                    results = launcher.run(*numbers, **arguments, **call)
+            except KeyboardInterrupt:
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)  # it may have merged
+                continue
         if how.get("search"):
-            launcher.find_partners(7, step, prob=0.5, partner="nearest", threshold=0.3)
             continue
-        if how.get("memory"):
-            launcher.prepare(7, step, write=True, **call)
-            launcher.run_from_memory()
-        elif how["cut"]:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(launcher, "_merge", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-                with pytest.raises(KeyboardInterrupt):
-                    launcher.run(7, step, dry_run=False, **call)
-            continue
-        else:
-            launcher.run(7, step, dry_run=how["dry_run"], partner=how["partner"], **call)
-        if how["partner"] == "random" and not how["dry_run"]:
-            for layer, (old, new) in enumerate(zip(before, weights, strict=True)):
-                coin, partner = draw(7, step, layer, len(old), 0.5)
+        draws = [draw(*numbers, layer, len(old), 0.5) for layer, old in enumerate(before)]
+        kept[launcher.calls] = (results, [int(coin.sum()) for coin, _ in draws])
+        for number, (old_results, counts) in kept.items():
+            try:
+                assert old_results.fetch().counts.tolist() == counts, f"{name}, step {step}, call {number}"
+            except RuntimeError:
+                assert number <= launcher.calls - KEPT_CALLS
+        if how["partner"] == "random":
+            for old, new, (coin, partner) in zip(before, weights, draws, strict=True):
                 expected = reference_merge(old, coin, partner, alpha=ALPHA, threshold=-1.0).weight
-                assert torch.equal(bits(new), bits(expected)), f"{name}, step {step}"
+                assert torch.equal(bits(new), bits(old if how["dry_run"] else expected)), f"{name}, step {step}"
         assert not launcher.slot_of(launcher.calls).state.any(), f"{name}, step {step}"
+        assert not launcher.counter.any(), f"{name}, step {step}"
+
+
+def test_a_call_number_that_was_skipped_makes_no_stride_of_more_than_64_bits():
+    launcher = launcher_of([alike(12, 6)])
+    numbers = {"prob": 0.5, "alpha": ALPHA, "threshold": -1.0, "dry_run": True}
+    launcher.run(7, 0, **numbers)
+    launcher.run(7, 2**63 - 1, **numbers)
+    launcher.calls += 1  # an interrupt right after it was counted
+    assert launcher.run(7, 0, **numbers).fetch().counts[0] == draw(7, 0, 0, 12, 0.5)[0].sum()
 
 
 def test_the_largest_similarity_of_all_may_be_negative():
