@@ -135,6 +135,8 @@ def test_a_draw_ahead_serves_the_call_of_its_number_only():
         ([(1, 2**63 - 5 + step, 0.5) for step in range(5)], [1] * 5),  # a fourth step there is not
         ([(1, 4 - step, 0.5) for step in range(5)], [1] * 5),
         ([(1, step, 0.5 + step / 64) for step in range(6)], [1] * 6),
+        ([(1, 0, 0.5), (1, 1, 0.5), (1, 2, 0.5), (1, 3, 0.25), (1, 4, 0.25)], [1, 1, 4, 1, 1]),
+        ([(1, 0, 0.5), (1, 1, 0.5), (1, 2, 0.5), (2, 3, 0.5), (2, 4, 0.5)], [1, 1, 4, 1, 1]),
         ([(seed, 0, 0.5) for seed in range(6)], [1] * 6),
         ([(seed, 7 * seed, 0.5) for seed in (1, 1, 2, 2, 3)], [1] * 5),
     ],
@@ -272,7 +274,7 @@ DRAW, MERGE, MEMSET, SECOND_MEMSET = (
     *((torch.Tensor, "zero_", k) for k in (1, 2)),
 )
 KINDS = {
-    "plain": {}, "dry run": {"dry_run": True}, "nearest": {"partner": "nearest"}, "search": {"search": True},
+    "plain": {}, "dry run": {"dry_run": True}, "nearest": {"partner": "nearest"}, "search": {"search": True, "jump": 0},
     "from memory": {"memory": True}, "elsewhere": {"jump": 1000}, "before the draw": {"cut": DRAW},
     "after the draw": {"cut": DRAW, "after": True}, "before the merge": {"cut": MERGE},
     "elsewhere, before the draw": {"cut": DRAW, "aside": 1000}, "memset": {"cut": MEMSET, "after": True, "aside": 1000},
@@ -284,12 +286,14 @@ def sequences():
     """Names of kinds of calls, one list after the other."""
     # After three plain calls there are draws for three more.
     yield [name for first in KINDS for second in KINDS for name in (*("plain",) * 3, first, second)]
-    for seed in range(4):  # runs of a kind, up to more than there are slots
+    for before in (("plain",) * 12, (*("plain",) * 3, "elsewhere")):
+        yield [name for apart in range(1, SLOTS + 2) for name in (*before, *("nearest",) * apart, "plain")]
+    for seed in range(2):  # runs of a kind, up to more than there are slots
         rng = np.random.default_rng(seed)
         yield [name for _ in range(25) for name in [str(rng.choice(list(KINDS)))] * rng.integers(1, SLOTS + 3)]
 
 
-@pytest.mark.parametrize("names", list(sequences()), ids=["pairs", "runs 0", "runs 1", "runs 2", "runs 3"])
+@pytest.mark.parametrize("names", list(sequences()), ids=["pairs", "gaps", "gaps after a memset", "runs 0", "runs 1"])
 def test_every_call_merges_its_own_draw_and_old_statistics_are_theirs_or_gone(names):
     """Draws that are made ahead and not used, calls that are cut short anywhere, and calls that count apart."""
     weights = [alike(12, 6), alike(9, 9)]
