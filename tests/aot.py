@@ -129,6 +129,8 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
 
     A launcher may keep the kernel that its first launch compiled, so all launches must mean the same one.
     """
+    from inmerge_fast.results import SLOTS  # imports Triton
+
     found: dict[str, list[str]] = {}
 
     def note(caught: list[tuple[Any, dict[str, Any]]], **names: str) -> None:
@@ -150,7 +152,7 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
         {"seed": 2**64 - 1, "step": 2**63 - 1, "prob": 2**-24, "alpha": 0.3, "threshold": 0.1, "dry_run": False},
     ]
     for filters in (7, 16):  # 7: result slots that are not multiples of 16 bytes, unless padded
-        for slot in range(11):
+        for slot in range(SLOTS):
             for case in cases:
                 with launches.on("sm_90") as caught:
                     launcher = launcher_of(["float32"], False, filters)

@@ -207,7 +207,7 @@ def test_10_000_steps_equal_an_exact_replay():
     assert in_band < 1e-4 * pairs
     assert 0.2 < passes / pairs < 0.9
     assert not launcher.counter.any()
-    assert not launcher.state.any()
+    assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
 
 
 # ---------------------------------------------------------------------------------------------------------- litmus test

@@ -169,7 +169,7 @@ def test_calls_of_one_plan_on_two_streams_follow_each_other():
     assert all(torch.equal(a, b) for a, b in zip(weights, in_turn, strict=True))
     launcher = plan.launcher(weights)
     assert not launcher.counter.any()
-    assert not launcher.state.any()
+    assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
 
 
 def test_statistics_read_on_another_stream_are_those_of_the_call():
@@ -250,7 +250,7 @@ def test_a_captured_merge_repeats_its_draw_and_calls_in_between_stay_right(drawn
         graph.replay() if step == 3 else merge_(plan, seed=1, step=step, **CALL)
         for layer, (old, new) in enumerate(zip(before, weights, strict=True)):
             assert_merged(old, new, seed=1, step=step, layer=layer, **CALL)
-    assert not launcher.state.any()
+    assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
 
 
 # ---------------------------------------------------------------------------------------------------------- other paths

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.interpreted
 
 from interleave import interleaved, permuted  # noqa: E402
 from interpreter import apply_fixes, bounds, traffic  # noqa: E402
+from test_kernels import partners_of as drawn_partners  # noqa: E402
 
 from inmerge_fast.launch import Launcher  # noqa: E402
 from inmerge_fast.launch_match import work_items  # noqa: E402
@@ -37,10 +38,6 @@ def _programs_share_rows(monkeypatch):
 def launcher_of(targets):
     plan = MergePlan(targets)
     return Launcher(plan.layers, plan.weights(), plan.row_start)
-
-
-def drawn_partners(launcher):
-    return launcher.slot_of(launcher.calls).partner[: launcher.rows]
 
 
 def partners_of(launcher, rule, seed=5, step=6, match=SMALL, **call):
