@@ -209,6 +209,7 @@ def _ranks(where: Where) -> Iterator[int]:
     dist.init_process_group("nccl" if where.device.startswith("cuda") else "gloo")
     try:
         yield dist.get_rank()
+        dist.barrier()  # a rank that is torn down while another still talks to it may abort
     finally:
         dist.destroy_process_group()
 
