@@ -5,10 +5,10 @@ every kind of editable install and the bare checkout. ``kernels/`` must never ge
 package of that name on ``sys.path`` would shadow Hugging Face's ``kernels`` (tests/test_packaging.py).
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["inmerge_fast", "inmerge_fast.integrations", "inmerge_fast.kernels"],
+    packages=[*find_packages(include=["inmerge_fast", "inmerge_fast.*"]), "inmerge_fast.kernels"],
     package_dir={"inmerge_fast.kernels": "kernels"},
     package_data={"inmerge_fast": ["py.typed"]},
 )

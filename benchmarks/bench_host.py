@@ -26,8 +26,8 @@ from torch import nn
 import inmerge_fast
 from benchmarks.timing import environment, quantiles, write_results
 from benchmarks.work import NETS
-from inmerge_fast.draw_ahead import DRAW_AHEAD
-from inmerge_fast.handle import Handle
+from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
+from inmerge_fast.paths.triton.handle import Handle
 
 STUB_SOURCE = Path(__file__).parents[1] / "tests" / "stub_cuda.c"
 SETTINGS = {"alpha": 0.8, "prob": 0.3, "threshold": 0.3}

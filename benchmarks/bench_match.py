@@ -29,8 +29,8 @@ from benchmarks.bench_merge import parser_of, time_nets
 from benchmarks.device_time import device_times, kernel_times
 from benchmarks.timing import copy_bandwidth, environment, quantiles, time_interleaved, wall_seconds, write_results
 from benchmarks.work import DTYPES, NETS, SEED, SKIP_FIRST
-from inmerge_fast.match import match_layer
-from inmerge_fast.pairs import filters_of
+from inmerge_fast.paths.match import match_layer
+from inmerge_fast.paths.pairs import filters_of
 
 PROBS = (0.3, 1.0)
 GEMM_SIZE = {"cpu": 1024, "cuda": 4096}

@@ -32,7 +32,7 @@ from benchmarks.timing import (
     write_results,
 )
 from benchmarks.work import DTYPES, NETS, REGIMES, SKIP_FIRST, Settings, mean_bytes
-from inmerge_fast.draw_ahead import DRAW_AHEAD
+from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
 
 COMPILED_LAYERS = 12  # compiling all layers of a deeper network as one graph takes minutes, and is not the fastest form
 FORM_TRIALS = 5

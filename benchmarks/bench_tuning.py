@@ -2,7 +2,7 @@
 
 Programs per multiprocessor, elements per step of the loop, and warps per program, on networks of long, mixed and short
 filters where all pairs pass. Never on live weights: every trial merges again. Writes
-``benchmarks/results/<device>/tuning.json``; what wins goes into ``inmerge_fast/launch.py`` by hand, with a note.
+``benchmarks/results/<device>/tuning.json``; what wins goes into ``inmerge_fast/paths/triton/`` by hand, with a note.
 """
 
 from __future__ import annotations

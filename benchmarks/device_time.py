@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.timing import CYCLES_PER_SECOND, WARM_UP, cold_cache, means_of, quantiles
-from inmerge_fast.draw_ahead import DRAW_AHEAD
+from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
 
 AHEAD = 12  # calls queued behind a sleeping device: few enough that the queue never fills, which would stop the host
 ASLEEP = 0.03  # seconds; longer than the host needs to queue AHEAD calls

@@ -6,17 +6,17 @@ on, ``MergeStats`` what a call did and ``similarity`` how alike the filters are;
 """
 
 from .draw import draw
-from .guard import CollapseGuard, CollapseWarning
+from .inspection.merge_plot import plot_merges
+from .inspection.similarity import LayerSimilarity, Similarity, similarity
 from .merge import merge_
-from .merge_plot import plot_merges
-from .monitor import DictLogger, TensorBoardLogger
-from .plan import MergePlan
+from .plan.plan import MergePlan
 from .reference import ReferenceResult, reference_merge, reference_partners
-from .schedules import cosine, linear
-from .similarity import LayerSimilarity, Similarity, similarity
 from .stats import LayerStats, MergeStats, NoEffectWarning
-from .thresholds import NoiseThreshold, QuantileThreshold
-from .training import InMerge
+from .training.guard import CollapseGuard, CollapseWarning
+from .training.inmerge import InMerge
+from .training.monitor import DictLogger, TensorBoardLogger
+from .training.schedules import cosine, linear
+from .training.thresholds import NoiseThreshold, QuantileThreshold
 
 __all__ = [
     "CollapseGuard",

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .demo import PAPER, Options, load_data, run
-from .inspection import main as inspect_model
+from .demo.demo import PAPER, Options, load_data, run
+from .inspection.command import main as inspect_model
 
 
 def _within(kind: Callable[[str], float], low: float, high: float, what: str) -> Callable[[str], float]:

@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from .candidates import MergeLayer
 from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
 from .dynamo import outside_dynamo
-from .eager import merge_layer_
-from .eager_cpu import merge_layers_
-from .filters import check_outside_transforms, mark_written
-from .match import check_partner_rule, match_layer
-from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
+from .paths.eager import merge_layer_
+from .paths.eager_cpu import merge_layers_
+from .paths.match import check_partner_rule, match_layer
+from .plan.candidates import MergeLayer
+from .plan.filters import check_outside_transforms, mark_written
+from .plan.plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
 from .stats import MergeStats, SampledPairs
 
 

@@ -115,7 +115,7 @@ def launcher_of(dtypes: list[str], strided: bool, filters: int = 16) -> Any:
     import torch
 
     from inmerge_fast import MergePlan
-    from inmerge_fast.launch import Launcher
+    from inmerge_fast.paths.triton.launch import Launcher
 
     # A row that is not a multiple of 16 bytes takes the same way as strided filters.
     sizes = [ELEMENTS, ELEMENTS - 1] if strided else [ELEMENTS]
@@ -129,7 +129,7 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
 
     A launcher may keep the kernel that its first launch compiled, so all launches must mean the same one.
     """
-    from inmerge_fast.results import SLOTS  # imports Triton
+    from inmerge_fast.paths.triton.results import SLOTS  # imports Triton
 
     found: dict[str, list[str]] = {}
 

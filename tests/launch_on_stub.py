@@ -18,9 +18,9 @@ from triton.runtime.driver import driver
 
 import inmerge_fast
 from inmerge_fast.draw import coin_threshold
-from inmerge_fast.draw_ahead import DRAW_AHEAD
-from inmerge_fast.launch import Launcher
-from inmerge_fast.results import SLOTS
+from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
+from inmerge_fast.paths.triton.launch import Launcher
+from inmerge_fast.paths.triton.results import SLOTS
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
 DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 15, 6, 20, 7  # all but the constants

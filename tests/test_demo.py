@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from inmerge_fast import MergeStats, demo_train, merge_
+from inmerge_fast import MergeStats, merge_
 from inmerge_fast.__main__ import main
-from inmerge_fast.demo_data import ImageSet
-from inmerge_fast.demo_report import Arm, Outcome, _comparison, sign_test
-from inmerge_fast.demo_train import History, MergeSetting, Schedule, Similarities, build_net, evaluate, train
+from inmerge_fast.demo import train as demo_train
+from inmerge_fast.demo.data import ImageSet
+from inmerge_fast.demo.report import Arm, Outcome, _comparison, sign_test
+from inmerge_fast.demo.train import History, MergeSetting, Schedule, Similarities, build_net, evaluate, train
 
 BRIEF = ["--quick", "--epochs", "1", "--backbone-epochs", "1", "--device", "cpu"]
 TIMES = re.compile(r" *[\d.]+ (ms|%)")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from inmerge_fast.demo_data import load_npz
+from inmerge_fast.demo.data import load_npz
 
 
 def medmnist(size=(28, 28), classes=2, counts=(12, 4, 6)):

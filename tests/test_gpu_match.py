@@ -11,7 +11,7 @@ from torch import nn
 import inmerge_fast
 from inmerge_fast import MergePlan
 from inmerge_fast.draw import priorities, priority_keys
-from inmerge_fast.pairs import filters_of
+from inmerge_fast.paths.pairs import filters_of
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu

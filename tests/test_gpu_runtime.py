@@ -13,7 +13,7 @@ from inmerge_fast.effect import NO_EFFECT_CALLS
 
 triton = pytest.importorskip("triton")
 
-from inmerge_fast.results import KEPT_CALLS, SLOTS  # noqa: E402
+from inmerge_fast.paths.triton.results import KEPT_CALLS, SLOTS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

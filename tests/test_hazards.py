@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import inmerge_fast
 from inmerge_fast import draw
-from inmerge_fast.eager import merge_layer_
-from inmerge_fast.filters import FilterLayout, filter_layout
+from inmerge_fast.paths.eager import merge_layer_
+from inmerge_fast.plan.filters import FilterLayout, filter_layout
 
 MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
 

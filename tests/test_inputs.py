@@ -10,7 +10,8 @@ from oracle import assert_is_reference, untouched
 from torch import nn
 
 import inmerge_fast
-from inmerge_fast import MergePlan, candidates
+from inmerge_fast import MergePlan
+from inmerge_fast.plan import candidates
 
 SAMPLE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
 

@@ -13,9 +13,11 @@ from torch import nn
 
 from inmerge_fast import similarity
 from inmerge_fast.__main__ import main
-from inmerge_fast.inspection import describe, load_weights, most_alike, write_pictures
+from inmerge_fast.inspection.command import describe, load_weights, most_alike, write_pictures
 
-pictures = pytest.importorskip("inmerge_fast.pictures", reason="needs matplotlib and scipy", exc_type=ImportError)
+pictures = pytest.importorskip(
+    "inmerge_fast.inspection.pictures", reason="needs matplotlib and scipy", exc_type=ImportError
+)
 
 
 def small_net():
@@ -142,8 +144,8 @@ def test_a_model_object_knows_its_groups_and_transposition(monkeypatch, tmp_path
 
 
 def test_without_matplotlib_the_table_is_printed_and_the_extra_named(checkpoint, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "inmerge_fast.pictures", None)
-    monkeypatch.delattr("inmerge_fast.pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "inmerge_fast.inspection.pictures", None)
+    monkeypatch.delattr("inmerge_fast.inspection.pictures", raising=False)
     with pytest.raises(SystemExit):
         main(["inspect", checkpoint])
     captured = capsys.readouterr()
@@ -152,9 +154,8 @@ def test_without_matplotlib_the_table_is_printed_and_the_extra_named(checkpoint,
 
 
 def test_importing_the_package_imports_neither_matplotlib_nor_scipy():
-    code = (
-        "import sys, inmerge_fast, inmerge_fast.inspection; print({'matplotlib', 'scipy', 'timm'} & set(sys.modules))"
-    )
+    command = "import inmerge_fast.inspection.command"
+    code = f"import sys; {command}; print({{'matplotlib', 'scipy', 'timm'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parents[1])  # fmt: skip
     assert done.stdout.strip() == "set()"

@@ -30,10 +30,10 @@ from test_kernels import (  # noqa: E402
     tensors_of,
 )
 
-from inmerge_fast.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.kernels import merge  # noqa: E402
-from inmerge_fast.launch import Launcher  # noqa: E402
-from inmerge_fast.layer_table import can_merge  # noqa: E402
+from inmerge_fast.paths.triton.handle import Arguments, Handle  # noqa: E402
+from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
+from inmerge_fast.paths.triton.layer_table import can_merge  # noqa: E402
 
 CALL = {"alpha": ALPHA, "threshold": -1.0}
 

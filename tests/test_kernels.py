@@ -14,11 +14,11 @@ pytestmark = pytest.mark.interpreted
 from interleave import interleaved, permuted  # noqa: E402
 from interpreter import apply_fixes, bounds, traffic  # noqa: E402
 
-from inmerge_fast.handle import Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
 from inmerge_fast.kernels.draw import _draw_kernel  # noqa: E402
-from inmerge_fast.launch import Launcher  # noqa: E402
-from inmerge_fast.results import KEPT_CALLS, SLOTS  # noqa: E402
+from inmerge_fast.paths.triton.handle import Handle  # noqa: E402
+from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
+from inmerge_fast.paths.triton.results import KEPT_CALLS, SLOTS  # noqa: E402
 
 ALPHA = 0.75
 NO_SCRATCH, LITTLE_SCRATCH = 0, 12  # in units of 16 bytes

@@ -22,12 +22,12 @@ from test_kernels import (  # noqa: E402
     tensors_of,
 )
 
-from inmerge_fast import launch  # noqa: E402
-from inmerge_fast.draw_ahead import DRAW_AHEAD  # noqa: E402
 from inmerge_fast.effect import _largest_similarity  # noqa: E402
-from inmerge_fast.handle import Handle  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
-from inmerge_fast.results import KEPT_CALLS, SLOTS  # noqa: E402
+from inmerge_fast.paths.triton import launch  # noqa: E402
+from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD  # noqa: E402
+from inmerge_fast.paths.triton.handle import Handle  # noqa: E402
+from inmerge_fast.paths.triton.results import KEPT_CALLS, SLOTS  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 

@@ -14,10 +14,10 @@ from interpreter import apply_fixes, bounds  # noqa: E402
 from test_kernel_details import CALL, _CountingKernel  # noqa: E402
 from test_kernels import alike, launcher_of, tensors_of  # noqa: E402
 
-from inmerge_fast import handle, launch  # noqa: E402
 from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor  # noqa: E402
-from inmerge_fast.handle import Arguments, Handle  # noqa: E402
-from inmerge_fast.launch import Launcher  # noqa: E402
+from inmerge_fast.paths.triton import handle, launch  # noqa: E402
+from inmerge_fast.paths.triton.handle import Arguments, Handle  # noqa: E402
+from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 

@@ -12,9 +12,9 @@ from torch import nn
 import inmerge_fast
 from inmerge_fast import draw, reference_merge, reference_partners
 from inmerge_fast.draw import priorities, priority_keys
-from inmerge_fast.filters import filter_layout
-from inmerge_fast.match import match_layer
-from inmerge_fast.pairs import filters_of
+from inmerge_fast.paths.match import match_layer
+from inmerge_fast.paths.pairs import filters_of
+from inmerge_fast.plan.filters import filter_layout
 
 RULES = ["nearest", "similar"]
 CALL = {"seed": 2**63 + 11, "step": 2**40 + 3, "prob": 0.6, "alpha": 0.75}

@@ -16,8 +16,8 @@ from interleave import interleaved, permuted  # noqa: E402
 from interpreter import apply_fixes, bounds, traffic  # noqa: E402
 from test_kernels import partners_of as drawn_partners  # noqa: E402
 
-from inmerge_fast.launch import Launcher  # noqa: E402
-from inmerge_fast.launch_match import work_items  # noqa: E402
+from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
+from inmerge_fast.paths.triton.launch_match import work_items  # noqa: E402
 
 RULES = ["nearest", "similar"]
 SMALL = {"ROWS": 16, "TILE": 16, "DEPTH": 16}  # the smallest that tl.dot takes
@@ -32,7 +32,7 @@ def _interpreter():
 @pytest.fixture
 def _programs_share_rows(monkeypatch):
     """Every program compares one tile, so that several find pairs for the same row: short filters would share one."""
-    monkeypatch.setattr("inmerge_fast.launch_match.TILES_OF_ELEMENTS", 1)
+    monkeypatch.setattr("inmerge_fast.paths.triton.launch_match.TILES_OF_ELEMENTS", 1)
 
 
 def launcher_of(targets):

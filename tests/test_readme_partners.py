@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import inmerge_fast
-from inmerge_fast.match import PARTNER_RULES
+from inmerge_fast.paths.match import PARTNER_RULES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SECTION = README[README.index("## Partner rules and filter similarity") :].split("\n## ")[0]
@@ -33,7 +33,7 @@ def test_launches_are_as_many_as_the_table_says(monkeypatch):
     pytest.importorskip("triton")
     from interpreter import apply_fixes
 
-    from inmerge_fast.handle import Handle
+    from inmerge_fast.paths.triton.handle import Handle
 
     apply_fixes()
     monkeypatch.setenv("INMERGE_INTERPRET", "1")

@@ -10,8 +10,8 @@ from test_match import adversarial
 from torch import nn
 
 import inmerge_fast
-from inmerge_fast import pairs
-from inmerge_fast.similarity import RESOLUTION, similarity
+from inmerge_fast.inspection.similarity import RESOLUTION, similarity
+from inmerge_fast.paths import pairs
 
 
 def off_diagonal(matrix):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from inmerge_fast import CollapseGuard, InMerge, QuantileThreshold
-from inmerge_fast.distributed import ShardedPlan
+from inmerge_fast.training.distributed import ShardedPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 

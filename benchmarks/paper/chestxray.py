@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inmerge_fast.demo_data import require
+from inmerge_fast.demo.data import require
 
 from .data import SPLITS, DataSet, Split
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inmerge_fast.demo_data import require
+from inmerge_fast.demo.data import require
 
 LEVEL = 0.95
 FEWEST = 3  # pairs for an interval

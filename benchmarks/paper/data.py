@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inmerge_fast.demo_data import DIGITS_TRAIN, is_volumes, read_digits, read_npz
+from inmerge_fast.demo.data import DIGITS_TRAIN, is_volumes, read_digits, read_npz
 
 SPLITS = ("train", "val", "test")
 SIZES = {2: (28, 64, 128, 224), 3: (28, 64)}  # MedMNIST's, by the dimensions of its images

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from inmerge_fast.demo_data import require
+from inmerge_fast.demo.data import require
 
 from .compare import FEWEST, Row
 from .tables import read_manifest, rows_of

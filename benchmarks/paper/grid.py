@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from inmerge_fast.demo_data import require
+from inmerge_fast.demo.data import require
 
 from . import protocol
 from .config import OWN, Recipe, Run, digest

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from inmerge_fast.demo_data import require
+from inmerge_fast.demo.data import require
 
 from .data import without_size
 

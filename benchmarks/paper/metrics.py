@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inmerge_fast import MergePlan, similarity
-from inmerge_fast.demo_data import require
+from inmerge_fast.demo.data import require
 
 COLLAPSED_RANK = 0.5  # share of the backbone's effective rank below which a net counts as collapsed
 COLLAPSED_SIMILARITY = 0.9  # mean of the filters' largest similarities above which it does, too

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from inmerge_fast.demo_train import build_net
+from inmerge_fast.demo.train import build_net
 from tests import nets
 
 from .data import DataSet

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from inmerge_fast import MergePlan, NoEffectWarning, __version__
-from inmerge_fast.demo_train import MOMENTUM, Schedule, epoch_steps
+from inmerge_fast.demo.train import MOMENTUM, Schedule, epoch_steps
 
 from . import medmnist_c, robustness
 from .config import OWN, Recipe, Run

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from inmerge_fast.demo_data import require
+from inmerge_fast.demo.data import require
 
 Corruption = Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]
 SEVERITIES = (1, 2, 3, 4, 5)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..training import InMerge
+from ..training.inmerge import InMerge
 
 FILE_NAME = "inmerge.pt"
 

@@ -12,8 +12,8 @@ try:
 except ImportError:  # the same code under its older name
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
-from ..monitor import Row, flat
-from ..training import InMerge
+from ..training.inmerge import InMerge
+from ..training.monitor import Row, flat
 
 
 class InMergeCallback(pl.Callback):

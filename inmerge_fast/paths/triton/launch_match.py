@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .candidates import MergeLayer
+from ...kernels.match import _list_kernel, _match_kernel
+from ...plan.candidates import MergeLayer
 from .handle import Arguments, Handle, check_not_capturing
-from .kernels.match import _list_kernel, _match_kernel
 
 LIST_BLOCK = 1024  # filters that the list kernel looks at together
 # One tile: 64 x 64 pairs, 32 elements deep, fits the registers of 256 threads (tests/aot_registers.json).

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .draw import MAX_SEED, MAX_STEP, check_word
-from .match import check_partner_rule
-from .plan import check_selection
+from ..draw import MAX_SEED, MAX_STEP, check_word
+from ..paths.match import check_partner_rule
+from ..plan.plan import check_selection
 from .schedules import Schedule, check_schedule, from_plain, to_plain, value_at
 from .thresholds import NoiseThreshold, QuantileThreshold
 

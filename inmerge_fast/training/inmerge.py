@@ -11,22 +11,22 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .candidates import is_mergeable_module, unwrap_compiled
+from ..draw import MAX_STEP, check_word
+from ..dynamo import outside_dynamo
+from ..inspection.similarity import summarise_layer
+from ..merge import merge_plan_, several_ranks
+from ..plan.candidates import is_mergeable_module, unwrap_compiled
+from ..plan.filters import check_outside_transforms
+from ..plan.plan import DEFAULT_SKIP_FIRST, MergePlan, Target
+from ..stats import MergeStats, NoEffectWarning
 from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded
-from .draw import MAX_STEP, check_word
-from .dynamo import outside_dynamo
-from .filters import check_outside_transforms
 from .graphs import GraphSteps
 from .guard import CollapseGuard
-from .merge import merge_plan_, several_ranks
+from .hooks import AttachedStep
 from .monitor import Logger, Monitor, Observation
-from .plan import DEFAULT_SKIP_FIRST, MergePlan, Target
 from .recipe import Recipe, Threshold, check_count, in_steps, selection
 from .schedules import Schedule
-from .similarity import summarise_layer
-from .stats import MergeStats, NoEffectWarning
 from .thresholds import NEVER, NoiseThreshold, QuantileThreshold
-from .training_hooks import AttachedStep
 
 EVAL_STEPS = 100  # steps in evaluation mode, before any in training mode, after which a warning says so
 STATE_VERSION = 1

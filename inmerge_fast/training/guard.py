@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .merge import check_share
-from .stats import LayerStats
+from ..merge import check_share
+from ..stats import LayerStats
 
 ACTIONS = ("warn", "stop")
 

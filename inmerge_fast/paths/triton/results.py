@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...kernels import tables
+from ...stats import SampledPairs
 from .draw_ahead import DRAW_AHEAD
-from .kernels import tables
-from .stats import SampledPairs
 
 if TYPE_CHECKING:
     from .launch import Launcher

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .draw import priorities, priority_keys
-from .filters import FilterLayout
+from ..draw import priorities, priority_keys
+from ..plan.filters import FilterLayout
 from .pairs import filters_of, similarity_blocks
 
 PARTNER_RULES = ("random", "similar", "nearest")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .filters import check_outside_transforms, mark_written
-from .stats import MergeStats
+from ..plan.filters import check_outside_transforms, mark_written
+from ..stats import MergeStats
 from .thresholds import NEVER
 
 if TYPE_CHECKING:
-    from .launch import Launcher
-    from .results import Results
-    from .training import InMerge, Settings
+    from ..paths.triton.launch import Launcher
+    from ..paths.triton.results import Results
+    from .inmerge import InMerge, Settings
 
 
 class GraphSteps:

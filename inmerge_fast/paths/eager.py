@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .filters import FilterLayout, compute_dtype
+from ..plan.filters import FilterLayout, compute_dtype
+from ..reference import MIN_NORM
 from .pairs import autocast_off
-from .reference import MIN_NORM
 
 
 @torch.no_grad()

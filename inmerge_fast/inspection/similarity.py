@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .filters import FilterLayout
-from .match import check_partner_rule
-from .pairs import filters_of, similarity_blocks
-from .plan import MergePlan, Target
-from .stats import describe_skipped
+from ..paths.match import check_partner_rule
+from ..paths.pairs import filters_of, similarity_blocks
+from ..plan.filters import FilterLayout
+from ..plan.plan import MergePlan, Target
+from ..stats import describe_skipped
 
 BINS = 20_000  # of a histogram over [-1, 1]
 RESOLUTION = 2 / BINS  # 1e-4: thresholds of four decimals lie between two bins

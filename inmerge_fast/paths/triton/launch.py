@@ -12,15 +12,15 @@ import numpy as np
 import torch
 import triton
 
-from .candidates import MergeLayer
-from .draw import coin_threshold
+from ...draw import coin_threshold
+from ...kernels import tables
+from ...kernels.count import _count_kernel
+from ...kernels.draw import _draw_kernel
+from ...kernels.merge import _merge_kernel
+from ...kernels.prepare import _prepare_kernel
+from ...plan.candidates import MergeLayer
 from .draw_ahead import DRAW_AHEAD, Drawn, next_draw
 from .handle import Arguments, Handle, check_not_capturing, merge_options, raw_stream
-from .kernels import tables
-from .kernels.count import _count_kernel
-from .kernels.draw import _draw_kernel
-from .kernels.merge import _merge_kernel
-from .kernels.prepare import _prepare_kernel
 from .launch_match import Matcher
 from .layer_table import layer_table
 from .results import SLOTS, Results

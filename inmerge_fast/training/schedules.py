@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from .merge import check_share
+from ..merge import check_share
 
 Schedule: TypeAlias = float | Callable[[int], float]
 SHAPES = ("linear", "cosine")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .monitor import Row
+from ..training.monitor import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import MergeStats, NoEffectWarning, merge_
-from .demo_data import ImageSet, require
+from .. import MergeStats, NoEffectWarning, merge_
+from .data import ImageSet, require
 
 WIDTHS = (16, 16, 32, 32, 64, 64, 128, 128)
 POOLED = (2, 4, 6)  # convolutions that a pooling follows

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .candidates import MergeLayer
-from .filters import FilterLayout, compute_dtype, mark_written
+from ..plan.candidates import MergeLayer
+from ..plan.filters import FilterLayout, compute_dtype, mark_written
+from ..reference import MIN_NORM
 from .pairs import autocast_off
-from .reference import MIN_NORM
 
 # From this many bytes per filter on, filters are blended one by one in NumPy, each written once to where it lies:
 # 4.4 ms for VGG19's deep layers instead of 8.6 with gathers. A filter costs 2.5 us at least, so short ones are not.

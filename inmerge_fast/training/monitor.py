@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeAlias
 
-from .stats import LayerStats, MergeStats
+from ..stats import LayerStats, MergeStats
 
 Row: TypeAlias = dict[str, Any]
 Logger: TypeAlias = Callable[[Row], object]

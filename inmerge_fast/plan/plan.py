@@ -15,6 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ..draw import draw_filters
+from ..effect import EffectMonitor
+from ..stats import describe_skipped
 from .candidates import (
     Candidate,
     SharedWeights,
@@ -27,14 +30,11 @@ from .candidates import (
     split_frozen,
     unwrap_compiled,
 )
-from .draw import draw_filters
-from .effect import EffectMonitor
 from .filters import check_outside_transforms
-from .stats import describe_skipped
 from .structure import Storage, Structure
 
 if TYPE_CHECKING:
-    from .launch import Launcher  # imports Triton
+    from ..paths.triton.launch import Launcher  # imports Triton
 
 DEFAULT_SKIP_FIRST = 0.6
 _OF_DEVICE = "device"  # as a reason: what the device is
@@ -180,7 +180,7 @@ class MergePlan:
         if torch.version.hip:
             # Compiled for gfx942, a release waits for the releasing wave's stores only; nobody has tried it on one.
             return "the kernels are not verified on AMD GPUs"
-        from .layer_table import can_merge
+        from ..paths.triton.layer_table import can_merge
 
         return "" if can_merge(self.layers) else "float64 layers, or layers of 2**20 filters and more"
 
@@ -188,7 +188,7 @@ class MergePlan:
         """The kernels' tables and buffers for these weights, built at the first call."""
         with self._launcher_lock:
             if self._launcher is None:
-                from .launch import Launcher
+                from ..paths.triton.launch import Launcher
 
                 self._launcher = Launcher(self.layers, weights, self.row_start)
             return self._launcher

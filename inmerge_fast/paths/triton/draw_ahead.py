@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .draw import MAX_STEP
+from ...draw import MAX_STEP
 
 DRAW_AHEAD = 4  # calls in one launch: a quarter of a launch each; with 8 an eighth, for twice the memory
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .candidates import MergeLayer
-from .kernels import tables
-from .kernels.merge import FLAG
+from ...kernels import tables
+from ...kernels.merge import FLAG
+from ...plan.candidates import MergeLayer
 
 _KINDS = {torch.float32: tables.FLOAT32, torch.bfloat16: tables.BFLOAT16, torch.float16: tables.FLOAT16}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .filters import FilterLayout
-from .reference import MIN_NORM
+from ..plan.filters import FilterLayout
+from ..reference import MIN_NORM
 
 BLOCK_PAIRS = 1 << 21  # pairs computed at once: 16 MB in float64
 

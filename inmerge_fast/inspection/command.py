@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .reference import filter_of
+from ..reference import filter_of
 from .similarity import Similarity, similarity
 
 RATES = (0.01, 0.05, 0.2)

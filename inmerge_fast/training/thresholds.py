@@ -11,7 +11,7 @@ import math
 import numbers
 from dataclasses import dataclass
 
-from .merge import check_share
+from ..merge import check_share
 
 NEVER = 2.0  # above every similarity: the layer is measured and never merged
 

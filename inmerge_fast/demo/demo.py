@@ -13,10 +13,10 @@ from statistics import median
 import torch
 from torch import nn
 
-from . import MergePlan, __version__
-from .demo_data import ImageSet, load_digits, load_npz, require
-from .demo_report import TEXT_WIDTH, Arm, Outcome, print_paragraph, report
-from .demo_train import (
+from .. import MergePlan, __version__
+from .data import ImageSet, load_digits, load_npz, require
+from .report import TEXT_WIDTH, Arm, Outcome, print_paragraph, report
+from .train import (
     DRY_RUNS,
     MOMENTUM,
     WEIGHT_DECAY,

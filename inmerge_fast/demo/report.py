@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .demo_data import ImageSet
-from .demo_train import History, MergeSetting, Similarities
+from .data import ImageSet
+from .train import History, MergeSetting, Similarities
 
 TEXT_WIDTH = 110
 # Mean similarity. A threshold of 0.06 brought it to 0.58-0.89 in 4 to 12 epochs, 0.08 and more left it below 0.05.

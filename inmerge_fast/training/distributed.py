@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
-from .effect import EffectMonitor
-from .filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
-from .merge import EagerPairs, merge_drawn_, several_ranks
-from .plan import DEFAULT_SKIP_FIRST, MergePlan
-from .stats import MergeStats, describe_skipped
+from ..effect import EffectMonitor
+from ..merge import EagerPairs, merge_drawn_, several_ranks
+from ..plan.candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
+from ..plan.filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
+from ..plan.plan import DEFAULT_SKIP_FIRST, MergePlan
+from ..stats import MergeStats, describe_skipped
 
 
 def check_agreement(recipe: dict[str, Any], group: Any) -> None:

@@ -1,0 +1,1 @@
+"""What ``python -m inmerge_fast`` shows: small networks trained with and without merging."""

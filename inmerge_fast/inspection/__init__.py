@@ -1,0 +1,1 @@
+"""Looking at filters: their similarity, pictures of them, and what a run has merged."""

@@ -1,0 +1,1 @@
+"""How a merge runs: on the CPU, in eager PyTorch, in Triton."""

@@ -1,0 +1,1 @@
+"""The path of the Triton kernels: tables, buffers, launches."""

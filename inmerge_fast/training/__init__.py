@@ -1,0 +1,1 @@
+"""Merging as a part of a training run."""
