@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-if TYPE_CHECKING:
-    from benchmarks.report import Results
+from benchmarks.result_files import REGIMES, Results, slug
 
 COLOURS = {
     "published": "#888888", "eager": "#c26d2d", "eager sampled": "#e3b23c", "compile": "#5b8e7d", "merge_": "#2a5caa",
 }  # fmt: skip
-REGIMES = ("all pass", "none passes")
 STYLE = {"svg.hashsalt": "inmerge_fast", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
          "axes.spines.right": False}  # fmt: skip
 
 
 def draw_all(found: Sequence[Results], folder: Path) -> Iterator[Path]:
     """Draw all plots of all devices; yields their paths."""
-    from benchmarks.report import slug
-
     plots = {"merge": {"ratios": draw_ratios, "floor": draw_floor}, "scaling": {"scaling": draw_scaling}}
     with mpl.rc_context(STYLE):
         for results in found:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from benchmarks.report import Results
+from benchmarks.result_files import Results
 
 LARGE = ("VGG19", "ResNet-50", "3D ResNet-18")  # as large as the memory's bandwidth counts
 SMALL = ("DenseNet-121", "EfficientNet-B0")

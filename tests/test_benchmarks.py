@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import inmerge_fast
-from benchmarks import bench_match, bench_merge, bench_scaling, bench_training, providers, report, targets
+from benchmarks import bench_match, bench_merge, bench_scaling, bench_training, providers, report, result_files, targets
 from benchmarks.timing import means_of, time_interleaved, write_results
 from benchmarks.work import REGIMES, SEED, Settings, bytes_of_draw, mean_bytes
 
@@ -126,7 +126,7 @@ def test_results_are_rewritten_whole_or_not_at_all(tmp_path):
 )
 def test_quick_runs_write_what_the_report_reads(bench, columns, tmp_path, capsys):
     assert bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    (results,) = report.load(tmp_path)
+    (results,) = result_files.load(tmp_path)
     assert all(columns <= set(row) for row in results.rows)
     assert {"commit", "torch", "triton", "command", "copy_bandwidth_gb_s", "device", "date"} <= set(results.environment)
     assert not results.on_gpu
@@ -143,7 +143,7 @@ def row(provider, wall, *, net="VGG19", device=None, regime="all pass", layers=6
 
 def results_of(rows, *, gpu, bench="merge"):
     about = {"device": "d", "commit": "c"} | ({"cuda": "13"} if gpu else {})
-    return report.Results(report.RESULTS / "x.json", bench, about, rows)
+    return result_files.Results(result_files.RESULTS / "x.json", bench, about, rows)
 
 
 def test_targets_take_the_worst_figure_and_say_what_was_not_measured():
@@ -254,7 +254,7 @@ def test_a_readme_that_is_out_of_step_is_noticed(tmp_path, monkeypatch, capsys):
 
 def test_the_plots_are_those_of_the_result_files(tmp_path):
     plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib", exc_type=ImportError)
-    drawn = sorted(plots.draw_all(report.load(), tmp_path))
+    drawn = sorted(plots.draw_all(result_files.load(), tmp_path))
     assert [path.name for path in drawn] == sorted(path.name for path in report.PLOTS.glob("*.svg"))
     for path in drawn:
         assert path.read_bytes() == (report.PLOTS / path.name).read_bytes(), f"{path.name}: run benchmarks.report"

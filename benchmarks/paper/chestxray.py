@@ -23,7 +23,7 @@ import torch
 
 from inmerge_fast.demo.data import require
 
-from .data import SPLITS, DataSet, Split
+from .dataset import SPLITS, DataSet, Split
 
 LABELS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",

@@ -13,7 +13,7 @@ from torch import nn
 from inmerge_fast.demo.train import build_net
 from tests import nets
 
-from .data import DataSet
+from .dataset import DataSet
 from .sequence_models import mamba_small, vit_small
 
 # As torchvision names and registers them, so that its ImageNet weights fit. They take three channels.

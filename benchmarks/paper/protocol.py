@@ -24,7 +24,7 @@ from inmerge_fast.demo.train import MOMENTUM, Schedule, epoch_steps
 
 from . import medmnist_c, robustness
 from .config import OWN, Recipe, Run
-from .data import SPLITS, DataSet, Split
+from .dataset import SPLITS, DataSet, Split
 from .merging import Merger
 from .metrics import accuracy, auc, class_aucs, filter_state
 from .models import Model, build
