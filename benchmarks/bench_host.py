@@ -76,7 +76,7 @@ def rows_of(
     model = model.to(device)
     selection = {"skip_first": skip_first} if skip_first else {}
     plan = inmerge_fast.MergePlan(model, **selection)
-    launcher = plan.launcher(plan.weights())
+    launcher = plan.paths.triton.launcher(plan.weights())
     merger = inmerge_fast.InMerge(model, seed=0, guard=None, **SETTINGS, **selection)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     step = itertools.count()

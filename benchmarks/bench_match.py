@@ -83,14 +83,14 @@ def gemm(plan: inmerge_fast.MergePlan) -> Callable[[], object]:
 def match(plan: inmerge_fast.MergePlan, prob: float) -> Callable[[int], object]:
     """Draw and search of this package, without the merge; takes the step."""
     if plan.path == "triton":
-        launcher = plan.launcher(plan.weights())
+        launcher = plan.paths.triton.launcher(plan.weights())
         return lambda step: launcher.find_partners(SEED, step, prob=prob, partner="nearest", threshold=0.0)
 
     def call(step: int) -> list[torch.Tensor]:
         coin, _ = plan.draw(SEED, step, prob)
         found = []
         for layer, weight, first, end in zip(
-            plan.layers, plan.weights(), plan.row_start, plan.row_start[1:], strict=False
+            plan.layers, plan.weights(), plan.rows.start, plan.rows.start[1:], strict=False
         ):
             sampled = coin[first:end].nonzero()[0]
             partners = match_layer(
@@ -125,8 +125,8 @@ def found_by_match(plan: inmerge_fast.MergePlan) -> Search:
         found = call(0)
         if isinstance(found, list):
             return found
-        rows = plan.launcher(plan.weights()).found_partners()
-        return [rows[a:b] - a for a, b in zip(plan.row_start[:-1].tolist(), plan.row_start[1:].tolist(), strict=True)]
+        rows = plan.paths.triton.launcher(plan.weights()).found_partners()
+        return [rows[a:b] - a for a, b in zip(plan.rows.start[:-1].tolist(), plan.rows.start[1:].tolist(), strict=True)]
 
     return search
 

@@ -29,7 +29,7 @@ def rows_of(name: str, device: torch.device, repeats: int) -> list[dict[str, obj
     with torch.device(device):
         model = NETS[name]()
     plan = inmerge_fast.MergePlan(model, skip_first=SKIP_FIRST)
-    launcher = plan.launcher(plan.weights())
+    launcher = plan.paths.triton.launcher(plan.weights())
     settings = Settings(REGIMES["all pass"])
     numbers = {"prob": settings.prob, "alpha": settings.alpha, "threshold": settings.threshold, "dry_run": False}
     floor = mean_bytes(plan, range(repeats), settings) / copy_bandwidth(device) * 1e6

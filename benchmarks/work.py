@@ -84,7 +84,7 @@ def bytes_of_draw(plan: inmerge_fast.MergePlan, step: int, prob: float, *, write
     """
     coins, partners = plan.draw(SEED, step, prob)
     moved = 0
-    for layer, start, end in zip(plan.layers, plan.row_start, plan.row_start[1:], strict=False):
+    for layer, start, end in zip(plan.layers, plan.rows.start, plan.rows.start[1:], strict=False):
         coin, partner = coins[start:end], partners[start:end]
         read = np.union1d(coin.nonzero()[0], partner[coin]).size
         moved += (read + (int(coin.sum()) if writes else 0)) * layer.layout.elements * layer.dtype.itemsize

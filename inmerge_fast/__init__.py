@@ -7,9 +7,10 @@ on, ``MergeStats`` what a call did and ``similarity`` how alike the filters are;
 
 from .draw import draw
 from .inspection.merge_plot import plot_merges
-from .inspection.similarity import LayerSimilarity, Similarity, similarity
+from .inspection.similarity import Similarity, similarity
+from .layer_similarity import LayerSimilarity
 from .merge import merge_
-from .plan.plan import MergePlan
+from .merge_plan import MergePlan
 from .reference import ReferenceResult, reference_merge, reference_partners
 from .stats import LayerStats, MergeStats, NoEffectWarning
 from .training.guard import CollapseGuard, CollapseWarning

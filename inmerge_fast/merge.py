@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import numbers
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
 from .dynamo import outside_dynamo
-from .paths.eager import merge_layer_
-from .paths.eager_cpu import merge_layers_
-from .paths.match import check_partner_rule, match_layer
-from .plan.candidates import MergeLayer
+from .merge_plan import MergePlan
+from .paths.match import check_partner_rule
+from .paths.path import Call
 from .plan.filters import check_outside_transforms, mark_written
-from .plan.plan import DEFAULT_SKIP_FIRST, MergePlan, Target, check_selection
-from .stats import MergeStats, SampledPairs
+from .plan.plan import DEFAULT_SKIP_FIRST, Target, check_selection
+from .stats import MergeStats
 
 
 @outside_dynamo
@@ -112,155 +107,28 @@ def merge_(
     if seed is None or step is None:
         seed, step = _draw_seed(generator), 0
 
-    return merge_plan_(
-        plan, weights, seed=int(seed), step=int(step), prob=float(prob), alpha=float(alpha),
-        thresholds=float(threshold), partner=partner, dry_run=dry_run,
-    )  # fmt: skip
+    call = Call(int(seed), int(step), float(prob), float(alpha), float(threshold), partner, dry_run)
+    return merge_plan_(plan, weights, call)
 
 
-def merge_plan_(
-    plan: MergePlan,
-    weights: list[torch.Tensor],
-    *,
-    seed: int,
-    step: int,
-    prob: float,
-    alpha: float,
-    thresholds: float | Sequence[float],
-    partner: str = "random",
-    dry_run: bool = False,
-) -> MergeStats:
-    """Merge a plan's ``weights`` (:meth:`MergePlan.current_weights`) with arguments that were checked before.
-
-    Args:
-        plan: the plan.
-        weights: its weights, in order.
-        seed: see :func:`merge_`, as are step, prob, alpha, partner and dry_run.
-        step: step of the draw.
-        prob: probability of the coin.
-        alpha: share of itself that a merged filter keeps.
-        thresholds: one for all layers, or one for each; above 1 for a layer that is measured and never merged.
-        partner: the rule.
-        dry_run: write nothing.
-    """
-    path = plan.path
-    if path == "triton":
-        fetch = _run_kernels(plan, weights, seed, step, prob, alpha, thresholds, partner, dry_run)
-    else:
-        fetch = _run_eager(plan, weights, seed, step, prob, alpha, thresholds, partner, dry_run)
-    if not dry_run:
+def merge_plan_(plan: MergePlan, weights: list[torch.Tensor], call: Call) -> MergeStats:
+    """Merge a plan's ``weights`` (:meth:`MergePlan.current_weights`) on the path that the plan takes now."""
+    path = plan.paths.choose()
+    outcome = path.merge(weights, call)
+    if not call.dry_run:
+        if coin_threshold(call.prob) > 0:
+            outcome.count_in(plan.effect)
         mark_written(weights)
     return MergeStats(
-        fetch,
+        outcome,
         plan.names,
         plan.filters,
         skipped=plan.skipped,
-        seed=seed,
-        step=step,
-        dry_run=dry_run,
-        path=path,
+        seed=call.seed,
+        step=call.step,
+        dry_run=call.dry_run,
+        path=path.name,
     )
-
-
-def _run_kernels(
-    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float,
-    thresholds: float | Sequence[float], rule: str, dry_run: bool,
-) -> Callable[[], SampledPairs]:  # fmt: skip
-    launcher = plan.launcher(weights)
-    results = launcher.run(seed, step, prob=prob, alpha=alpha, threshold=thresholds, partner=rule, dry_run=dry_run)
-    if not dry_run and coin_threshold(prob) > 0:
-        plan.effect.count_call(launcher.totals)
-    return results
-
-
-def _run_eager(
-    plan: MergePlan, weights: list[torch.Tensor], seed: int, step: int, prob: float, alpha: float,
-    thresholds: float | Sequence[float], rule: str, dry_run: bool,
-) -> Callable[[], SampledPairs]:  # fmt: skip
-    coin, partner = plan.draw(seed, step, prob)
-    each = [thresholds] * len(weights) if isinstance(thresholds, (float, int)) else thresholds
-    pairs = merge_drawn_(
-        plan.layers, weights, plan.row_start, coin, partner, seed=seed, step=step, alpha=alpha, thresholds=each,
-        rule=rule, dry_run=dry_run,
-    )  # fmt: skip
-    if not dry_run:
-        plan.effect.count_pairs(pairs.similarity, pairs.passed)
-    return pairs.fetch
-
-
-@dataclass(frozen=True)
-class EagerPairs:
-    """What the eager path has measured, on the weights' device; attributes as in :class:`SampledPairs`."""
-
-    counts: npt.NDArray[np.int64]
-    similarity: torch.Tensor
-    passed: torch.Tensor
-
-    def fetch(self) -> SampledPairs:
-        """Wait for the device and copy the results to the host."""
-        return SampledPairs(self.counts, self.similarity.cpu().double().numpy(), self.passed.cpu().numpy())
-
-
-def merge_drawn_(
-    layers: Sequence[MergeLayer],
-    weights: Sequence[torch.Tensor],
-    row_start: npt.NDArray[np.int64],
-    coin: npt.NDArray[np.bool_],
-    partner: npt.NDArray[np.int64],
-    *,
-    seed: int,
-    step: int,
-    alpha: float,
-    thresholds: Sequence[float],
-    rule: str,
-    dry_run: bool,
-) -> EagerPairs:
-    """Merge layers in place on the eager path, with the coins and random partners of their filters, ``(rows,)`` each.
-
-    Returns:
-        The pairs, with similarity NaN for a filter that found no partner.
-    """
-    places = list(itertools.pairwise(row_start.tolist()))
-    counts = np.add.reduceat(coin, row_start[:-1], dtype=np.int64)
-    found = coin
-    if rule != "random":
-        partner = np.full(len(coin), -1, np.int64)
-        for layer, weight, threshold, (start, end) in zip(layers, weights, thresholds, places, strict=True):
-            sampled = coin[start:end].nonzero()[0]
-            partner[start + sampled] = match_layer(
-                weight, layer.layout, sampled, rule, threshold=threshold, seed=seed, step=step, layer=layer.layer_id
-            )
-        found = coin & (partner >= 0)
-    if _are_on_cpu(weights):
-        measured = merge_layers_(
-            layers, weights, row_start, found, partner, alpha=alpha, thresholds=thresholds, dry_run=dry_run
-        )
-        similarity, passed = map(torch.from_numpy, measured)
-    else:
-        each = []
-        for layer, weight, threshold, (start, end) in zip(layers, weights, thresholds, places, strict=True):
-            own = found[start:end].nonzero()[0]
-            each.append(
-                merge_layer_(
-                    weight, layer.layout, own, partner[start + own], alpha=alpha, threshold=threshold, dry_run=dry_run
-                )
-            )
-        similarity, passed = map(torch.cat, zip(*each, strict=True))
-    if found is not coin and not np.array_equal(found, coin):
-        kept = found[coin]
-        similarity, passed = _spread(similarity, kept, torch.nan), _spread(passed, kept, False)
-    return EagerPairs(counts, similarity, passed)
-
-
-def _are_on_cpu(weights: Sequence[torch.Tensor]) -> bool:
-    return weights[0].device.type == "cpu"
-
-
-def _spread(values: torch.Tensor, found: npt.NDArray[np.bool_], missing: float) -> torch.Tensor:
-    """``values`` of the sampled filters that found a partner, with ``missing`` for those that did not."""
-    spread = values.new_full((found.size,), missing)
-    spread[torch.from_numpy(found).to(values.device)] = values
-    return spread
 
 
 def check_share(name: str, value: object, *, low: float = 0.0) -> None:

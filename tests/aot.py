@@ -121,7 +121,7 @@ def launcher_of(dtypes: list[str], strided: bool, filters: int = 16) -> Any:
     sizes = [ELEMENTS, ELEMENTS - 1] if strided else [ELEMENTS]
     weights = [torch.zeros(filters, size, dtype=getattr(torch, dtype)) for dtype in dtypes for size in sizes]
     plan = MergePlan(weights)
-    return Launcher(plan.layers, plan.weights(), plan.row_start)
+    return Launcher(plan.layers, plan.weights(), plan.rows.start)
 
 
 def specialisations(launches: Launches) -> dict[str, list[str]]:
@@ -129,7 +129,7 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
 
     A launcher may keep the kernel that its first launch compiled, so all launches must mean the same one.
     """
-    from inmerge_fast.paths.triton.results import SLOTS  # imports Triton
+    from inmerge_fast.paths.triton.slots import SLOTS  # imports Triton
 
     found: dict[str, list[str]] = {}
 

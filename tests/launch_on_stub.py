@@ -20,7 +20,7 @@ import inmerge_fast
 from inmerge_fast.draw import coin_threshold
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
 from inmerge_fast.paths.triton.launch import Launcher
-from inmerge_fast.paths.triton.results import SLOTS
+from inmerge_fast.paths.triton.slots import SLOTS
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
 DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 15, 6, 20, 7  # all but the constants
@@ -63,7 +63,7 @@ def main():
 
     weights = [torch.randn(64, 4608) for _ in range(int(sys.argv[1]))]
     plan = inmerge_fast.MergePlan(weights)
-    launcher = Launcher(plan.layers, plan.weights(), plan.row_start)
+    launcher = Launcher(plan.layers, plan.weights(), plan.rows.start)
     settings = {"prob": 0.3, "alpha": 0.8, "threshold": 0.25, "dry_run": False}
 
     def recorded(call, *arguments, **keywords):
@@ -129,7 +129,7 @@ def main():
         "functions": len({record.function for record in (draw, count, merge)}),
         "pointers": [
             draw.parameters[0] == launcher.layer_table.data_ptr(),
-            draw.parameters[6] == launcher.state.data_ptr(),
+            draw.parameters[6] == launcher.slots.state.data_ptr(),
             count.parameters[0] == launcher.slot_of(launcher_calls).partner.data_ptr(),
             merge.parameters[4] == launcher.slot_of(call).active.data_ptr(),
             merge.parameters[8] == launcher.slot_of(call).state.data_ptr(),

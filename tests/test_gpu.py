@@ -30,7 +30,7 @@ def test_the_kernels_are_compiled():
     plan = MergePlan(weight)
     assert (plan.path, plan.path_reason) == ("triton", f"device {weight.device}")
     assert merge_(plan, prob=1.0, seed=1, step=0).path == "triton"
-    launcher = plan.launcher(plan.weights())
+    launcher = plan.paths.triton.launcher(plan.weights())
     for handle in (launcher._draw, launcher._merge_handle({})):
         assert isinstance(handle._kernel, triton.JITFunction)
         assert handle._compiled.asm["cubin"]
@@ -96,9 +96,9 @@ def test_real_nets(net, dtypes, channels_last):
 def test_the_compiled_draw_is_the_draw(seed, step, prob, groups):
     convs = [nn.Conv1d(groups, 12 * groups, 1, groups=groups).to(DEVICE), torch.zeros(2**18, 1, device=DEVICE)]
     plan = MergePlan(convs)
-    launcher = plan.launcher(plan.weights())
+    launcher = plan.paths.triton.launcher(plan.weights())
     launcher.run(seed, step, prob=prob, alpha=0.5, threshold=0.5, dry_run=True)
-    for layer, first, end in zip(plan.layers, plan.row_start, plan.row_start[1:], strict=False):
+    for layer, first, end in zip(plan.layers, plan.rows.start, plan.rows.start[1:], strict=False):
         per_group = layer.layout.filters // layer.layout.group_size
         coin, partner = draw(seed, step, layer.layer_id, layer.layout.filters, prob, groups=per_group)
         partner[~coin] = -1 - first
@@ -164,8 +164,8 @@ def test_10_000_steps_equal_an_exact_replay():
     replayed = [rows_of(weight, **layout).clone() for weight, layout in zip(weights, layouts, strict=True)]
     noises = [[0.05 * torch.randn_like(weight) for weight in weights] for _ in range(7)]
     row_noises = [[rows_of(n, **layout) for n, layout in zip(noise, layouts, strict=True)] for noise in noises]
-    launcher = plan.launcher(weights)
-    ends = plan.row_start[1:].tolist()
+    launcher = plan.paths.triton.launcher(weights)
+    ends = plan.rows.start[1:].tolist()
     wrong, in_band, pairs, passes = (torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in range(4))
 
     for step in range(STEPS):
@@ -260,9 +260,9 @@ class Litmus:
         self.partners = [table(FILTERS).to(DEVICE) for _ in LAYERS]
         plan = MergePlan(self.weights)
         assert plan.path == "triton"
-        self.launcher = launcher = plan.launcher(self.weights)
+        self.launcher = launcher = plan.paths.triton.launcher(self.weights)
         launcher.reserve_scratch(1.0)
-        first_row = torch.from_numpy(plan.row_start[:-1]).to(DEVICE).repeat_interleave(FILTERS)
+        first_row = torch.from_numpy(plan.rows.start[:-1]).to(DEVICE).repeat_interleave(FILTERS)
         partner = torch.cat(self.partners)
         slot = launcher.slot_of(0)
         slot.partner[: launcher.rows] = torch.where(partner >= 0, partner + first_row, -1)
@@ -284,7 +284,7 @@ class Litmus:
             self.launcher.merge_drawn(0, alpha=0.75, threshold=threshold, dry_run=False, **overrides)
             wrong += (self.memory != wanted).any()
         assert not self.launcher.counter.any(), "counters must come back to zero"
-        assert not self.launcher.state.any(), "state words must come back to zero"
+        assert not self.launcher.slots.state.any(), "state words must come back to zero"
         return int(wrong)
 
 

@@ -52,12 +52,12 @@ def keyed_similarity(best):
 @pytest.mark.parametrize("dtype", list(BANDS))
 def test_nearest_partners_and_their_similarities_are_those_of_float64(net, dtype):
     plan, _model = plan_of(net, dtype)
-    launcher = plan.launcher(plan.weights())
+    launcher = plan.paths.triton.launcher(plan.weights())
     launcher.find_partners(SEED, STEP, prob=0.3, partner="nearest", threshold=0.0)
     sampled = launcher.slot_of(launcher.calls + 1).partner[: launcher.rows] >= 0
     found, measured = launcher.found_partners(), keyed_similarity(launcher.matcher.best)
     largest_error = 0.0
-    for index, (start, end) in enumerate(zip(plan.row_start[:-1].tolist(), plan.row_start[1:].tolist(), strict=True)):
+    for index, (start, end) in enumerate(zip(plan.rows.start[:-1].tolist(), plan.rows.start[1:].tolist(), strict=True)):
         exact = similarities(plan, index)
         rows = sampled[start:end].nonzero()[:, 0]
         taken = found[start:end][rows] - start
@@ -73,12 +73,12 @@ def test_nearest_partners_and_their_similarities_are_those_of_float64(net, dtype
 @pytest.mark.parametrize("net", [vgg19, resnet50])
 def test_similar_partners_are_the_ones_of_highest_priority(net):
     (plan, _model), threshold = plan_of(net), 0.2
-    launcher = plan.launcher(plan.weights())
+    launcher = plan.paths.triton.launcher(plan.weights())
     launcher.run(SEED, STEP, prob=0.3, alpha=0.8, threshold=threshold, dry_run=True, partner="similar")
     partners = launcher.slot_of(launcher.calls).partner[: launcher.rows].cpu().numpy()
     coins, _ = plan.draw(SEED, STEP, 0.3)
     with_partner = 0
-    for index, (start, end) in enumerate(zip(plan.row_start[:-1].tolist(), plan.row_start[1:].tolist(), strict=True)):
+    for index, (start, end) in enumerate(zip(plan.rows.start[:-1].tolist(), plan.rows.start[1:].tolist(), strict=True)):
         exact = similarities(plan, index).fill_diagonal_(-2).cpu().numpy()
         rows = coins[start:end].nonzero()[0]
         key = priority_keys(SEED, STEP, plan.layers[index].layer_id, rows)[:, None]
@@ -96,7 +96,7 @@ def test_similar_partners_are_the_ones_of_highest_priority(net):
 @pytest.mark.parametrize("rule", ["nearest", "similar"])
 def test_every_launch_finds_the_same(rule):
     plan, _model = plan_of(resnet50)
-    launcher = plan.launcher(plan.weights())
+    launcher = plan.paths.triton.launcher(plan.weights())
     first = None
     for _ in range(20):
         launcher.find_partners(SEED, STEP, prob=1.0, partner=rule, threshold=0.1)

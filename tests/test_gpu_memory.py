@@ -16,7 +16,7 @@ weights = [torch.arange(n * d).view(n, d).sin().to("cuda", t) for n, d, t in
            [(9, 20, torch.float32), (33, 7, torch.bfloat16), (8, 1025, torch.float32), (40, 64, torch.float16)]]
 plan = inmerge_fast.MergePlan(weights)
 assert plan.path == "triton"
-launcher = plan.launcher(weights)
+launcher = plan.paths.triton.launcher(weights)
 broken = sys.argv[1] == "broken"
 if broken:
     launcher.layer_table[2, 1] += 2**20  # D of the third layer: reads far past its end

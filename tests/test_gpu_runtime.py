@@ -13,7 +13,7 @@ from inmerge_fast.effect import NO_EFFECT_CALLS
 
 triton = pytest.importorskip("triton")
 
-from inmerge_fast.paths.triton.results import KEPT_CALLS, SLOTS  # noqa: E402
+from inmerge_fast.paths.triton.slots import KEPT_CALLS, SLOTS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -110,7 +110,7 @@ def test_nothing_is_compiled_after_the_first_call(monkeypatch):
         call = {"prob": prob, "threshold": threshold, "alpha": alpha, "dry_run": step % 5 == 0}
         merge_(plan, seed=seed, step=number, **call)
     assert not compiled
-    plan.launcher(weights).run(1, 0, prob=1.0, alpha=0.5, threshold=0.5, dry_run=True, BLOCK=16)
+    plan.paths.triton.launcher(weights).run(1, 0, prob=1.0, alpha=0.5, threshold=0.5, dry_run=True, BLOCK=16)
     assert compiled, "the listener does notice other constants"
 
 
@@ -167,7 +167,7 @@ def test_calls_of_one_plan_on_two_streams_follow_each_other():
     for step in range(30):
         merge_(other, seed=1, step=step, **CALL)
     assert all(torch.equal(a, b) for a, b in zip(weights, in_turn, strict=True))
-    launcher = plan.launcher(weights)
+    launcher = plan.paths.triton.launcher(weights)
     assert not launcher.counter.any()
     assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
 
@@ -212,7 +212,7 @@ def test_capturing_the_first_call_says_to_warm_up():
 def test_a_captured_call_takes_seed_and_step_from_memory():
     weights = some_weights()
     plan = warm_plan(weights)
-    launcher = plan.launcher(weights)
+    launcher = plan.paths.triton.launcher(weights)
     launcher.prepare(1, 0, write=False, **CALL)
     launcher.run_from_memory()  # its draw is a kernel of its own
     torch.cuda.synchronize()
@@ -235,7 +235,7 @@ def test_a_captured_call_takes_seed_and_step_from_memory():
 def test_a_captured_merge_repeats_its_draw_and_calls_in_between_stay_right(drawn_ahead):
     weights = some_weights()
     plan = MergePlan(weights)
-    launcher = plan.launcher(weights)
+    launcher = plan.paths.triton.launcher(weights)
     merge_(plan, seed=1, step=0, **CALL)
     if drawn_ahead:  # what it has counted must not be in the graph's way
         for step in (1, 2):

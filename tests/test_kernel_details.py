@@ -31,9 +31,11 @@ from test_kernels import (  # noqa: E402
 )
 
 from inmerge_fast.kernels import merge  # noqa: E402
+from inmerge_fast.paths.choice import Paths  # noqa: E402
 from inmerge_fast.paths.triton.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
 from inmerge_fast.paths.triton.layer_table import can_merge  # noqa: E402
+from inmerge_fast.plan.rows import Rows  # noqa: E402
 
 CALL = {"alpha": ALPHA, "threshold": -1.0}
 
@@ -281,12 +283,12 @@ def test_every_path_and_its_reason(monkeypatch, interpret, force_eager, change, 
     conv = nn.Conv2d(3, 4, 3)
     plan = MergePlan(conv.double() if change == "float64" else conv)
     if change == "other device":
-        monkeypatch.setattr(MergePlan, "device", _OtherDevice())
+        monkeypatch.setattr(Rows, "device", _OtherDevice())
     elif change is not None and change.startswith("CUDA"):
-        monkeypatch.setattr(MergePlan, "device", torch.device("cuda:0"))
+        monkeypatch.setattr(Rows, "device", torch.device("cuda:0"))
         if change.endswith("without Triton"):
             monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    plan._kind = plan.device.type
+    plan.paths = Paths(plan.rows)
     for _ in range(2):
         assert (plan.path, plan.path_reason) == (path, reason)
 
@@ -294,7 +296,7 @@ def test_every_path_and_its_reason(monkeypatch, interpret, force_eager, change, 
 def test_a_plan_keeps_its_launcher():
     weight = alike(9, 20)  # a plan does not keep its target alive
     plan = MergePlan(weight)
-    assert plan.launcher(plan.weights()) is plan.launcher(plan.weights())
+    assert plan.paths.triton.launcher(plan.weights()) is plan.paths.triton.launcher(plan.weights())
 
 
 def test_seed_zero_is_a_seed_and_not_the_one_in_device_memory():
@@ -352,12 +354,12 @@ def test_totals_count_what_was_written_and_the_largest_finite_similarity():
     weights = [alike(9, 20)]
     weights[0][4, 3] = torch.nan
     launcher = launcher_of(weights)
-    untouched = launcher.totals.tolist()
+    untouched = launcher.slots.totals.tolist()
     call = {"prob": 1.0, "alpha": ALPHA, "threshold": 0.2}
     dry = launcher.run(1, 0, **call, dry_run=True).fetch()
     assert np.isnan(dry.similarity).any()
-    assert launcher.totals.tolist() == untouched
+    assert launcher.slots.totals.tolist() == untouched
     pairs = launcher.run(1, 0, **call, dry_run=False).fetch()
     largest = np.float32(np.nanmax(pairs.similarity))
     assert largest > 0
-    assert launcher.totals.tolist() == [int(pairs.passed.sum()), int(largest.view(np.int32))]
+    assert launcher.slots.totals.tolist() == [int(pairs.passed.sum()), int(largest.view(np.int32))]

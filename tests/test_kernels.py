@@ -18,7 +18,7 @@ from inmerge_fast.kernels import tables  # noqa: E402
 from inmerge_fast.kernels.draw import _draw_kernel  # noqa: E402
 from inmerge_fast.paths.triton.handle import Handle  # noqa: E402
 from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
-from inmerge_fast.paths.triton.results import KEPT_CALLS, SLOTS  # noqa: E402
+from inmerge_fast.paths.triton.slots import KEPT_CALLS, SLOTS  # noqa: E402
 
 ALPHA = 0.75
 NO_SCRATCH, LITTLE_SCRATCH = 0, 12  # in units of 16 bytes
@@ -31,11 +31,12 @@ def _interpreter():
 
 def launcher_of(weights):
     plan = MergePlan(weights)
-    return Launcher(plan.layers, plan.weights(), plan.row_start)
+    return Launcher(plan.layers, plan.weights(), plan.rows.start)
 
 
 def tensors_of(launcher, weights):
-    held = {name: value for name, value in vars(launcher).items() if isinstance(value, torch.Tensor) and value.numel()}
+    holders = {**vars(launcher), **vars(launcher.slots)}
+    held = {name: value for name, value in holders.items() if isinstance(value, torch.Tensor) and value.numel()}
     return held | {f"weight{index}": weight for index, weight in enumerate(weights)}
 
 
@@ -101,7 +102,7 @@ TABLES = [
 def merge_with_table(launcher, weights, partners, *, threshold=-1.0, **overrides):
     """Merge with given partners (one list per weight) and return what the reference makes of them."""
     expected, rows = [], []
-    for weight, partner, first_row in zip(weights, partners, launcher.row_start, strict=False):
+    for weight, partner, first_row in zip(weights, partners, launcher.slots.row_start, strict=False):
         partner = np.array(partner)
         expected.append(reference_merge(weight, partner >= 0, partner, alpha=ALPHA, threshold=threshold).weight)
         rows.append(np.where(partner >= 0, partner + first_row, -1))
@@ -115,7 +116,7 @@ def assert_merged_and_clean(launcher, weights, expected):
     for index, (weight, wanted) in enumerate(zip(weights, expected, strict=True)):
         assert torch.equal(bits(weight), bits(wanted)), f"weight {index}"
     assert not launcher.counter.any(), "counters must come back to zero"
-    assert not launcher.state.any(), "state words must come back to zero"
+    assert not launcher.slots.state.any(), "state words must come back to zero"
 
 
 @pytest.mark.parametrize("capacity", [NO_SCRATCH, LITTLE_SCRATCH, None])

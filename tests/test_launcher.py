@@ -27,7 +27,7 @@ from inmerge_fast.kernels import tables  # noqa: E402
 from inmerge_fast.paths.triton import launch  # noqa: E402
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD  # noqa: E402
 from inmerge_fast.paths.triton.handle import Handle  # noqa: E402
-from inmerge_fast.paths.triton.results import KEPT_CALLS, SLOTS  # noqa: E402
+from inmerge_fast.paths.triton.slots import KEPT_CALLS, SLOTS  # noqa: E402
 
 CUDA = torch.device("cuda:0")
 
@@ -71,7 +71,7 @@ def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, p
         patch.setattr(Handle, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merge_(plan, step=9, **call)
-    launcher = plan.launcher([weight])
+    launcher = plan.paths.triton.launcher([weight])
     everything = [
         *tensors_of(launcher, [weight]).values(),
         *(launcher.matcher.tensors() if partner != "random" else []),
@@ -223,15 +223,15 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say(counts):
     weights = [alike(300, 4), alike(45, 4)]
     launcher = launcher_of(weights)
     launcher.reserve_scratch(0.5)
-    rows, blocks, tables_ = launcher.rows, launcher._row_blocks, launcher._draw_tables
+    rows, blocks, tables_, slots = launcher.rows, launcher._row_blocks, launcher._draw_tables, launcher.slots
     draws, handle, zeroed = (3, launcher._draw, DRAW_AHEAD) if counts else (1, launcher._draw_only, 1)
-    readers = {"counted": [launcher.readers[:draws]], "zeroed": [launcher.readers[draws:]]} if counts else {}
+    readers = {"counted": [slots.readers[:draws]], "zeroed": [slots.readers[draws:]]} if counts else {}
     with traffic(
-        partner=[launcher.partner], outcome=[launcher.outcome], index=[launcher.row_layer], active=[launcher.active],
-        state=[launcher.state], **readers or {"zeroed": [launcher.readers]},
+        partner=[slots.partner], outcome=[slots.outcome], index=[launcher.row_layer], active=[slots.active],
+        state=[slots.state], **readers or {"zeroed": [slots.readers]},
     ) as drawing:  # fmt: skip
         handle.launch((blocks, zeroed), 0, tables_, (1, 0, 1, 2**23, rows, 0, draws))
-    active = [int((launcher.partner[slot] > -1)[:rows].sum()) for slot in range(draws)]
+    active = [int((slots.partner[slot] > -1)[:rows].sum()) for slot in range(draws)]
     assert all(0 < number < rows for number in active)
     assert drawing["partner"].bytes_stored == 4 * rows * draws
     assert drawing["outcome"].bytes_stored == rows * draws
@@ -246,7 +246,7 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say(counts):
         assert drawing.atomics == sum(active) + blocks * draws
         return
     assert drawing.bytes_stored == stored
-    with traffic(partner=[launcher.partner], active=[launcher.active]) as counting:
+    with traffic(partner=[slots.partner], active=[slots.active]) as counting:
         launcher._count.launch((blocks, 1), 0, launcher._counted(0, False), (rows,))
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
     assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active[0]
@@ -349,7 +349,7 @@ def test_the_largest_similarity_of_all_may_be_negative():
     weights = [torch.tensor([[1.0, 0.0], [-0.6, 0.8]]), torch.tensor([[1.0, 0.0], [-0.28, 0.96]])]
     launcher = launcher_of(weights)
     launcher.run(1, 0, prob=1.0, alpha=ALPHA, threshold=0.5, dry_run=False)
-    assert _largest_similarity(launcher.totals) == pytest.approx(-0.28)
+    assert _largest_similarity(launcher.slots.totals) == pytest.approx(-0.28)
 
 
 def test_more_than_1024_filters_and_the_largest_words():

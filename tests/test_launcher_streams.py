@@ -15,7 +15,7 @@ from test_kernel_details import CALL, _CountingKernel  # noqa: E402
 from test_kernels import alike, launcher_of, tensors_of  # noqa: E402
 
 from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor  # noqa: E402
-from inmerge_fast.paths.triton import handle, launch  # noqa: E402
+from inmerge_fast.paths.triton import handle, launch, streams  # noqa: E402
 from inmerge_fast.paths.triton.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
 
@@ -53,7 +53,7 @@ def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
     monkeypatch.setattr(torch, "zeros", pytest.fail)
     monkeypatch.setattr(torch, "empty", pytest.fail)
     with pytest.raises(RuntimeError, match="capturing: builds its tables"):
-        Launcher(plan.layers, weights, plan.row_start)
+        Launcher(plan.layers, weights, plan.rows.start)
     with pytest.raises(RuntimeError, match="capturing: with a larger prob"):
         launcher.reserve_scratch(1.0)
     assert launcher.scratch is scratch
@@ -140,6 +140,11 @@ class _Recorded(torch.Tensor):
         self.streams.append(stream.cuda_stream)
 
 
+def pretend_on_gpu(launcher, on_gpu=True):
+    launcher.device, launcher.on_gpu = (CUDA, True) if on_gpu else (torch.device("cpu"), False)
+    launcher._streams._device, launcher._streams._on_gpu = launcher.device, on_gpu
+
+
 @pytest.fixture
 def on_streams(monkeypatch):
     """A launcher that believes itself on a GPU, and a function that makes a stream current."""
@@ -148,8 +153,8 @@ def on_streams(monkeypatch):
     launcher.weights = weights  # keeps them alive
     launcher.reserve_scratch(0.3)
     launcher.run(1, 0, prob=0.3, **CALL, dry_run=True, partner="nearest")  # builds what partner rules need
-    launcher.device, launcher.on_gpu = CUDA, True
-    for holder in (vars(launcher), vars(launcher.matcher), launcher.matcher._work):
+    pretend_on_gpu(launcher)
+    for holder in (vars(launcher), vars(launcher.slots), vars(launcher.matcher), launcher.matcher._work):
         for name, value in holder.items():
             if isinstance(value, torch.Tensor):
                 holder[name] = value.as_subclass(_Recorded)
@@ -161,7 +166,7 @@ def on_streams(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    monkeypatch.setattr(launch, "raw_stream", lambda device: current[0].cuda_stream)
+    monkeypatch.setattr(streams, "raw_stream", lambda device: current[0].cuda_stream)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: _Stream(handle))
     return launcher, switch
 
@@ -176,19 +181,20 @@ def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(o
     assert captured.waited_for == [], "a captured stream may not wait for another"
     assert first.waited_for == [9]
     assert all(tensor.streams == [0, 7, 9, 0] for tensor in launcher.matcher.tensors())
+    tensors = tensors_of(launcher, [])
     for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
-        assert getattr(launcher, name).streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
+        assert tensors[name].streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
 
 
 def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_streams, monkeypatch):
     """Its replays come unseen: what the host believes to be drawn or zeroed may not be any more."""
     launcher, switch = on_streams
     monkeypatch.setattr(launcher, "_on_device", contextlib.nullcontext)
-    launcher.device, launcher.on_gpu = torch.device("cpu"), False
+    pretend_on_gpu(launcher, False)
     launcher.reserve_scratch(0.9)
     launcher.scratch = launcher.scratch.as_subclass(_Recorded)
     launcher.scratch.streams = []
-    launcher.device, launcher.on_gpu = CUDA, True
+    pretend_on_gpu(launcher)
     launched = []
     names = {launcher._draw: "draw and count", launcher._draw_only: "draw", launcher._count: "count"}
     for of, name in names.items():
@@ -216,7 +222,7 @@ def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_s
     assert [run(step, False) for step in range(4)] == [["draw and count"]] * 3 + [[]]
     assert compiled == [launcher._draw_only, launcher._count], "what the graph needs and could not compile"
     assert captured(4) == ["draw", "count"], "what was drawn ahead is not in the graph"
-    assert launcher.state.any(), "and is still listed, since nothing has run"
+    assert launcher.slots.state.any(), "and is still listed, since nothing has run"
     with bounds(*tensors_of(launcher, launcher.weights).values()):
         for step in range(5, 9):
             launcher.slot_of(launcher.calls + 1).state.fill_(1)  # as a replay may leave what is drawn ahead
@@ -229,7 +235,8 @@ def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_s
 @pytest.mark.parametrize("call", ["run", "prepare"])
 def test_thresholds_are_copied_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch, call):
     launcher, _ = on_streams
-    launcher.device, launcher.on_gpu, order = torch.device("cpu"), False, []
+    order = []
+    pretend_on_gpu(launcher, False)
     for name in ("follow_current_stream", "_set_thresholds"):
         original = getattr(launcher, name)
         monkeypatch.setattr(launcher, name, lambda *a, name=name, original=original: order.append(name) or original(*a))
@@ -259,10 +266,10 @@ def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, m
 
 def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch):
     launcher, switch = on_streams
-    launcher.device, launcher.on_gpu = torch.device("cpu"), False
+    pretend_on_gpu(launcher, False)
     results = launcher.run(1, 0, prob=0.3, **CALL, dry_run=True)
-    launcher.device, launcher.on_gpu = CUDA, True
-    launcher._stream = 7
+    pretend_on_gpu(launcher)
+    launcher._streams._stream = 7
     reader = _Stream(0)
     switch(reader)
     assert results.fetch().counts.tolist() == [draw(1, 0, 0, 9, 0.3)[0].sum()]

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.interpreted
 from interleave import interleaved, permuted  # noqa: E402
 from interpreter import apply_fixes, bounds, traffic  # noqa: E402
 from test_kernels import partners_of as drawn_partners  # noqa: E402
+from test_kernels import tensors_of  # noqa: E402
 
 from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
 from inmerge_fast.paths.triton.launch_match import work_items  # noqa: E402
@@ -37,7 +38,7 @@ def _programs_share_rows(monkeypatch):
 
 def launcher_of(targets):
     plan = MergePlan(targets)
-    return Launcher(plan.layers, plan.weights(), plan.row_start)
+    return Launcher(plan.layers, plan.weights(), plan.rows.start)
 
 
 def partners_of(launcher, rule, seed=5, step=6, match=SMALL, **call):
@@ -50,7 +51,7 @@ def assert_brute_force(launcher, targets, partners, rule, *, seed=5, step=6, thr
         conv = isinstance(target, nn.Module)
         layout = {"groups": target.groups, "transposed": target.transposed} if conv else {}
         pairs = PairOracle(target.weight if conv else target, **layout)
-        first, end = launcher.row_start[layer : layer + 2]
+        first, end = launcher.slots.row_start[layer : layer + 2]
         coin, _ = draw(seed, step, layer, end - first, CALL["prob"], groups=layout.get("groups", 1))
         for i, row in enumerate(partners[first:end]):
             if not coin[i]:
@@ -105,8 +106,7 @@ def test_no_interleaving_races(rule, seed):
     launcher = launcher_of(weights)
     partners_of(launcher, rule, threshold=0.0, prob=1.0)  # what an earlier call leaves behind
     matcher = launcher.matcher
-    named = {name: value for name, value in vars(launcher).items() if isinstance(value, torch.Tensor)}
-    named |= {"list": matcher.list, "best": matcher.best}
+    named = tensors_of(launcher, []) | {"list": matcher.list, "best": matcher.best}
     with interleaved(seed, tensors=named) as schedule:
         assert partners_of(launcher, rule, threshold=0.0).tolist() == expected.tolist()
     assert not schedule.races, schedule.races[:3]
@@ -118,7 +118,7 @@ def test_every_access_is_in_bounds(rule):
     launcher = launcher_of(targets)
     partners_of(launcher, rule)  # builds the buffers
     held = [target.weight.detach() if isinstance(target, nn.Module) else target for target in targets]
-    own = [value for value in vars(launcher).values() if isinstance(value, torch.Tensor)]
+    own = list(tensors_of(launcher, []).values())
     with bounds(*held, *own, *launcher.matcher.tensors()):
         for prob in (0.0, 0.4, 1.0):
             partners_of(launcher, rule, prob=prob, match=SMALL)
@@ -143,7 +143,7 @@ def test_work_is_what_the_sampled_filters_need():
 
 def test_work_items_cover_every_pair_once():
     plan = MergePlan([nn.Conv2d(4, 66, 3, groups=2), torch.randn(100, 5000), torch.randn(2, 3)])
-    items = work_items(plan.layers, plan.row_start, 16, 32)
+    items = work_items(plan.layers, plan.rows.start, 16, 32)
     covered = np.zeros((168, 168), int)
     sizes = {index: layer.layout.group_size for index, layer in enumerate(plan.layers)}
     lengths = []
@@ -163,12 +163,12 @@ def test_rows_without_partner_report_no_similarity(rule):
     """Also where an earlier call in the same result slot had one."""
     weight = torch.eye(20) if rule == "similar" else torch.full((20, 4), float("inf"))
     launcher = launcher_of([weight])
-    launcher.similarity.fill_(0.5)
+    launcher.slots.similarity.fill_(0.5)
     results = launcher.run(1, 2, partner=rule, match=SMALL, **CALL | {"threshold": 0.9}).fetch()
     assert results.counts[0] == draw(1, 2, 0, 20, CALL["prob"])[0].sum()
     assert np.isnan(results.similarity).all()
     assert not results.passed.any()
-    assert not launcher.state.any()
+    assert not launcher.slots.state.any()
 
 
 @pytest.mark.parametrize("seed", [2**31, 2**32 + 1, 2**63 + 5, 2**64 - 1])

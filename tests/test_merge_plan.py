@@ -6,6 +6,7 @@ from oracle import assert_is_reference, bits
 
 from inmerge_fast import MergePlan
 from inmerge_fast.merge import merge_plan_
+from inmerge_fast.paths.path import Call
 
 ALPHA, PROB, SEED = 0.75, 0.8, 3
 NEVER = 2.0
@@ -20,9 +21,7 @@ def some_weights(device):
 
 
 def merge(plan, weights, step, thresholds, **options):
-    return merge_plan_(
-        plan, weights, seed=SEED, step=step, prob=PROB, alpha=ALPHA, thresholds=thresholds, **options
-    )  # fmt: skip
+    return merge_plan_(plan, weights, Call(SEED, step, PROB, ALPHA, thresholds, **options))
 
 
 @pytest.mark.parametrize("partner", ["random", "similar"])
@@ -80,7 +79,7 @@ def test_only_thresholds_that_differ_are_copied_to_the_device(device):
     plan = MergePlan(weights)
     if plan.path != "triton":
         pytest.skip("the eager path has no layer table")
-    launcher = plan.launcher(weights)
+    launcher = plan.paths.triton.launcher(weights)
     before = launcher.layer_table.clone()
     for step, threshold in enumerate((0.3, 0.2, -1, NEVER)):  # as a ramp gives them
         merge(plan, weights, step, [threshold] * 4)

@@ -10,7 +10,8 @@ from test_match import adversarial
 from torch import nn
 
 import inmerge_fast
-from inmerge_fast.inspection.similarity import RESOLUTION, similarity
+from inmerge_fast.inspection.similarity import similarity
+from inmerge_fast.layer_similarity import RESOLUTION
 from inmerge_fast.paths import pairs
 
 

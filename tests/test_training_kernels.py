@@ -48,7 +48,7 @@ def test_a_step_that_was_drawn_ahead_is_one_launch(monkeypatch):
     monkeypatch.setenv("INMERGE_INTERPRET", "1")
     merger = InMerge(net(), every=3, prob=lambda step: 0.5, skip_first=0)
     merger.step()
-    launcher = merger.plan.launcher(merger.plan.weights())
+    launcher = merger.plan.paths.triton.launcher(merger.plan.weights())
     launched = []
     handles = {"_draw": launcher._draw, "_count": launcher._count, "_merge": launcher._merge_handle({})}
     for name, handle in handles.items():
@@ -85,7 +85,7 @@ def test_prepared_steps_are_the_same_steps(partner, monkeypatch):
     merger.prepare()
     merger._graph.capture()  # in a graph this runs nothing; here it merges step 0, which is not one that merges
     assert merger.step_count == 0
-    launcher = merger.plan.launcher(merger.plan.weights())
+    launcher = merger.plan.paths.triton.launcher(merger.plan.weights())
     for _ in range(9):
         merger.prepare()
         launcher.calls -= 1  # a replay leaves its statistics where the captured call did

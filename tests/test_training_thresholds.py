@@ -120,8 +120,9 @@ def test_quantile_threshold_gives_the_wanted_rate_in_every_layer(partner):
 def test_quantile_threshold_is_refreshed_every_k_steps(monkeypatch):
     merger = InMerge(net(), threshold=QuantileThreshold(0.1, every=4), skip_first=0, every=2)
     measured = []
-    original = merger._measure_quantiles
-    monkeypatch.setattr(merger, "_measure_quantiles", lambda rate: measured.append(merger.step_count) or original(rate))
+    run = merger._run
+    original = run._measure_quantiles
+    monkeypatch.setattr(run, "_measure_quantiles", lambda rate: measured.append(run.step_count) or original(rate))
     for _ in range(10):
         merger.step()
     assert measured == [0, 4, 8]
@@ -180,7 +181,7 @@ def test_an_ordinary_layer_does_not_alarm_the_guard():
 def test_without_guard_and_loggers_nothing_is_read():
     merger = InMerge(net(), guard=None, observe_every=1)
     merger.step()
-    assert not merger._monitor.pending
+    assert not merger._run.monitor.pending
 
 
 def test_a_logger_gets_each_observed_step_by_layer(tmp_path):

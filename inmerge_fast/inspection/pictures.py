@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
-from .similarity import BINS, RESOLUTION, LayerSimilarity, Similarity
+from ..layer_similarity import BINS, RESOLUTION, LayerSimilarity
+from .similarity import Similarity
 
 PER_PAGE = 24  # histograms of one picture
 BARS = 60

@@ -1,18 +1,110 @@
-"""The vectorised PyTorch path of accelerators: without Triton, for float64, and where it is asked for.
+"""The path of plain PyTorch: other devices than GPUs, float64 there, and wherever a faster path cannot run or may not.
 
 Decisions are drawn on the host, so only sampled filters are touched: two gathers, three row reductions, one blend and
-one scatter per layer. ``eager_cpu.py`` is the CPU's.
+one scatter per layer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..effect import EffectMonitor
 from ..plan.filters import FilterLayout, compute_dtype
+from ..plan.rows import Rows
 from ..reference import MIN_NORM
+from ..stats import SampledPairs
+from .eager_cpu import merge_layers_
+from .match import match_rows
 from .pairs import autocast_off
+from .path import Call
+
+
+class EagerPath:
+    """Merges layer after layer with PyTorch's own operators.
+
+    Args:
+        rows: the plan's filters.
+        reason: why no faster path is taken.
+    """
+
+    name = "eager"
+
+    def __init__(self, rows: Rows, reason: str) -> None:
+        self._rows, self.reason = rows, reason
+
+    def merge(self, weights: Sequence[torch.Tensor], call: Call) -> EagerPairs:
+        """See :class:`inmerge_fast.paths.path.Path`."""
+        coin, partner = self._rows.draw(call.seed, call.step, call.prob)
+        return merge_drawn_(self._rows, weights, coin, partner, call)
+
+
+@dataclass(frozen=True)
+class EagerPairs:
+    """What the eager path has measured, on the weights' device; attributes as in :class:`SampledPairs`."""
+
+    counts: npt.NDArray[np.int64]
+    similarity: torch.Tensor
+    passed: torch.Tensor
+
+    def __call__(self) -> SampledPairs:
+        """Wait for the device and copy the results to the host."""
+        return SampledPairs(self.counts, self.similarity.cpu().double().numpy(), self.passed.cpu().numpy())
+
+    def count_in(self, effect: EffectMonitor) -> None:
+        """Tell the monitor, without waiting."""
+        effect.count_pairs(self.similarity, self.passed)
+
+
+def merge_drawn_(
+    rows: Rows,
+    weights: Sequence[torch.Tensor],
+    coin: npt.NDArray[np.bool_],
+    partner: npt.NDArray[np.int64],
+    call: Call,
+) -> EagerPairs:
+    """Merge layers in place with the coins and random partners of their filters, ``(rows,)`` each.
+
+    Returns:
+        The pairs, with similarity NaN for a filter that found no partner.
+    """
+    counts = np.add.reduceat(coin, rows.start[:-1], dtype=np.int64)
+    thresholds = call.threshold_of_each(len(weights))
+    found = coin
+    if call.partner != "random":
+        partner = match_rows(rows, weights, coin, call.partner, thresholds, seed=call.seed, step=call.step)
+        found = coin & (partner >= 0)
+    if weights[0].device.type == "cpu":
+        measured = merge_layers_(
+            rows.layers, weights, rows.start, found, partner, alpha=call.alpha, thresholds=thresholds,
+            dry_run=call.dry_run,
+        )  # fmt: skip
+        similarity, passed = map(torch.from_numpy, measured)
+    else:
+        each = []
+        for layer, weight, threshold, place in zip(rows.layers, weights, thresholds, rows.of_layers(), strict=True):
+            own = found[place].nonzero()[0]
+            pairs = merge_layer_(
+                weight, layer.layout, own, partner[place][own], alpha=call.alpha, threshold=threshold,
+                dry_run=call.dry_run,
+            )  # fmt: skip
+            each.append(pairs)
+        similarity, passed = map(torch.cat, zip(*each, strict=True))
+    if found is not coin and not np.array_equal(found, coin):
+        kept = found[coin]
+        similarity, passed = _spread(similarity, kept, torch.nan), _spread(passed, kept, False)
+    return EagerPairs(counts, similarity, passed)
+
+
+def _spread(values: torch.Tensor, found: npt.NDArray[np.bool_], missing: float) -> torch.Tensor:
+    """``values`` of the sampled filters that found a partner, with ``missing`` for those that did not."""
+    spread = values.new_full((found.size,), missing)
+    spread[torch.from_numpy(found).to(values.device)] = values
+    return spread
 
 
 @torch.no_grad()

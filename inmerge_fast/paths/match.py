@@ -15,12 +15,15 @@ and leaves alone, or pass over one that it would have measured above.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..draw import priorities, priority_keys
 from ..plan.filters import FilterLayout
+from ..plan.rows import Rows
 from .pairs import filters_of, similarity_blocks
 
 PARTNER_RULES = ("random", "similar", "nearest")
@@ -37,6 +40,30 @@ def check_partner_rule(partner: object) -> None:
         raise TypeError(f"partner must be a str, got {partner!r}")
     if partner not in PARTNER_RULES:
         raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNER_RULES))}, got {partner!r}")
+
+
+def match_rows(
+    rows: Rows,
+    weights: Sequence[torch.Tensor],
+    coin: npt.NDArray[np.bool_],
+    partner: str,
+    thresholds: Sequence[float],
+    *,
+    seed: int,
+    step: int,
+) -> npt.NDArray[np.int64]:
+    """Partners of the filters of all layers under ``"similar"`` or ``"nearest"``; see :func:`match_layer`.
+
+    Returns:
+        ``(rows,)`` int64, indices in the layer, -1 where the coin did not fall or no filter qualifies.
+    """
+    found = np.full(len(coin), -1, np.int64)
+    for layer, weight, threshold, place in zip(rows.layers, weights, thresholds, rows.of_layers(), strict=True):
+        sampled = coin[place].nonzero()[0]
+        found[place][sampled] = match_layer(
+            weight, layer.layout, sampled, partner, threshold=threshold, seed=seed, step=step, layer=layer.layer_id
+        )
+    return found
 
 
 @torch.no_grad()

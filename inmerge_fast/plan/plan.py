@@ -1,22 +1,17 @@
-"""The plan of a merge: which filters of which layers take part, in what order, and why the other layers do not."""
+"""Which filters of which layers are merged, in what order, and why the other layers are not."""
 
 from __future__ import annotations
 
-import importlib.util
 import numbers
-import os
-import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..draw import draw_filters
-from ..effect import EffectMonitor
 from ..stats import describe_skipped
 from .candidates import (
     Candidate,
@@ -31,25 +26,16 @@ from .candidates import (
     unwrap_compiled,
 )
 from .filters import check_outside_transforms
+from .rows import Rows
 from .structure import Storage, Structure
 
-if TYPE_CHECKING:
-    from ..paths.triton.launch import Launcher  # imports Triton
-
 DEFAULT_SKIP_FIRST = 0.6
-_OF_DEVICE = "device"  # as a reason: what the device is
 
 Target: TypeAlias = "nn.Module | torch.Tensor | Iterable[nn.Module | torch.Tensor]"
 
 
-class MergePlan:
-    """The layers that ``merge_`` works on, found and checked once, and printable.
-
-    ``merge_`` builds and caches one by itself; build one to look at it, or to pass it as ``merge_``'s target::
-
-        plan = inmerge_fast.MergePlan(model, skip_first=10)
-        print(plan)
-        inmerge_fast.merge_(plan, seed=0, step=step)
+class LayerPlan:
+    """The layers of a target that are merged, found and checked once. It knows nothing of how they are merged.
 
     Args:
         target: what to merge, see :func:`inmerge_fast.merge_`.
@@ -62,6 +48,9 @@ class MergePlan:
     Attributes:
         layers: the layers that are merged, in module order.
         skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
+        rows: the filters of all layers, one after the other.
+        names: name of each layer.
+        filters: number of filters of each layer.
 
     Raises:
         TypeError: the target or one of its weights has the wrong type.
@@ -118,21 +107,13 @@ class MergePlan:
         self._places = [place_of[id(weight)] for weight in weights]
         self._without_frozen = not include_frozen
         self._frozen = [weakref.ref(candidate.holder) for candidate in frozen]
-        self.effect = EffectMonitor()
-        self._kind = self.device.type
-        self._kernels_fit: str | None = None
-        self._launcher: Launcher | None = None
-        self._launcher_lock = threading.Lock()
         self._has_inference_weights = any(w.is_inference() for w in weights)
         self._tabulate()
 
     def _tabulate(self) -> None:
+        self.rows = Rows(self.layers)
         self.names = [layer.name for layer in self.layers]
-        self.filters = sizes = [layer.layout.filters for layer in self.layers]
-        self.row_start = np.concatenate([[0], np.cumsum(sizes)])
-        self._row_filter = np.concatenate([np.arange(size) for size in sizes])
-        self._row_layer_id = np.repeat([layer.layer_id for layer in self.layers], sizes)
-        self._row_group_size = np.repeat([layer.layout.group_size for layer in self.layers], sizes)
+        self.filters = [layer.layout.filters for layer in self.layers]
 
     def _why_nothing(self, target: object, candidates: Sequence[Candidate], include_linear: bool) -> str:
         if candidates:
@@ -151,47 +132,6 @@ class MergePlan:
     def device(self) -> torch.device:
         """Device of all the weights."""
         return self.layers[0].device
-
-    @property
-    def path(self) -> str:
-        """The code that merges these layers on this machine: "triton" (the kernels) or "eager" (PyTorch)."""
-        return "eager" if self._why_eager() else "triton"
-
-    @property
-    def path_reason(self) -> str:
-        """Why :attr:`path` is what it is."""
-        on = f"device {self.device}"
-        why = self._why_eager() or ("interpreted, INMERGE_INTERPRET is set" if self._kind == "cpu" else _OF_DEVICE)
-        return on if why == _OF_DEVICE else why
-
-    def _why_eager(self) -> str:
-        """Why the eager path is taken; empty if it is not. Asked at every call, so it composes no text."""
-        if _is_set("INMERGE_FORCE_EAGER"):
-            return "INMERGE_FORCE_EAGER is set"
-        if self._kind != "cuda" and not (self._kind == "cpu" and _is_set("INMERGE_INTERPRET")):
-            return _OF_DEVICE
-        if self._kernels_fit is None:
-            self._kernels_fit = self._why_not_kernels()
-        return self._kernels_fit
-
-    def _why_not_kernels(self) -> str:
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
-        if torch.version.hip:
-            # Compiled for gfx942, a release waits for the releasing wave's stores only; nobody has tried it on one.
-            return "the kernels are not verified on AMD GPUs"
-        from ..paths.triton.layer_table import can_merge
-
-        return "" if can_merge(self.layers) else "float64 layers, or layers of 2**20 filters and more"
-
-    def launcher(self, weights: Sequence[torch.Tensor]) -> Launcher:
-        """The kernels' tables and buffers for these weights, built at the first call."""
-        with self._launcher_lock:
-            if self._launcher is None:
-                from ..paths.triton.launch import Launcher
-
-                self._launcher = Launcher(self.layers, weights, self.row_start)
-            return self._launcher
 
     def weights(self) -> list[torch.Tensor]:
         """The weights as they are now.
@@ -230,13 +170,12 @@ class MergePlan:
 
     def draw(self, seed: int, step: int, prob: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Coins and partners (indices within the layer) of all filters, layer after layer: ``(rows,)`` each."""
-        return draw_filters(seed, step, self._row_layer_id, self._row_filter, self._row_group_size, prob)
+        return self.rows.draw(seed, step, prob)
 
     def __str__(self) -> str:
-        width = max(len(name) for name in ["layer", *(x.name for x in self.layers)])
-        filters = sum(layer.layout.filters for layer in self.layers)
+        width = max(len(name) for name in ["layer", *self.names])
         lines = [
-            f"merges {len(self.layers)} layers, {filters} filters; path: {self.path} ({self.path_reason})",
+            f"merges {len(self.layers)} layers, {sum(self.filters)} filters",
             f"{'layer':{width}}    id  filters  groups  elements  dtype",
         ]
         for layer in self.layers:
@@ -249,20 +188,12 @@ class MergePlan:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a MergePlan belongs to the memory of its target and cannot be copied or saved; build a new one"
+            f"a {type(self).__name__} belongs to the memory of its target and cannot be copied or saved; "
+            "build a new one"
         )
 
     def __repr__(self) -> str:
-        return f"MergePlan(layers={len(self.layers)}, skipped={len(self.skipped)}, path={self.path!r})"
-
-
-def _is_set(variable: str) -> bool:
-    # Asked itself, os.environ raises an exception and catches it where a variable is missing, 0.9 us.
-    inside = getattr(os.environ, "_data", None)
-    if inside is None:  # tests may put a dict in its place
-        return os.environ.get(variable, "0") not in ("", "0")
-    value = inside.get(os.environ.encodekey(variable))
-    return value is not None and os.environ.decodevalue(value) not in ("", "0")
+        return f"{type(self).__name__}(layers={len(self.layers)}, skipped={len(self.skipped)})"
 
 
 def check_selection(skip_first: float, exclude: object) -> tuple[str, ...]:

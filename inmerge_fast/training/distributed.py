@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..effect import EffectMonitor
-from ..merge import EagerPairs, merge_drawn_, several_ranks
+from ..merge import several_ranks
+from ..merge_plan import MergePlan
+from ..paths.eager import EagerPairs, merge_drawn_
+from ..paths.path import Call
 from ..plan.candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
 from ..plan.filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
-from ..plan.plan import DEFAULT_SKIP_FIRST, MergePlan
-from ..stats import MergeStats, describe_skipped
+from ..plan.plan import DEFAULT_SKIP_FIRST
+from ..plan.rows import Rows
+from ..stats import describe_skipped
 
 
 def check_agreement(recipe: dict[str, Any], group: Any) -> None:
@@ -137,11 +140,11 @@ class ShardedPlan(MergePlan):
         self._holders = [c.holder for c in candidates]
         self._frozen_holders = [c.holder for c in frozen]
         self._include_frozen = include_frozen
-        self.effect = EffectMonitor()
         self._tabulate()
 
-    def _why_eager(self) -> str:
-        return "sharded weights, gathered layer by layer"
+    def _tabulate(self) -> None:
+        super()._tabulate()
+        self.paths = OnlyPath(ShardedPath(self.rows))  # type: ignore[assignment]
 
     def current_weights(self) -> list[torch.Tensor] | None:
         """The weights if they are sharded as they were, else None."""
@@ -156,51 +159,63 @@ class ShardedPlan(MergePlan):
         return weights
 
     def gathered(self, weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Each weight as a whole, the last one freed before the next one is gathered; all ranks must iterate."""
-        for weight in weights:
-            full = _whole(weight)
-            yield full
-            if full is not weight and full.untyped_storage().data_ptr() != _local(weight).untyped_storage().data_ptr():
-                full.untyped_storage().resize_(0)  # whoever still holds it must not keep a second layer alive
-            del full
+        """Each weight as a whole, see :func:`gathered`; all ranks must iterate."""
+        return gathered(weights)
+
+
+def gathered(weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each weight as a whole, the last one freed before the next one is gathered; all ranks must iterate."""
+    for weight in weights:
+        full = _whole(weight)
+        yield full
+        if full is not weight and full.untyped_storage().data_ptr() != _local(weight).untyped_storage().data_ptr():
+            full.untyped_storage().resize_(0)  # whoever still holds it must not keep a second layer alive
+        del full
+
+
+class ShardedPath:
+    """Gathers one weight after the other, merges it as a whole in eager PyTorch, and keeps this rank's filters.
+
+    Args:
+        rows: the plan's filters.
+    """
+
+    name = "eager"
+    reason = "sharded weights, gathered layer by layer"
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
 
     @torch.no_grad()
-    def merge_(
-        self,
-        weights: Sequence[torch.Tensor],
-        *,
-        seed: int,
-        step: int,
-        prob: float,
-        alpha: float,
-        thresholds: Sequence[float],
-        partner: str,
-    ) -> MergeStats:
-        """Merge in place, see :func:`inmerge_fast.merge.merge_plan_`; all ranks must call it."""
-        coin, partners = self.draw(seed, step, prob)
+    def merge(self, weights: Sequence[torch.Tensor], call: Call) -> EagerPairs:
+        """See :class:`inmerge_fast.paths.path.Path`; all ranks must call it."""
+        rows = self._rows
+        coin, partner = rows.draw(call.seed, call.step, call.prob)
+        thresholds = call.threshold_of_each(len(weights))
         merged = []
-        for index, (layer, weight, full) in enumerate(zip(self.layers, weights, self.gathered(weights), strict=True)):
-            rows = slice(self.row_start[index], self.row_start[index + 1])
-            merged.append(
-                merge_drawn_(
-                    [layer], [full], np.array([0, len(coin[rows])]), coin[rows], partners[rows], seed=seed, step=step,
-                    alpha=alpha, thresholds=[thresholds[index]], rule=partner, dry_run=False,
-                )
-            )  # fmt: skip
+        for layer, weight, full, threshold, place in zip(
+            rows.layers, weights, gathered(weights), thresholds, rows.of_layers(), strict=True
+        ):
+            this = call._replace(thresholds=threshold)
+            merged.append(merge_drawn_(Rows([layer]), [full], coin[place], partner[place], this))
             if full is not weight:
                 _keep_own(weight, full)
-            torch.autograd.graph.increment_version([weight])
-        torch.clear_autocast_cache()
-        pairs = EagerPairs(
+        return EagerPairs(
             np.concatenate([one.counts for one in merged]),
             torch.cat([one.similarity for one in merged]),
             torch.cat([one.passed for one in merged]),
         )
-        self.effect.count_pairs(pairs.similarity, pairs.passed)
-        return MergeStats(
-            pairs.fetch, self.names, self.filters, skipped=self.skipped, seed=seed, step=step, dry_run=False,
-            path=self.path,
-        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnlyPath:
+    """The paths of a plan that has one."""
+
+    path: ShardedPath
+
+    def choose(self) -> ShardedPath:
+        """The path of a call that is made now."""
+        return self.path
 
 
 def _sharded_layer(candidate: Candidate) -> ShardedLayer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,33 +12,23 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..draw import MAX_STEP, check_word
 from ..dynamo import outside_dynamo
-from ..inspection.similarity import summarise_layer
-from ..merge import merge_plan_, several_ranks
-from ..plan.candidates import is_mergeable_module, unwrap_compiled
+from ..layer_similarity import summarise_layer
+from ..merge import several_ranks
+from ..merge_plan import MergePlan
+from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
-from ..plan.plan import DEFAULT_SKIP_FIRST, MergePlan, Target
+from ..plan.plan import DEFAULT_SKIP_FIRST, Target
 from ..stats import MergeStats, NoEffectWarning
-from .distributed import ShardedPlan, broadcast_from_first, check_agreement, is_sharded
+from .distributed import check_agreement
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
-from .monitor import Logger, Monitor, Observation
+from .monitor import Logger, Monitor
 from .recipe import Recipe, Threshold, check_count, in_steps, selection
+from .run import MergeRun
 from .schedules import Schedule
-from .thresholds import NEVER, NoiseThreshold, QuantileThreshold
 
 EVAL_STEPS = 100  # steps in evaluation mode, before any in training mode, after which a warning says so
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of one step. Thresholds are one per layer, ``NEVER`` for a layer that is not merged any more."""
-
-    step: int
-    alpha: float
-    prob: float
-    thresholds: tuple[float, ...]
 
 
 class InMerge:
@@ -81,11 +70,6 @@ class InMerge:
             they are passed on when the next ones are taken.
         process_group: ranks that train this same model, all of which must construct it; None for all ranks.
 
-    Attributes:
-        plan: the layers that are merged, printable.
-        step_count: optimizer steps so far; the number of the next one.
-        stopped: names of layers that the guard has stopped.
-
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, nothing can be merged, a weight cannot be rewritten in place, or the
@@ -120,7 +104,7 @@ class InMerge:
                 "that is trained, and its average follows"
             )
         first, last = in_steps(start, stop, steps_per_epoch)
-        self._recipe = Recipe(alpha, prob, threshold, partner, first, last, every, seed)
+        recipe = Recipe(alpha, prob, threshold, partner, first, last, every, seed)
         check_count("observe_every", observe_every)
         for name, flag in (("include_linear", include_linear), ("include_frozen", include_frozen)):
             if not isinstance(flag, bool):
@@ -132,24 +116,43 @@ class InMerge:
                 raise TypeError(f"loggers must be callable, got {log!r}")
         if not isinstance(model, (nn.Module, torch.Tensor)) and isinstance(model, Iterable):
             model = tuple(model)
-        self._model = unwrap_compiled(model) if isinstance(model, nn.Module) else model
-        self._selection = selection(skip_first, exclude, include_linear, include_frozen)
         if guard == "default":
             # Rules that look for similar partners find them: what they measure says little about the layer.
             guard = CollapseGuard() if partner == "random" else CollapseGuard(mean_similarity=0.9, merge_rate=1.0)
-        self._guard: CollapseGuard | None = guard  # type: ignore[assignment]
-        self._monitor = Monitor(loggers)
-        self._observe_every, self._group = int(observe_every), process_group
-        self._quantiles: dict[str, float] = {}
-        self._quantiles_of: int | None = None  # the step that they were computed at
+        self._run = MergeRun(
+            unwrap_compiled(model) if isinstance(model, nn.Module) else model,
+            selection(skip_first, exclude, include_linear, include_frozen),
+            recipe,
+            guard,  # type: ignore[arg-type]
+            Monitor(loggers),
+            int(observe_every),
+            process_group,
+        )
         self._attached: AttachedStep | None = None
         self._steps_in_evaluation = 0
-        self._graph = GraphSteps(self)
-        self.stopped: set[str] = set()
-        self.step_count = 0
-        self.plan = self._new_plan()
+        self._graph = GraphSteps(self._run)
         if several_ranks(process_group):
-            check_agreement(self._described(), process_group)
+            check_agreement(self._run.described(), process_group)
+
+    @property
+    def plan(self) -> MergePlan:
+        """The layers that are merged, printable."""
+        return self._run.plan
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps so far; the number of the next one."""
+        return self._run.step_count
+
+    @step_count.setter
+    def step_count(self, value: int) -> None:
+        check_word("step_count", value, MAX_STEP)
+        self._run.step_count = int(value)
+
+    @property
+    def stopped(self) -> set[str]:
+        """Names of layers that the guard has stopped."""
+        return self._run.stopped
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -180,41 +183,13 @@ class InMerge:
         if self._graph.is_capturing():
             self._graph.capture()
             return None
-        step = self.step_count
-        if not self._recipe.merges_at(step):
-            self.step_count = step + 1
-            return None
-        observed = self._is_observed(step)
-        if observed:
-            self._take_in_observations()
-        weights = self._current_weights()
-        settings = self._settings(step)
-        merge = self.plan.merge_ if isinstance(self.plan, ShardedPlan) else self._merge_plan
-        stats = merge(
-            weights,
-            seed=self._recipe.seed,
-            step=step,
-            prob=settings.prob,
-            alpha=settings.alpha,
-            thresholds=settings.thresholds,
-            partner=self._recipe.partner,
-        )
-        self.step_count = step + 1
-        if observed:
-            self._observe(settings, stats)
-        return stats
-
-    def _merge_plan(self, weights: list[torch.Tensor], **settings: Any) -> MergeStats:
-        return merge_plan_(self.plan, weights, **settings)
-
-    def _is_observed(self, step: int) -> bool:
-        wanted = self._guard is not None or bool(self._monitor.loggers)
-        return wanted and self._recipe.occasion(step) % self._observe_every == 0
+        return self._run.merge()
 
     def _is_training(self) -> bool:
-        if isinstance(self._model, nn.Module):
-            return self._model.training
-        return not isinstance(self._model, tuple) or all(getattr(item, "training", True) for item in self._model)
+        model = self._run.model
+        if isinstance(model, nn.Module):
+            return model.training
+        return not isinstance(model, tuple) or all(getattr(item, "training", True) for item in model)
 
     def _count_evaluation(self) -> None:
         self._steps_in_evaluation += 1
@@ -226,73 +201,11 @@ class InMerge:
                 stacklevel=3,
             )
 
-    # ---------------------------------------------------------------------------------------------- plan and settings
-
-    def _new_plan(self) -> MergePlan:
-        is_model = isinstance(self._model, nn.Module) and not is_mergeable_module(self._model)
-        if is_model and is_sharded(self._model):  # type: ignore[arg-type]
-            return ShardedPlan(self._model, **self._selection)  # type: ignore[arg-type]
-        # Layers and weights that were given one by one are meant, frozen or not.
-        selection = self._selection if is_model else self._selection | {"include_frozen": True}
-        return MergePlan(self._model, **selection)
-
-    def _current_weights(self) -> list[torch.Tensor]:
-        weights = self.plan.current_weights()
-        if weights is None:  # moved, replaced, frozen, ...
-            effect = self.plan.effect
-            self.plan = self._new_plan()
-            self.plan.effect = effect
-            weights = self.plan.weights()
-        return weights
-
-    def _settings(self, step: int) -> Settings:
-        return Settings(step, self._recipe.alpha_at(step), self._recipe.prob_at(step), self._thresholds(step))
-
-    def _thresholds(self, step: int) -> tuple[float, ...]:
-        chosen = self._recipe.threshold
-        if isinstance(chosen, NoiseThreshold):
-            values = [chosen.of(layer.layout.elements) for layer in self.plan.layers]
-        elif isinstance(chosen, QuantileThreshold):
-            names = self.plan.names
-            is_due = self._quantiles_of is None or step - self._quantiles_of >= chosen.every
-            if is_due or not self._quantiles.keys() >= set(names):
-                self._quantiles = broadcast_from_first(self._measure_quantiles(chosen.rate), self._group)
-                self._quantiles_of = step
-            values = [self._quantiles[name] for name in names]
-        else:
-            values = [self._recipe.threshold_at(step)] * len(self.plan.layers)
-        if self.stopped:
-            values = [NEVER if name in self.stopped else v for name, v in zip(self.plan.names, values, strict=True)]
-        return tuple(values)
-
-    def _measure_quantiles(self, rate: float) -> dict[str, float]:
-        found = {}
-        for name, weight, layer in self._layers():
-            summary = summarise_layer(name, weight, layer.layout, False)
-            found[name] = summary.threshold_for_rate(rate, self._recipe.partner) if summary.pairs else NEVER
-        return found
-
-    def _layers(self) -> Iterable[tuple[str, torch.Tensor, Any]]:
-        """Name, full weight and layer, one after the other, so that only one sharded weight is gathered at a time."""
-        weights: Iterable[torch.Tensor] = self._current_weights()
-        if isinstance(self.plan, ShardedPlan):
-            weights = self.plan.gathered(list(weights))
-        return zip(self.plan.names, weights, self.plan.layers, strict=True)
-
     # ------------------------------------------------------------------------------------------------------ monitoring
-
-    def _observe(self, settings: Settings, stats: MergeStats) -> None:
-        thresholds = dict(zip(self.plan.names, settings.thresholds, strict=True))
-        self._monitor.observe(Observation(settings.step, settings.alpha, settings.prob, thresholds, stats))
-
-    def _take_in_observations(self) -> None:
-        for observation in self._monitor.due():
-            if self._guard is not None:
-                self.stopped.update(self._guard.judge(observation.step, observation.layers))
 
     def flush(self) -> None:
         """Pass to the loggers what has been observed so far, e.g. at the end of the run; waits for the device."""
-        self._monitor.flush()
+        self._run.monitor.flush()
 
     def effective_rank(self) -> dict[str, float]:
         """Effective rank of each layer's filters, now: N if all are orthogonal, 1 if all are alike.
@@ -302,7 +215,7 @@ class InMerge:
         """
         return {
             name: summarise_layer(name, weight, layer.layout, True).effective_rank
-            for name, weight, layer in self._layers()
+            for name, weight, layer in self._run.layers()
         }
 
     # --------------------------------------------------------------------------------------------------- CUDA graphs
@@ -371,17 +284,7 @@ class InMerge:
 
         Functions given as schedules are not in it; the resumed run must construct with the same ones.
         """
-        return {
-            "version": STATE_VERSION,
-            "layers": list(self.plan.names),
-            "step_count": self.step_count,
-            "recipe": self._recipe.to_plain(),
-            "quantiles": dict(self._quantiles),
-            "quantiles_of": self._quantiles_of,
-            "stopped": sorted(self.stopped),
-            "guard": None if self._guard is None else self._guard.state_dict(),
-            "pending": [observation.to_plain() for observation in self._monitor.pending],
-        }
+        return self._run.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; seed, schedules, ``start``, ``stop`` and ``every`` come from it.
@@ -392,30 +295,7 @@ class InMerge:
             ValueError: the state is of other layers or of another version, or a schedule was a function and is none
                 now, or the other way round. Nothing has changed then.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"state has version {state.get('version')!r}, expected {STATE_VERSION}")
-        if state["layers"] != self.plan.names:
-            other = sorted(set(state["layers"]) ^ set(self.plan.names)) or "their order"
-            raise ValueError(
-                f"state was saved for other layers, the difference is {other}; construct with the same model and the "
-                "same skip_first, exclude, include_linear and include_frozen"
-            )
-        check_word("step_count", state["step_count"], MAX_STEP)
-        self._recipe = self._recipe.restored(state["recipe"])
-        self.step_count = state["step_count"]
-        self._quantiles, self._quantiles_of = dict(state["quantiles"]), state["quantiles_of"]
-        self.stopped = set(state["stopped"])
-        if self._guard is not None and state["guard"] is not None:
-            self._guard.load_state_dict(state["guard"])
-        self._monitor.pending = [Observation.from_plain(plain) for plain in state["pending"]]
-
-    def _described(self) -> dict[str, Any]:
-        """What must be the same on all ranks."""
-        return self._recipe.described() | {
-            "guard": repr(self._guard),
-            "observe_every": self._observe_every,
-            "layers": [(layer.name, layer.layer_id, tuple(layer.shape)) for layer in self.plan.layers],
-        }
+        self._run.load_state_dict(state)
 
     def __repr__(self) -> str:
-        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={self._recipe.seed})"
+        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={self._run.recipe.seed})"

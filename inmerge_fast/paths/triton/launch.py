@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +19,12 @@ from ...kernels.merge import _merge_kernel
 from ...kernels.prepare import _prepare_kernel
 from ...plan.candidates import MergeLayer
 from .draw_ahead import DRAW_AHEAD, Drawn, next_draw
-from .handle import Arguments, Handle, check_not_capturing, merge_options, raw_stream
+from .handle import Arguments, Handle, check_not_capturing, merge_options
 from .launch_match import Matcher
 from .layer_table import layer_table
-from .results import SLOTS, Results
+from .results import Results
+from .slots import SLOTS, Slot, Slots
+from .streams import StreamOrder
 
 ROW_BLOCK = 256  # rows per program of the draw and the count
 SCRATCH_SHARE = 0.12  # of the layers' bytes, at prob 0.3; merged rows with readers need 8 % on average
@@ -33,26 +34,6 @@ PROGRAMS_PER_SM = 8
 _NOTHING = contextlib.nullcontext()
 MAX_ELEMENTS = 2**31 - 2**10  # per filter: the last block of one begins and ends within 31 bits
 MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
-
-
-class Slot(NamedTuple):
-    """A call's share of the buffers that several calls have at a time, ``(rows,)`` padded to a multiple of 16 each.
-
-    Attributes:
-        partner: int32, each row's partner or -1.
-        readers: int32, how many active rows read each row.
-        active: int32, the active rows.
-        outcome: int8, what became of each row (``kernels/tables.py``).
-        similarity: float32, of active rows.
-        state: int32 ``(STATE_WORDS,)``.
-    """
-
-    partner: torch.Tensor
-    readers: torch.Tensor
-    active: torch.Tensor
-    outcome: torch.Tensor
-    similarity: torch.Tensor
-    state: torch.Tensor
 
 
 class Launcher:
@@ -72,7 +53,6 @@ class Launcher:
                 f"the kernels count with 32 bits ({MAX_BYTES} and {MAX_ELEMENTS}); merge fewer layers per call, or set "
                 "INMERGE_FORCE_EAGER=1"
             )
-        self.lock = threading.Lock()
         self.device, self.on_gpu = device, device.type == "cuda"
         self.row_start = row_start
         self.rows = rows
@@ -87,19 +67,16 @@ class Launcher:
         self.row_layer = zeros(rows).copy_(torch.from_numpy(row_layer))
         self.counter, self.slot, self.deferred = zeros(rows), zeros(rows), zeros(rows)
         self.call = zeros(tables.CALL_WORDS.value, dtype=torch.int64)
-        self.totals = zeros(2)
-        self.totals[tables.LARGEST_KEY.value] = -(2**31)
-        padded = -(-rows // 16) * 16  # so that every slot begins at a multiple of 16 bytes
-        self.partner, self.readers, self.active = (zeros(SLOTS, padded) for _ in range(3))
-        self.outcome = zeros(SLOTS, padded, dtype=torch.int8)
-        self.similarity = zeros(SLOTS, padded, dtype=torch.float32)
-        self.state = zeros(SLOTS, tables.STATE_WORDS.value)
-        of_slots = (self.partner, self.readers, self.active, self.outcome, self.similarity, self.state)
-        self.slots = [Slot(*(tensor[index] for tensor in of_slots)) for index in range(SLOTS)]
-        self._draw_tables = Arguments(self.layer_table, self.row_layer, *of_slots[:4], self.state, self.call)
+        self._streams = StreamOrder(device, self._tensors)
+        self.follow_current_stream = self._streams.follow
+        self.slots = slots = Slots(row_start, zeros, self._streams.follow)
+        self.lock, self.slot_of = slots.lock, slots.of
+        self._draw_tables = Arguments(
+            self.layer_table, self.row_layer, slots.partner, slots.readers, slots.active, slots.outcome, slots.state,
+            self.call,
+        )  # fmt: skip
         self.scratch = zeros(0, dtype=torch.int8)
         self.calls = -1  # number of the latest
-        self.taken = 0  # the calls before this one have taken their slots, those that are drawn ahead included
         self._drawn: Drawn | None = None
         self._clean = range(SLOTS)  # the calls whose slots a draw may count in: their readers and state are zero
         self._thresholds: tuple[float, ...] | None = None
@@ -131,16 +108,11 @@ class Launcher:
         self._matcher: Matcher | None = None
         self._counts: dict[tuple[int, bool], Arguments] = {}
         self._merges: dict[tuple[tuple[str, Any], ...], Handle] = {}
-        self._stream: int | None = None
         self._row_blocks = triton.cdiv(rows, ROW_BLOCK)
         self.programs = 4  # the interpreter runs them one after the other
         if self.on_gpu:
             self.programs = torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
         self.programs = min(self.programs, rows)
-
-    def slot_of(self, call: int) -> Slot:
-        """The slot of a call, which later calls use again."""
-        return self.slots[call % SLOTS]
 
     def reserve_scratch(self, prob: float) -> None:
         """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average.
@@ -165,7 +137,7 @@ class Launcher:
         """Tensor arguments of the merge of the call in ``slot``."""
         return Arguments(
             self.layer_table, self.row_layer, slot.partner, slot.readers, slot.active, self.counter, self.slot,
-            self.deferred, slot.state, self.scratch, slot.similarity, slot.outcome, self.totals, self.call,
+            self.deferred, slot.state, self.scratch, slot.similarity, slot.outcome, self.slots.totals, self.call,
         )  # fmt: skip
 
     def _threshold_argument(self, threshold: float | Sequence[float]) -> float:
@@ -244,17 +216,16 @@ class Launcher:
             elif self._drawn is None or not self._drawn.serves(call, seed, step, coin):
                 self._draw_and_count(stream, next_draw(self._drawn, call, seed, step, coin))
             self._merge(slot, stream, alpha, limit, dry_run, overrides)
-            return Results(self, call)
+            return Results(self.slots, call)
 
     def _draw_and_count(self, stream: int, draws: Drawn) -> None:
         """Draw and count in one launch, for one call or for several."""
         # First nothing is known to be drawn or clean: an interrupt may come at any place below, or after the launch.
         clean, self._drawn, self._clean = self._clean, None, range(0)
-        self.taken = max(self.taken, draws.end)
+        self.slots.take(draws.end)
         if draws.first < clean.start or draws.end > clean.stop:
             # Other draws have counted there, for calls that did not come, or calls in between have left theirs.
-            self.readers.zero_()
-            self.state.zero_()
+            self.slots.clean()
             clean = range(draws.first, draws.first + SLOTS)
         number = draws.end - draws.first
         stride = draws.stride if number > 1 else 0  # that of a single draw means nothing, and may not fit 64 bits
@@ -267,7 +238,8 @@ class Launcher:
 
         A graph's replays come unseen, so it can rely on nothing that another draw has left.
         """
-        self._drawn, self.taken = None, max(self.taken, call + 1)
+        self._drawn = None
+        self.slots.take(call + 1)
         numbers = (seed, step, 0, coin, self.rows, call % SLOTS, 1)
         kernel.launch((self._row_blocks, 1), stream, self._draw_tables, numbers)
 
@@ -307,7 +279,7 @@ class Launcher:
             self._count_drawn(stream, slot, matched=partner != "random")
             overrides |= {"IN_MEMORY": True}
             self._merge(slot, stream, 0.0, limit, False, overrides)
-            return Results(self, self.calls)
+            return Results(self.slots, self.calls)
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph takes this call along, which then knows the address of scratch for good."""
@@ -324,7 +296,7 @@ class Launcher:
     ) -> None:  # fmt: skip
         if partner != "random":
             seed, step = seed_step or (None, 0)
-            drawn = self.slots[slot]
+            drawn = self.slots.of(slot)
             self.matcher.run(
                 partner, stream, (self.layer_table, drawn.partner, drawn.similarity, self.call), seed, step, limit,
                 **overrides,
@@ -368,7 +340,7 @@ class Launcher:
     def _counted(self, slot: int, matched: bool) -> Arguments:
         """Tensor arguments of the count; ``best`` is not looked at unless partners were matched."""
         if (slot, matched) not in self._counts:
-            partner, readers, active, _, _, state = self.slots[slot]
+            partner, readers, active, _, _, state = self.slots.of(slot)
             best = self.matcher.best if matched else self.call
             self._counts[slot, matched] = Arguments(partner, readers, active, state, best)
         return self._counts[slot, matched]
@@ -389,20 +361,8 @@ class Launcher:
             return torch.cuda.device(self.device)
         return _NOTHING
 
-    def follow_current_stream(self) -> int:
-        """The current stream; the first time on another one, it waits for what this plan still does on the last."""
-        if not self.on_gpu:
-            return 0
-        stream = raw_stream(self.device)
-        if stream != self._stream:
-            current = torch.cuda.current_stream(self.device)
-            # torch.cuda.graph() synchronises before it captures, and a captured stream may not wait for another.
-            if self._stream is not None and not torch.cuda.is_current_stream_capturing():
-                current.wait_stream(torch.cuda.ExternalStream(self._stream, self.device))
-            matched = self._matcher.tensors() if self._matcher else []
-            # Or their memory would be reused as if only their first stream used it.
-            for value in [*vars(self).values(), *matched]:
-                if isinstance(value, torch.Tensor):
-                    value.record_stream(current)
-            self._stream = stream
-        return stream
+    def _tensors(self) -> list[torch.Tensor]:
+        """All device memory that the launches use."""
+        own = [self.layer_table, self.row_layer, self.counter, self.slot, self.deferred, self.call, self.slots.totals]
+        own += [self.scratch, *self._captured_scratch, *self.slots.tensors()]
+        return own + (self._matcher.tensors() if self._matcher else [])

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...effect import EffectMonitor
 from ...kernels import tables
 from ...stats import SampledPairs
-from .draw_ahead import DRAW_AHEAD
-
-if TYPE_CHECKING:
-    from .launch import Launcher
-
-KEPT_CALLS = 8  # whose statistics stay readable
-SLOTS = KEPT_CALLS + DRAW_AHEAD - 1  # the others hold what is drawn for calls to come
+from .slots import Slots
 
 
 @dataclass(slots=True)  # frozen, it would take twice as long to make, and every call makes one
 class Results:
     """Where a call's results are: a slot, readable until it is another call's."""
 
-    launcher: Launcher
+    slots: Slots
     call: int
 
     def fetch(self) -> SampledPairs:
@@ -34,8 +28,8 @@ class Results:
         Raises:
             RuntimeError: the slot has been reused.
         """
-        with self.launcher.lock:
-            similarity, outcome = self._slot()
+        with self.slots.lock:
+            similarity, outcome = self.slots.results_of(self.call)
             return self._pairs(similarity.cpu(), outcome.cpu())
 
     __call__ = fetch
@@ -49,8 +43,8 @@ class Results:
         Raises:
             RuntimeError: the slot has been reused.
         """
-        with self.launcher.lock:
-            on_device = self._slot()
+        with self.slots.lock:
+            on_device = self.slots.results_of(self.call)
             if not on_device[0].is_cuda:
                 copied = [tensor.clone() for tensor in on_device]
                 return lambda: self._pairs(*copied)
@@ -59,7 +53,7 @@ class Results:
             for host, device in zip(on_host, on_device, strict=True):
                 host.copy_(device, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(self.launcher.device))
+            arrived.record(torch.cuda.current_stream(on_device[0].device))
 
         def fetch() -> SampledPairs:
             arrived.synchronize()
@@ -67,20 +61,13 @@ class Results:
 
         return fetch
 
-    def _slot(self) -> tuple[torch.Tensor, torch.Tensor]:
-        launcher = self.launcher
-        if launcher.taken - self.call > SLOTS:
-            raise RuntimeError(
-                f"the statistics of this call are gone: the plan keeps those of its last {KEPT_CALLS} calls in device "
-                "memory; read them earlier"
-            )
-        slot = launcher.slot_of(self.call)
-        launcher.follow_current_stream()  # the call may have run on another one
-        return slot.similarity[: launcher.rows], slot.outcome[: launcher.rows]
+    def count_in(self, effect: EffectMonitor) -> None:
+        """Tell the monitor the totals of all calls so far, without waiting."""
+        effect.count_call(self.slots.totals)
 
     def _pairs(self, similarity: torch.Tensor, outcome: torch.Tensor) -> SampledPairs:
         values: npt.NDArray[np.float64] = similarity.double().numpy()
         codes = outcome.numpy()
         sampled = codes != tables.NOT_SAMPLED.value
-        counts = np.add.reduceat(sampled, self.launcher.row_start[:-1], dtype=np.int64)
+        counts = np.add.reduceat(sampled, self.slots.row_start[:-1], dtype=np.int64)
         return SampledPairs(counts, values[sampled], codes[sampled] == tables.PASSED.value)

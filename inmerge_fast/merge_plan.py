@@ -1,0 +1,58 @@
+"""``MergePlan``: the layers that are merged, and the path that merges them."""
+
+from __future__ import annotations
+
+from .effect import EffectMonitor
+from .paths.choice import Paths
+from .plan.plan import LayerPlan
+
+
+class MergePlan(LayerPlan):
+    """The layers that ``merge_`` works on, found and checked once, and printable.
+
+    ``merge_`` builds and caches one by itself; build one to look at it, or to pass it as ``merge_``'s target::
+
+        plan = inmerge_fast.MergePlan(model, skip_first=10)
+        print(plan)
+        inmerge_fast.merge_(plan, seed=0, step=step)
+
+    Args:
+        target: what to merge, see :func:`inmerge_fast.merge_`.
+        skip_first: see :func:`inmerge_fast.merge_`; models only.
+        exclude: see :func:`inmerge_fast.merge_`; models only.
+        include_linear: see :func:`inmerge_fast.merge_`; models only.
+        include_frozen: whether weights that require no gradient take part; models only.
+        layer: layer id of a single layer in the draw; 0 for models and iterables, which number their layers.
+
+    Attributes:
+        layers: the layers that are merged, in module order.
+        skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
+        paths: the ways to merge them.
+        effect: what watches whether merging does anything.
+
+    Raises:
+        TypeError: the target or one of its weights has the wrong type.
+        ValueError: nothing can be merged, or a weight cannot be rewritten in place.
+    """
+
+    def _tabulate(self) -> None:
+        super()._tabulate()
+        self.paths = Paths(self.rows)
+        self.effect = EffectMonitor()
+
+    @property
+    def path(self) -> str:
+        """The code that merges these layers on this machine: "triton" (the kernels) or "eager" (PyTorch)."""
+        return self.paths.choose().name
+
+    @property
+    def path_reason(self) -> str:
+        """Why :attr:`path` is what it is."""
+        return self.paths.choose().reason
+
+    def __str__(self) -> str:
+        first, *others = super().__str__().split("\n")
+        return "\n".join([f"{first}; path: {self.path} ({self.path_reason})", *others])
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, path={self.path!r})"

@@ -1,0 +1,67 @@
+"""The Triton kernels as a path."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...plan.rows import Rows
+from ..path import Call
+
+if TYPE_CHECKING:
+    from .launch import Launcher  # imports Triton
+    from .results import Results
+
+
+class TritonPath:
+    """Merges on a GPU, in two launches for all layers at most; or in Triton's interpreter.
+
+    Args:
+        rows: the plan's filters.
+    """
+
+    name = "triton"
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._launcher: Launcher | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def reason(self) -> str:
+        """Why it was chosen."""
+        device = self._rows.device
+        return "interpreted, INMERGE_INTERPRET is set" if device.type == "cpu" else f"device {device}"
+
+    @cached_property
+    def refusal(self) -> str:
+        """Why the kernels cannot merge these layers on this machine; empty if they can."""
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if torch.version.hip:
+            # Compiled for gfx942, a release waits for the releasing wave's stores only; nobody has tried it on one.
+            return "the kernels are not verified on AMD GPUs"
+        from .layer_table import can_merge
+
+        return "" if can_merge(self._rows.layers) else "float64 layers, or layers of 2**20 filters and more"
+
+    def launcher(self, weights: Sequence[torch.Tensor]) -> Launcher:
+        """The kernels' tables and buffers for these weights, built at the first call."""
+        with self._lock:
+            if self._launcher is None:
+                from .launch import Launcher
+
+                self._launcher = Launcher(self._rows.layers, weights, self._rows.start)
+            return self._launcher
+
+    def merge(self, weights: Sequence[torch.Tensor], call: Call) -> Results:
+        """Queue the launches of a call; see :class:`inmerge_fast.paths.path.Path`."""
+        return self.launcher(weights).run(
+            call.seed, call.step, prob=call.prob, alpha=call.alpha, threshold=call.thresholds, partner=call.partner,
+            dry_run=call.dry_run,
+        )  # fmt: skip

@@ -1,0 +1,46 @@
+"""The filters of all layers of a plan as one sequence of rows, which is how paths draw, measure and count."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..draw import draw_filters
+from .candidates import MergeLayer
+
+
+class Rows:
+    """The filters of some layers, layer after layer.
+
+    Args:
+        layers: the layers, all on one device.
+
+    Attributes:
+        layers: the layers.
+        start: int64 ``(layers + 1,)``, the first row of each layer, and the number of rows.
+    """
+
+    def __init__(self, layers: Sequence[MergeLayer]) -> None:
+        self.layers = tuple(layers)
+        sizes = [layer.layout.filters for layer in layers]
+        self.start = np.concatenate([[0], np.cumsum(sizes)])
+        self._filter = np.concatenate([np.arange(size) for size in sizes])
+        self._layer_id = np.repeat([layer.layer_id for layer in layers], sizes)
+        self._group_size = np.repeat([layer.layout.group_size for layer in layers], sizes)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all the weights."""
+        return self.layers[0].device
+
+    def of_layers(self) -> list[slice]:
+        """The rows of each layer."""
+        return [slice(start, end) for start, end in itertools.pairwise(self.start.tolist())]
+
+    def draw(self, seed: int, step: int, prob: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Coins and partners (indices within the layer) of all filters: ``(rows,)`` each."""
+        return draw_filters(seed, step, self._layer_id, self._filter, self._group_size, prob)
