@@ -58,6 +58,8 @@ TARGET INLINE void store_float64(float64 *to, const doubles *from) {
 #define VECTOR floats
 #define LOAD load_float32
 #define STORE store_float32
+#define FROM
+#define TO
 #include "rows.h"
 
 #define NAME(function) function##_float64
@@ -66,6 +68,8 @@ TARGET INLINE void store_float64(float64 *to, const doubles *from) {
 #define VECTOR doubles
 #define LOAD load_float64
 #define STORE store_float64
+#define FROM
+#define TO
 #include "rows.h"
 
 /* bfloat16: two elements are a word, whose lower half goes to a lane of the first half, and the upper half to one of
@@ -89,6 +93,8 @@ TARGET INLINE void store_bfloat16(bits16 *to, const floats *from) {
 #define VECTOR floats
 #define LOAD load_bfloat16
 #define STORE store_bfloat16
+#define FROM from_bfloat16
+#define TO to_bfloat16
 #include "rows.h"
 
 /* float16: lane l has elements l, l + LANES, and so on. */
@@ -113,6 +119,8 @@ TARGET INLINE void store_float16(bits16 *to, const floats *from) {
 #define VECTOR floats
 #define LOAD LOAD_FLOAT16
 #define STORE STORE_FLOAT16
+#define FROM from_float16
+#define TO to_float16
 #include "rows.h"
 
 const struct code CODE = {

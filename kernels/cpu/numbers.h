@@ -44,6 +44,10 @@ INLINE uint32_t mask(int yes) { return 0u - (uint32_t)yes; }
 /* The upper 16 bits are the bfloat16. A macro, for a word or a vector of them. */
 #define ROUND_TO_BFLOAT16(bits) ((bits) + 0x7FFF + (((bits) >> 16) & 1))
 
+INLINE float from_bfloat16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
+
+INLINE uint16_t to_bfloat16(float value) { return (uint16_t)(ROUND_TO_BFLOAT16(bits_of(value)) >> 16); }
+
 INLINE float from_float16(uint16_t half) {
   const uint32_t bias = 112u << 23; /* between the two exponents */
   uint32_t exponent = half & 0x7C00u, subnormal = mask(exponent == 0), infinite = mask(exponent == 0x7C00);

@@ -72,16 +72,7 @@ TARGET static void NAME(blend)(void *restrict own_, const void *restrict partner
     for (int v = 0; v < VECTORS; v++) x[v] = keep * x[v] + take * y[v];
     STORE(own + e, x);
   }
-  if (e < elements) {
-    STORED rest_own[LANES] = {0}, rest_partner[LANES] = {0};
-    memcpy(rest_own, own + e, (size_t)(elements - e) * sizeof(STORED));
-    memcpy(rest_partner, partner + e, (size_t)(elements - e) * sizeof(STORED));
-    LOAD(x, rest_own);
-    LOAD(y, rest_partner);
-    for (int v = 0; v < VECTORS; v++) x[v] = keep * x[v] + take * y[v];
-    STORE(rest_own, x);
-    memcpy(own + e, rest_own, (size_t)(elements - e) * sizeof(STORED));
-  }
+  for (; e < elements; e++) own[e] = TO(keep * FROM(own[e]) + take * FROM(partner[e]));
 }
 
 #undef NAME
@@ -90,3 +81,5 @@ TARGET static void NAME(blend)(void *restrict own_, const void *restrict partner
 #undef VECTOR
 #undef LOAD
 #undef STORE
+#undef FROM
+#undef TO
