@@ -46,16 +46,17 @@ from .tables import (
     GROUP_STRIDE,
     INNER_STRIDE,
     KIND,
-    LARGEST_KEY,
     OUTER_STRIDE,
     PASSED,
-    PASSED_TOTAL,
+    ROW_COUNTS,
     RUN,
     SAMPLED,
     SCRATCH_UNITS,
     SCRATCH_USED,
     STRIDED,
     THRESHOLD,
+    TIMES_PASSED,
+    TIMES_SAMPLED,
     WRITE,
 )
 
@@ -313,7 +314,8 @@ def _float_in_memory(pointer):
 @triton.jit(do_not_specialize=["capacity", "write", "programs"])
 def _merge_kernel(
     layer_ptr, row_layer_ptr, partner_ptr, readers_ptr, active_ptr, counter_ptr, slot_ptr, deferred_ptr, state_ptr,
-    scratch_ptr, similarity_ptr, outcome_ptr, totals_ptr, call_ptr, capacity, alpha, beta, threshold, write, programs,
+    scratch_ptr, similarity_ptr, outcome_ptr, times_ptr, largest_ptr, call_ptr, capacity, alpha, beta, threshold, write,
+    programs,
     HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
     BARRIER: tl.constexpr, SEM: tl.constexpr, NAIVE: tl.constexpr,
@@ -321,7 +323,9 @@ def _merge_kernel(
     """Merge all active rows of all layers.
 
     ``write`` is 0 in a dry run; ``capacity`` is the size of scratch in units of 16 bytes. With IN_MEMORY alpha, beta
-    and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own.
+    and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own. ``times``
+    are the rows' running counts, and ``largest`` is the largest similarity so far, as an integer that sorts like it:
+    both grow in calls that may write.
     BARRIER, SEM and NAIVE exist for the tests, which break the protocol and watch the race detector notice.
 
     Grid: ``(programs,)``, any number; each takes every ``programs``-th entry of the list of active rows.
@@ -334,7 +338,6 @@ def _merge_kernel(
         beta = _float_in_memory(call_ptr + BETA)
         write = tl.load(call_ptr + WRITE).to(tl.int32)
     pid = tl.program_id(0)
-    passed_here = pid * 0
     largest_here = pid * 0 - 2147483647 - 1
     active_rows = tl.load(state_ptr + ACTIVE_ROWS)
     for t in range(pid, active_rows, programs):
@@ -356,13 +359,15 @@ def _merge_kernel(
                         partner_ptr, readers_ptr, counter_ptr, slot_ptr, deferred_ptr, state_ptr, similarity_ptr,
                         outcome_ptr, CODE < STRIDED, _block(CODE, BLOCK), BARRIER, SEM, NAIVE,
                     )  # fmt: skip
-        passed_here += passed.to(tl.int32)
+        if write != 0:  # nobody reads the results, so nothing waits for these
+            p_times = times_ptr + i_row.to(tl.int64) * ROW_COUNTS
+            tl.atomic_add(p_times + TIMES_SAMPLED, 1, sem="relaxed", scope="gpu")
+            tl.atomic_add(p_times + TIMES_PASSED, passed.to(tl.int32), sem="relaxed", scope="gpu")
         bits = similarity.to(tl.int32, bitcast=True)
         key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # sorts like the float
         largest_here = tl.where(finite, tl.maximum(largest_here, key), largest_here)
     if write != 0:
-        tl.atomic_add(totals_ptr + PASSED_TOTAL, passed_here, sem="relaxed", scope="gpu")
-        tl.atomic_max(totals_ptr + LARGEST_KEY, largest_here, sem="relaxed", scope="gpu")
+        tl.atomic_max(largest_ptr, largest_here, sem="relaxed", scope="gpu")
 
     tl.debug_barrier()
     if tl.atomic_add(state_ptr + FINISHED, 1, sem="acq_rel", scope="gpu") == programs - 1:

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from inmerge_fast import effect
 from inmerge_fast.paths import cpu
 
 try:
@@ -44,6 +45,10 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup(item):
     if "gpu" in item.keywords and HAS_GPU and INTERPRETING:
         pytest.fail("TRITON_INTERPRET=1 is set: a GPU test would run interpreted kernels or none; unset it", False)
+
+
+def pytest_unconfigure():
+    effect._without_a_word.clear()  # hundreds of tests have merged nothing, of which the process need not tell at its end
 
 
 def pytest_terminal_summary(terminalreporter):

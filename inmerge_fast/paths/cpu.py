@@ -54,7 +54,7 @@ class CpuPairs(NamedTuple):
 
     def count_in(self, effect: EffectMonitor) -> None:
         """Tell the monitor."""
-        effect.count_numbers(self.similarity.size, self.passed_total, self.largest)
+        effect.count(self.counts, self.passed, self.passed_total, self.largest)
 
 
 class CpuPath:

@@ -109,7 +109,7 @@ class MergeRun:
         if weights is None:
             effect = self.plan.effect
             self.plan = self._new_plan()
-            self.plan.effect = effect
+            self.plan.effect.go_on_from(effect)
             weights = self.plan.weights()
         return weights
 
