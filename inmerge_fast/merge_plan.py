@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .effect import EffectMonitor
+from .history import CallHistory
 from .paths.choice import Paths
 from .plan.plan import LayerPlan
 
@@ -31,6 +32,7 @@ class MergePlan(LayerPlan):
         skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
         paths: the ways to merge them.
         effect: what counts the calls, and watches whether merging does anything.
+        history: what watches whether calls of ``merge_`` do too much.
 
     Raises:
         TypeError: the target or one of its weights has the wrong type.
@@ -41,6 +43,7 @@ class MergePlan(LayerPlan):
         super()._tabulate()
         self.paths = Paths(self.rows)
         self.effect = EffectMonitor(len(self.layers))
+        self.history = CallHistory()
 
     def totals(self) -> torch.Tensor:
         """Pairs sampled and merged in each layer by all calls that may write, int64 ``(layers, 2)``; nothing waits."""

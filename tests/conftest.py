@@ -48,7 +48,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_unconfigure():
-    effect._without_a_word.clear()  # hundreds of tests have merged nothing, of which the process need not tell at its end
+    effect._without_a_word.clear()  # most tests merge next to nothing, which is no news at the end of the process
 
 
 def pytest_terminal_summary(terminalreporter):

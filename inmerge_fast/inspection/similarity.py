@@ -94,7 +94,7 @@ class Similarity:
 def similarity(
     target: Target | MergePlan | Mapping[str, object],
     *,
-    skip_first: float = 0,
+    skip_first: float | str | Sequence[str] = 0,
     exclude: str | Sequence[str] = (),
     include_linear: bool = False,
     effective_rank: bool = True,
