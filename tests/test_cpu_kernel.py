@@ -12,7 +12,7 @@ from cpu_kernel import DTYPES, layer_of, run, similar_filters
 from oracle import BAND, assert_is_reference, assert_same_bits, bits
 from torch import nn
 
-from inmerge_fast import MergePlan, draw, reference_merge
+from inmerge_fast import MergePlan, draw, native, reference_merge
 from inmerge_fast.draw import MAX_LAYER, MAX_SEED, MAX_STEP
 from inmerge_fast.paths import cpu
 from inmerge_fast.training.thresholds import NEVER
@@ -370,16 +370,16 @@ def test_a_layer_that_cannot_be_is_refused(kernel):
 
 
 def test_a_build_from_another_version_is_not_used(monkeypatch, kernel):
-    monkeypatch.setattr(kernel, "version", cpu.VERSION + 1)
-    assert f"{cpu.VERSION + 1} instead of {cpu.VERSION}" in cpu.unavailable()
+    monkeypatch.setattr(kernel, "version", native.VERSION + 1)
+    assert f"{native.VERSION + 1} instead of {native.VERSION}" in cpu.unavailable()
     with pytest.raises(RuntimeError, match="another version"):
         run(similar_filters(4, 30))
 
 
 def test_reasons_why_it_is_unavailable(monkeypatch):
-    monkeypatch.setitem(cpu.sys.modules, "inmerge_fast._cpu", None)
+    monkeypatch.setitem(native.sys.modules, "inmerge_fast._cpu", None)
     assert "not built" in cpu.unavailable()
-    monkeypatch.setattr(cpu.sysconfig, "get_config_var", lambda name: 1)
+    monkeypatch.setattr(native.sysconfig, "get_config_var", lambda name: 1)
     assert "free-threaded" in cpu.unavailable()
-    monkeypatch.setattr(cpu.sys.implementation, "name", "pypy")
+    monkeypatch.setattr(native.sys.implementation, "name", "pypy")
     assert "pypy" in cpu.unavailable()

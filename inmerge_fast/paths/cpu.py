@@ -6,17 +6,14 @@ and for any number of threads, so that replicas on unlike machines stay equal; b
 
 from __future__ import annotations
 
-import importlib
-import sys
-import sysconfig
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import native
 from ..draw import coin_threshold
 from ..effect import EffectMonitor
 from ..plan.candidates import MergeLayer
@@ -26,7 +23,6 @@ from ..stats import SampledPairs
 from .match import match_rows
 from .path import Call
 
-VERSION = 1  # of kernels/cpu/module.c that this file can call
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum type of numbers.h
 
 
@@ -113,7 +109,7 @@ class CpuPath:
 
 def unavailable() -> str:
     """Why the kernel cannot be used here; empty if it can."""
-    kernel = _load()
+    kernel = native.load()
     return kernel if isinstance(kernel, str) else ""
 
 
@@ -139,7 +135,7 @@ class CpuMerge:
         *,
         code: str | None = None,
     ) -> None:
-        kernel = _load()
+        kernel = native.load()
         if isinstance(kernel, str):
             raise RuntimeError(f"the CPU kernel cannot be used: {kernel}")
         self._kernel, self._code = kernel, code
@@ -206,21 +202,3 @@ class CpuMerge:
         if isinstance(thresholds, (float, int)):
             return np.full(self._layers, thresholds, np.float64).tobytes()
         return np.asarray(thresholds, np.float64).tobytes()
-
-
-def _load() -> ModuleType | str:
-    """The extension module, or why it cannot be used."""
-    if sys.implementation.name != "cpython":
-        return f"{sys.implementation.name} is not CPython, whose C API it is built with"
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return "a free-threaded Python has no limited C API, which it is built with"
-    try:
-        kernel = importlib.import_module("inmerge_fast._cpu")
-    except ModuleNotFoundError:
-        return "it was not built; where there is a C compiler, pip install builds it"
-    except ImportError as error:
-        return f"it cannot be loaded: {error}"
-    found = getattr(kernel, "version", None)
-    if found != VERSION:
-        return f"it was built from another version of this package, {found} instead of {VERSION}; run pip install again"
-    return kernel

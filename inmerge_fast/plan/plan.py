@@ -107,6 +107,9 @@ class LayerPlan:
         self._places = [place_of[id(weight)] for weight in weights]
         self._without_frozen = not include_frozen
         self._frozen = [weakref.ref(candidate.holder) for candidate in frozen]
+        self._watch = self._structure.compiled(
+            self._places, [candidate.holder for candidate in frozen], trained=not include_frozen
+        )
         self._has_inference_weights = any(w.is_inference() for w in weights)
         self._tabulate()
 
@@ -153,8 +156,12 @@ class LayerPlan:
 
     def current_weights(self) -> list[torch.Tensor] | None:
         """The weights if the plan :meth:`is_current`, else None."""
+        if self._has_inference_weights and not torch.is_inference_mode_enabled():
+            return None
+        if self._watch is not None:
+            return self._watch.weights()
         found = self._structure.weights()
-        if found is None or (self._has_inference_weights and not torch.is_inference_mode_enabled()):
+        if found is None:
             return None
         weights = [found[place] for place in self._places]
         if self._without_frozen and not self._same_are_frozen(weights):

@@ -6,12 +6,20 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from .. import native
 from .candidates import MergeLayer, is_mergeable_module
+
+
+class Watch(Protocol):
+    """Whether a target is still what it was, in C (``kernels/cpu/watch.c``)."""
+
+    def weights(self) -> list[torch.Tensor] | None:
+        """The plan's weights in its order; None if anything has changed."""
 
 
 class Structure:
@@ -42,6 +50,30 @@ class Structure:
         # looks at nothing of a weight but its memory, which is compared anyway, and at which layers share one.
         self._weights = [id(holder._parameters["weight"]) for holder in with_weight]
         self._tensors = [self._watch(tensor) for tensor in tensors]
+
+    def compiled(
+        self, picks: Sequence[int], frozen: Sequence[nn.Module | torch.Tensor], *, trained: bool
+    ) -> Watch | None:
+        """The same check and that of :class:`Storage` in one call of C code; None where that cannot be had.
+
+        25 us instead of 56 for DenseNet-121.
+
+        Args:
+            picks: the plan's weights, as places in :meth:`weights`.
+            frozen: modules whose weight must go on not to require a gradient.
+            trained: whether the plan's weights must go on to require one.
+        """
+        kernel, exchange = native.load(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+        if isinstance(kernel, str) or exchange is None:
+            return None
+        try:
+            watch: Watch = kernel.Watch(
+                exchange, self._died, self._childless, self._parents, self._holders, self._others,
+                [weakref.ref(module) for module in frozen], self._tensors, list(picks), trained,
+            )  # fmt: skip
+        except ValueError:  # e.g. a weight of more than eight dimensions
+            return None
+        return watch
 
     def _watch(self, value: Any) -> weakref.ref[Any]:
         return weakref.ref(value, self._died.append)

@@ -1,13 +1,11 @@
-/* The extension module inmerge_fast._cpu, in the limited API of Python 3.10: one build for all later versions. */
-#define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+/* The extension module inmerge_fast._cpu: the merge of all layers of a plan, and Watch. */
+#include "python.h"
 
 #include "merge.h"
 
 /* To be raised together with VERSION in inmerge_fast/paths/cpu.py whenever anything in this folder changes what a call
    takes, returns or does, so that an older build left in a checkout is not used. */
-#define VERSION 1
+#define VERSION 2
 
 /* The struct code of this name, the best one for None. */
 static const struct code *find_code(PyObject *name) {
@@ -117,7 +115,8 @@ static int execute(PyObject *module) {
     }
   }
   const int failed =
-    PyModule_AddObjectRef(module, "code_names", names) || PyModule_AddIntConstant(module, "version", VERSION);
+    PyModule_AddObjectRef(module, "code_names", names) || PyModule_AddIntConstant(module, "version", VERSION) ||
+    add_watch(module);
   Py_DECREF(names);
   remember_process();
   return failed ? -1 : 0;
