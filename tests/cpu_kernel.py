@@ -61,6 +61,16 @@ def build_variant(compiler, *flags):
     return path
 
 
+@functools.cache
+def build_library(source):
+    """Path of a C file of this folder as a shared library."""
+    compiler = os.environ.get("CC", "cc").split()[0]
+    require_compiler(compiler)
+    path = Path(_folder.name) / f"{source}.so"
+    subprocess.run([compiler, "-O2", "-fPIC", "-shared", Path(__file__).parent / source, "-o", path], check=True)
+    return path
+
+
 def load(path):
     """The extension module at ``path``."""
     spec = importlib.util.spec_from_file_location("inmerge_fast._cpu", path)

@@ -253,11 +253,12 @@ void run_merge(struct merge *merge) {
   merge->next_part = 0;
   if (merge->pair_count < merge->sampled) /* some have no partner */
     for (int64_t s = 0; s < merge->sampled; s++) merge->similarity[s] = NAN, merge->passed[s] = 0;
+  if (merge->threads == 1) work(merge, merge->scratch);
 #ifdef _OPENMP
-#pragma omp parallel num_threads(merge->threads) if (merge->threads > 1)
-  work(merge, merge->scratch + omp_get_thread_num() * 3 * merge->room);
-#else
-  work(merge, merge->scratch);
+  else { /* libgomp makes its threads before one of them starts; without memory for them it ends the process */
+#pragma omp parallel num_threads(merge->threads)
+    work(merge, merge->scratch + omp_get_thread_num() * 3 * merge->room);
+  }
 #endif
   merge->passed_count = 0, merge->largest = -INFINITY;
   for (int64_t s = 0; s < merge->sampled; s++) {
