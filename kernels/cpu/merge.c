@@ -12,13 +12,11 @@
 
 #define MIN_NORM 1e-8 /* norms are clamped here, so a zero filter has similarity 0 */
 
-enum {
-  PART_BYTES = 1 << 18,  /* of filters in a part: small against a thread's share, large against taking the next one */
-  AHEAD_BYTES = 1 << 12, /* how far ahead filters are fetched: at least the next pair, of short filters a page */
-};
-#ifndef THREAD_BYTES /* of filters that a thread must have to look at, to be worth waking it */
-#define THREAD_BYTES (1 << 20)
+#ifndef THREAD_BYTES /* tests set both low */
+#define THREAD_BYTES (1 << 20) /* of filters that a thread must have to look at, to be worth waking it */
+#define PART_BYTES (1 << 18)   /* of filters in a part: small against a thread's share, large against taking it */
 #endif
+#define AHEAD_BYTES (1 << 12) /* how far ahead filters are fetched: at least the next pair, of short filters a page */
 
 struct part {
   int32_t first, end;
