@@ -1,6 +1,5 @@
 """The CPU kernel in C alone: random calls against a slow definition, under sanitizers and with all optimisations."""
 
-import os
 import subprocess
 
 import cpu_kernel
@@ -12,7 +11,7 @@ CHECKSUM = "aaba34cc96e21a92"
 
 
 def fuzz(rounds, seed, sanitizers):
-    cpu_kernel.require_compiler(os.environ.get("CC", "cc").split()[0])
+    cpu_kernel.require_compiler()
     command = [cpu_kernel.ROOT / "tests" / "sanitize_cpu.sh", str(rounds), str(seed), sanitizers]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if sanitizers and "cannot find" in done.stderr and "san" in done.stderr:
