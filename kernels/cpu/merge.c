@@ -12,13 +12,11 @@
 
 #define MIN_NORM 1e-8 /* norms are clamped here, so a zero filter has similarity 0 */
 
-enum {
-  PART_BYTES = 1 << 18,  /* of filters in a part: small against a thread's share, large against taking the next one */
-  AHEAD_BYTES = 1 << 12, /* how far ahead filters are fetched: at least the next pair, of short filters a page */
-};
-#ifndef THREAD_BYTES /* of filters that a thread must have to look at, to be worth waking it */
-#define THREAD_BYTES (1 << 20)
+#ifndef THREAD_BYTES /* tests set both low */
+#define THREAD_BYTES (1 << 20) /* of filters that a thread must have to look at, to be worth waking it */
+#define PART_BYTES (1 << 18)   /* of filters in a part: small against a thread's share, large against taking it */
 #endif
+#define AHEAD_BYTES (1 << 12) /* how far ahead filters are fetched: at least the next pair, of short filters a page */
 
 struct part {
   int32_t first, end;
@@ -253,11 +251,12 @@ void run_merge(struct merge *merge) {
   merge->next_part = 0;
   if (merge->pair_count < merge->sampled) /* some have no partner */
     for (int64_t s = 0; s < merge->sampled; s++) merge->similarity[s] = NAN, merge->passed[s] = 0;
+  if (merge->threads == 1) work(merge, merge->scratch);
 #ifdef _OPENMP
-#pragma omp parallel num_threads(merge->threads) if (merge->threads > 1)
-  work(merge, merge->scratch + omp_get_thread_num() * 3 * merge->room);
-#else
-  work(merge, merge->scratch);
+  else { /* libgomp makes its threads before one of them starts; without memory for them it ends the process */
+#pragma omp parallel num_threads(merge->threads)
+    work(merge, merge->scratch + omp_get_thread_num() * 3 * merge->room);
+  }
 #endif
   merge->passed_count = 0, merge->largest = -INFINITY;
   for (int64_t s = 0; s < merge->sampled; s++) {

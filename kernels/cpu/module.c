@@ -42,7 +42,7 @@ PyDoc_STRVAR(merge_doc,
              "    threads: at most.\n"
              "    code: one of code_names, None for the first.\n\n"
              "Returns:\n"
-             "    Bytearrays: the number of sampled filters, int64 (layers,); of each of them the similarity, float64,\n"
+             "    Bytearrays: the number of sampled filters, int64 (layers,); of each of them the similarity, float64\n"
              "    and whether it passed, bool; how many passed, and the largest similarity, float64 (2,).\n\n"
              "Raises:\n"
              "    MemoryError: there is no memory; nothing has been written.\n"
