@@ -32,6 +32,7 @@ enum { MOST_DIMENSIONS = 8 };
 
 struct memory {
   Py_ssize_t holder; /* place among the holders and, after them, the tensors */
+  const void *type;  /* torch.utils.swap_tensors makes another kind of tensor of the same object */
   struct dl_tensor seen;
   int64_t shape[MOST_DIMENSIONS], strides[MOST_DIMENSIONS];
 };
@@ -134,7 +135,7 @@ static int look(PyObject *weight, struct dl_tensor *found) {
 static int is_in_the_same_memory(PyObject *weight, const struct memory *memory) {
   const struct dl_tensor *seen = &memory->seen;
   struct dl_tensor now;
-  if (!look(weight, &now)) return 0;
+  if (Py_TYPE(weight) != memory->type || !look(weight, &now)) return 0;
   const size_t bytes = (size_t)seen->ndim * sizeof(int64_t);
   return now.data == seen->data && now.byte_offset == seen->byte_offset && now.device_type == seen->device_type &&
          now.device_id == seen->device_id && now.code == seen->code && now.bits == seen->bits &&
@@ -203,6 +204,7 @@ static int note(Watch *self, PyObject *picks) {
       return 0;
     }
     const size_t bytes = (size_t)memory->seen.ndim * sizeof(int64_t);
+    memory->type = Py_TYPE(weight);
     memcpy(memory->shape, memory->seen.shape, bytes), memcpy(memory->strides, memory->seen.strides, bytes);
   }
   Py_DECREF(held);
