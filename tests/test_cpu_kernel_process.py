@@ -6,15 +6,19 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import cpu_kernel
+import numpy as np
 import pytest
 import torch
 from cpu_kernel import bytes_of, run, similar_filters
 from oracle import assert_same_bits, bits
+from torch import nn
 
-from inmerge_fast import MergePlan
+from inmerge_fast import MergePlan, merge_, native
 from inmerge_fast.paths import cpu
 
 TASKS = Path("/proc/self/task")
@@ -134,6 +138,48 @@ def test_other_threads_run_meanwhile():
     worker.join()
     inside = sum(start < t < end for t in ticks)
     assert inside >= 3, f"{inside} ticks in {end - start:.3f} s"
+
+
+def test_memory_that_another_thread_frees_meanwhile_is_kept_until_the_end(monkeypatch):
+    """As by model.half() during a call: it is lost then, but nothing else is written to."""
+    kernel, looked = native.load(), []
+    memory = np.zeros((8, 100), np.float32)
+    weight, alive = nn.Parameter(torch.from_numpy(memory)), weakref.ref(memory)
+    del memory
+    merge_(weight, seed=0, step=0)
+
+    def merge(*arguments):
+        thread = threading.Thread(target=lambda: setattr(weight, "data", torch.ones(8, 100)))
+        thread.start()
+        thread.join()
+        looked.append(alive() is not None)
+        return kernel.merge(*arguments)
+
+    plan = MergePlan(weight)
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(merge=merge))
+    merge_(plan, prob=1.0, threshold=-1.0, seed=0, step=0)
+    assert looked == [True]
+    assert alive() is None
+    assert torch.equal(weight.detach(), torch.ones(8, 100))
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_a_weight_that_another_thread_moves_before_the_call_is_an_error(calls_before, monkeypatch):
+    weight = nn.Parameter(torch.randn(8, 100))
+    plan, path = MergePlan(weight), cpu.CpuPath.merge
+    for step in range(calls_before):
+        merge_(plan, seed=0, step=step)
+    merged = weight.detach().half()
+
+    def move_first(self, weights, call):
+        monkeypatch.undo()
+        weight.data = merged.clone()
+        return path(self, weights, call)
+
+    monkeypatch.setattr(cpu.CpuPath, "merge", move_first)
+    with pytest.raises(ValueError, match="by another thread"):
+        merge_(plan, prob=1.0, threshold=-1.0, seed=0, step=0)
+    assert torch.equal(weight, merged)
 
 
 # Signals and forks.

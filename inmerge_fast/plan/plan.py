@@ -105,12 +105,15 @@ class LayerPlan:
         weights = self.weights()
         self._storage = Storage(self.layers, weights)
         place_of = {id(weight): place for place, weight in enumerate(self._structure.weights() or ())}
-        self._places = [place_of[id(weight)] for weight in weights]
+        self._places = [place_of.get(id(weight), -1) for weight in weights]
         self._without_frozen = not include_frozen
         self._frozen = [weakref.ref(candidate.holder) for candidate in frozen]
         self._watch = self._structure.compiled(
             self._places, [candidate.holder for candidate in frozen], trained=not include_frozen
         )
+        # What is watched was looked at last: without this another thread's change would never be noticed.
+        if -1 in self._places or not all(layer.is_current() for layer in self.layers):
+            raise ValueError("the target was changed by another thread while its layers were looked at; try again")
         self._has_inference_weights = any(w.is_inference() for w in weights)
         self._tabulate()
 

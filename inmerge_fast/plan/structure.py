@@ -36,14 +36,16 @@ class Structure:
         modules = list(dict.fromkeys(chain.from_iterable(r.modules() for r in roots if isinstance(r, nn.Module))))
         tensors = [root for root in roots if isinstance(root, torch.Tensor)]
         holders = [module for module in modules if is_mergeable_module(module)]
+        # TorchScript keeps the children of its modules elsewhere; none of them can be merged.
+        containers = [module for module in modules if isinstance(module._modules, dict)]
         self._died: list[object] = []
         self._watched = [self._watch(x) for x in (*roots, *modules)]
         # An empty dict keeps nothing alive, and a list of them is tested in one call.
-        self._childless = [module._modules for module in modules if not module._modules]
-        self._parents = [self._watch(module) for module in modules if module._modules]
+        self._childless = [module._modules for module in containers if not module._modules]
+        self._parents = [self._watch(module) for module in containers if module._modules]
         # The hash of a tuple of children is that of their ids, unless a class of them has its own.
         self._summary = _hash_of if all(type(m).__hash__ is object.__hash__ for m in modules) else _ids_of
-        self._children = self._summary([module._modules for module in modules if module._modules])
+        self._children = self._summary([module._modules for module in containers if module._modules])
         with_weight = [holder for holder in holders if "weight" in holder._parameters]
         self._holders = [self._watch(holder) for holder in with_weight]
         self._others = [self._watch(holder) for holder in holders if "weight" not in holder._parameters]

@@ -32,7 +32,7 @@ enum { MOST_DIMENSIONS = 8 };
 
 struct memory {
   Py_ssize_t holder; /* place among the holders and, after them, the tensors */
-  const void *type;  /* address of its class */
+  const void *type;  /* torch.utils.swap_tensors makes another kind of tensor of the same object */
   struct dl_tensor seen;
   int64_t shape[MOST_DIMENSIONS], strides[MOST_DIMENSIONS];
 };
