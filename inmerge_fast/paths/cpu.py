@@ -1,7 +1,7 @@
 """The CPU's own kernel: a whole model in one call of a C function that reads filters where they lie (``kernels/cpu/``).
 
-It draws, measures, decides and blends. Similarities have the same bits on every processor, whatever its vectors are, and
-for any number of threads, so that replicas on unlike machines stay equal; blends have the reference's.
+It draws, measures, decides and blends. Similarities have the same bits on every processor, whatever its vectors are,
+and for any number of threads, so that replicas on unlike machines stay equal; blends have the reference's.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class CpuMerge:
             alpha: share of itself that a merged filter keeps.
             thresholds: one for all layers, or one for each; above 1 for a layer that is measured and never merged.
             dry_run: write nothing.
-            given: coins and partners of all filters instead of the draw, bool and int ``(rows,)``; partners are indices in
-                the layer, -1 for a filter that found none.
+            given: coins and partners of all filters instead of the draw, bool and int ``(rows,)``; partners are indices
+                in the layer, -1 for a filter that found none.
 
         Raises:
             MemoryError: there is no memory for the call; nothing has been written.
