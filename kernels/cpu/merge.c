@@ -1,3 +1,4 @@
+/* One call: draw, order, allocate; then measure, decide and blend pair by pair, on one thread or several. */
 #include "merge.h"
 
 #include <fenv.h>
