@@ -172,17 +172,43 @@ def test_calls_of_one_plan_on_two_streams_follow_each_other():
     assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
 
 
-def test_statistics_read_on_another_stream_are_those_of_the_call():
+@pytest.mark.parametrize("begins_on_default", [True, False])
+def test_the_default_stream_is_waited_for_and_waits_like_any_other(begins_on_default):
+    """Its handle is 0, from which PyTorch below 2.14 makes a new stream that nothing runs on."""
+    weights = some_weights()
+    plan, in_turn = warm_plan(weights), clones(weights)
+    streams = [torch.cuda.default_stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for step in range(4):
+        with torch.cuda.stream(streams[(step + 1 - begins_on_default) % 2]):
+            if step == 0:
+                busy = keep_busy(0.5)
+            merge_(plan, seed=1, step=step, **CALL)
+    assert not busy.query(), "the host waited, so nothing shows"
+    torch.cuda.synchronize()
+    other = MergePlan(in_turn)
+    for step in range(4):
+        merge_(other, seed=1, step=step, **CALL)
+    assert all(torch.equal(a, b) for a, b in zip(weights, in_turn, strict=True))
+
+
+@pytest.mark.parametrize("read", ["layers", "prefetch"])
+@pytest.mark.parametrize("on_default", [True, False])
+def test_statistics_read_on_another_stream_are_those_of_the_call(on_default, read):
     weights = some_weights()
     plan = warm_plan(weights)
-    side = torch.cuda.Stream()
+    default, side = torch.cuda.default_stream(), torch.cuda.Stream()
+    caller, reader = (default, side) if on_default else (side, default)
     for step in range(5):
         expected = merge_(plan, seed=1, step=step, prob=0.5, dry_run=True).layers
         torch.cuda.synchronize()
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(caller):
             keep_busy(0.02)
             stats = merge_(plan, seed=1, step=step, prob=0.5, dry_run=True)
-        assert stats.layers == expected
+        with torch.cuda.stream(reader):
+            if read == "prefetch":
+                stats.prefetch()
+            assert stats.layers == expected
 
 
 def test_statistics_of_reused_slots_raise():

@@ -126,11 +126,25 @@ def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_fo
 
 
 class _Stream:
-    def __init__(self, handle):
-        self.cuda_stream, self.waited_for = handle, []
+    """A stand-in for ``torch.cuda.Stream``: its handle, whether a graph takes it along, and whom it waited for.
+
+    It cannot show that a wait holds anything up, nor what PyTorch makes of a handle: test_streams_on_stub.py lets
+    PyTorch's own streams record their events, and test_gpu_runtime.py has work to wait for.
+    """
+
+    made = 0
+
+    def __init__(self, handle, captured=False):
+        self.cuda_stream, self.captured, self.waited_for = handle, captured, []
 
     def wait_stream(self, other):
         self.waited_for.append(other.cuda_stream)
+
+    @classmethod
+    def external(cls, handle, device=None):
+        """``torch.cuda.ExternalStream``, to which 0 is no handle but none: it makes a new stream."""
+        cls.made += not handle
+        return cls(handle or 1000 + cls.made)
 
 
 class _Recorded(torch.Tensor):
@@ -159,31 +173,52 @@ def on_streams(monkeypatch):
             if isinstance(value, torch.Tensor):
                 holder[name] = value.as_subclass(_Recorded)
                 holder[name].streams = []
-    current = []
+    current = [_Stream(0)]
 
-    def switch(stream, capturing=False):
-        current[:] = [stream]
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    def switch(stream):
+        current[0] = stream
+
+    @contextlib.contextmanager
+    def inside(stream):
+        outside, current[0] = current[0], stream
+        yield
+        current[0] = outside
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0].captured)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", _Stream.external)
     monkeypatch.setattr(streams, "raw_stream", lambda device: current[0].cuda_stream)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: _Stream(handle))
     return launcher, switch
 
 
 def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(on_streams):
     launcher, switch = on_streams
-    first, second, captured = _Stream(0), _Stream(7), _Stream(9)
-    for stream, capturing in ((first, False), (second, False), (second, False), (captured, True), (first, False)):
-        switch(stream, capturing)
+    first, second = _Stream(0), _Stream(7)
+    for stream in (first, second, second, first):
+        switch(stream)
         assert launcher.follow_current_stream() == stream.cuda_stream
-    assert second.waited_for == [0], "once: on the same stream calls follow each other anyway"
-    assert captured.waited_for == [], "a captured stream may not wait for another"
-    assert first.waited_for == [9]
-    assert all(tensor.streams == [0, 7, 9, 0] for tensor in launcher.matcher.tensors())
+    assert second.waited_for == [0], "the default stream itself; once, for on one stream calls follow each other anyway"
+    assert first.waited_for == [7]
+    assert all(tensor.streams == [0, 7, 0] for tensor in launcher.matcher.tensors())
     tensors = tensors_of(launcher, [])
     for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
-        assert tensors[name].streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
+        assert tensors[name].streams == [0, 7, 0], f"{name} would be reused while a call uses it"
+
+
+def test_streams_of_a_graph_wait_for_each_other_and_for_no_others(on_streams):
+    launcher, switch = on_streams
+    outside, captured, forked = _Stream(0), _Stream(9, captured=True), _Stream(11, captured=True)
+    for stream in (outside, captured, forked, outside):
+        switch(stream)
+        assert launcher.follow_current_stream() == stream.cuda_stream
+    assert captured.waited_for == [], "a captured stream cannot wait for one that is not"
+    assert forked.waited_for == [9], "the graph would run both at once"
+    assert outside.waited_for == [], "it would be captured as well"
+    captured.captured = forked.captured = False  # the capture has ended
+    switch(captured)
+    launcher.follow_current_stream()
+    assert captured.waited_for == [0]
 
 
 def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_streams, monkeypatch):
@@ -203,7 +238,7 @@ def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_s
 
     def run(step, capturing):
         launched.clear()
-        switch(_Stream(0), capturing)
+        switch(_Stream(0, capturing))
         launcher.run(1, step, prob=0.9, **CALL, dry_run=False)
         return list(launched)
 
@@ -264,13 +299,18 @@ def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, m
     assert old.streams == [0, 7, 8]
 
 
-def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch):
+@pytest.mark.parametrize("read", ["fetch", "prefetch"])
+def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, read):
     launcher, switch = on_streams
     pretend_on_gpu(launcher, False)
     results = launcher.run(1, 0, prob=0.3, **CALL, dry_run=True)
     pretend_on_gpu(launcher)
-    launcher._streams._stream = 7
-    reader = _Stream(0)
+    side, reader = _Stream(7), _Stream(0)
+    for stream in (side, reader, side):
+        switch(stream)
+        launcher.follow_current_stream()
+    reader.waited_for.clear()
     switch(reader)
-    assert results.fetch().counts.tolist() == [draw(1, 0, 0, 9, 0.3)[0].sum()]
+    pairs = results.fetch() if read == "fetch" else results.prefetch()()
+    assert pairs.counts.tolist() == [draw(1, 0, 0, 9, 0.3)[0].sum()]
     assert reader.waited_for == [7]
