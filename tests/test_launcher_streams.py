@@ -92,12 +92,13 @@ def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_fo
         def __init__(self, device):
             events.append(self)
 
-        def record(self):
-            pass
+        def record(self, stream):
+            assert stream == "current stream of cuda:0"
 
         def query(self):
             return self.done
 
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"current stream of {device}")
     monkeypatch.setattr(torch, "empty", lambda size, **options: allocations.append(options) or host)
     monkeypatch.setattr(torch, "Event", Event)
     monitor, totals = EffectMonitor(), _CudaTotals()
@@ -107,9 +108,11 @@ def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_fo
         for _ in range(calls):
             monitor.count_call(totals)
 
+    count(1, capturing=True)
+    assert allocations == [], "page-locking memory is forbidden there"
     count(1)
     assert [(options["device"], options["pin_memory"]) for options in allocations] == [("cpu", True)]
-    count(NO_EFFECT_CALLS - 2)
+    count(NO_EFFECT_CALLS - 3)
     count(3, capturing=True)
     assert host.copies == events == []
     count(3)
