@@ -279,6 +279,25 @@ def test_a_captured_merge_repeats_its_draw_and_calls_in_between_stay_right(drawn
     assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
 
 
+def test_replays_and_calls_leave_each_others_statistics_alone():
+    weights = some_weights()
+    plan = warm_plan(weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = merge_(plan, seed=2, step=0, prob=0.3, dry_run=True)
+        with pytest.raises(RuntimeError, match="cannot be read while a CUDA graph is captured"):
+            _ = captured.sampled
+    of_graph = merge_(plan, seed=2, step=0, prob=0.3, dry_run=True).layers
+    calls, expected = [], []
+    for step in range(2 * SLOTS):
+        calls.append(merge_(plan, seed=1, step=step, prob=0.9, dry_run=True))
+        expected.append(merge_(MergePlan(weights), seed=1, step=step, prob=0.9, dry_run=True).layers)
+        graph.replay()
+        if step >= KEPT_CALLS:
+            assert calls[-KEPT_CALLS].layers == expected[-KEPT_CALLS]
+    assert captured.layers == of_graph
+
+
 # ---------------------------------------------------------------------------------------------------------- other paths
 
 
