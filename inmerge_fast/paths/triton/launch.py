@@ -158,7 +158,7 @@ class Launcher:
         if thresholds != self._thresholds:
             check_not_capturing(self.device, "with other thresholds than before copies them")
             encoded = [tables.ALWAYS.value if value == -1 else value for value in thresholds]
-            bits = torch.tensor(encoded, dtype=torch.float32).view(torch.int32).long()
+            bits = torch.tensor(encoded, dtype=torch.float32, device="cpu").view(torch.int32).long()
             self.layer_table[:, tables.THRESHOLD.value] = bits.to(self.device)
             self._thresholds = thresholds
 
