@@ -1,10 +1,10 @@
 """What a call costs and whom it waits for on a GPU: synchronisation, memory, streams, CUDA graphs."""
 
-import contextlib
 import warnings
 
 import pytest
 import torch
+from on_gpu import keep_busy, synchronising_raises
 from torch import nn
 from vectorised import assert_merged
 
@@ -18,16 +18,7 @@ from inmerge_fast.paths.triton.slots import KEPT_CALLS, SLOTS  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
-CYCLES_PER_SECOND = 1_980_000_000  # of the fastest clock: waits may be longer, which is as well
 CALL = {"prob": 1.0, "alpha": 0.75, "threshold": -1.0}
-
-
-def keep_busy(seconds):
-    """Occupy the current stream; the event is done when the stream is free again."""
-    torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 def some_weights():
@@ -48,17 +39,6 @@ def warm_plan(weights):
     merge_(plan, prob=1.0, dry_run=True, seed=0, step=0)
     torch.cuda.synchronize()
     return plan
-
-
-@contextlib.contextmanager
-def synchronising_raises():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 # ----------------------------------------------------------------------------------------------------- waits for nobody

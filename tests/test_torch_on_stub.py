@@ -54,3 +54,8 @@ def test_a_capture_takes_launches_along_and_nothing_else(on_stub):
     assert seen["step"] == launches
     assert seen["replay"] == [["replay", 0]]
     assert seen["fork"] == [*launches, ["record", side], ["wait", fork, side], *[["launch", fork]] * 3]
+
+
+def test_the_mode_in_which_synchronising_raises_ends_with_its_block(on_stub):
+    """PyTorch warns about the mode once it has set it, and warnings are errors here."""
+    assert on_stub["synchronising"] == {"inside": 2, "after": 0}

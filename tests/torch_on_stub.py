@@ -7,6 +7,7 @@ import ctypes
 import json
 import warnings
 
+import on_gpu
 import torch
 
 import inmerge_fast
@@ -102,8 +103,15 @@ def captures(report):
     report["replay"] = log()
 
 
+def synchronising(report):
+    warnings.simplefilter("error")  # as in the suite
+    with on_gpu.synchronising_raises():
+        report["inside"] = torch.cuda.get_sync_debug_mode()
+    report["after"] = torch.cuda.get_sync_debug_mode()
+
+
 def main():
-    scenarios = [calls_on_two_streams, reading_on_another_stream, counting_on_another_device, captures]
+    scenarios = [calls_on_two_streams, reading_on_another_stream, counting_on_another_device, captures, synchronising]
     reports = {scenario.__name__: {} for scenario in scenarios}
     for scenario in scenarios:
         scenario(reports[scenario.__name__])
