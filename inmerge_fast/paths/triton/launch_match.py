@@ -68,7 +68,7 @@ class Matcher:
             for layer, start in zip(layers, row_start.tolist(), strict=False)
             for first in range(start, start + layer.layout.filters, layer.layout.group_size)
         ]
-        self.groups = zeros(len(groups), 2).copy_(torch.tensor(groups, dtype=torch.int32))
+        self.groups = zeros(len(groups), 2).copy_(torch.from_numpy(np.array(groups, np.int32)))
         self.list = zeros(int(row_start[-1]))
         self.best = zeros(int(row_start[-1]), dtype=torch.int64)
         self._list_handle = Handle(_list_kernel, {"BLOCK": LIST_BLOCK}, {})
