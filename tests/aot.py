@@ -57,7 +57,8 @@ MATCHES = {
     "similar bfloat16": (DTYPES[1:2], False, "similar"),
     "similar all strided": (DTYPES, True, "similar"),
 }
-VARIANTS = ["draw", "draw only", "prepare", *FROM_MEMORY, "list", "count", "count matched", *MERGES, *MATCHES]
+LISTS = ["list", "list all strided"]
+VARIANTS = ["draw", "draw only", "prepare", *FROM_MEMORY, *LISTS, "count", "count matched", *MERGES, *MATCHES]
 
 
 class AbsentGpu:
@@ -246,7 +247,8 @@ def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
             launcher_of(dtypes, strided).run(seed=3, partner=rule, **call)
         for kernel, launch in caught:
             kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            variant = {"match": name, "list": "list", "draw": "draw only", "count": "count matched"}.get(kind)
+            lists = "list all strided" if strided else "list"
+            variant = {"match": name, "list": lists, "draw": "draw only", "count": "count matched"}.get(kind)
             if variant and variant not in result:
                 result[variant] = compile_kernel(launches, kernel, launch)
     return result

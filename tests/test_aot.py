@@ -46,6 +46,12 @@ def test_nothing_spills(report, arch, variant):
 
 @every_arch
 @every_variant
+def test_no_kernel_leaves_fusion_to_the_compiler(report, arch, variant):
+    assert report["compiled"][arch][variant]["options"]["enable_fp_fusion"] is False
+
+
+@every_arch
+@every_variant
 def test_registers_do_not_grow(report, arch, variant):
     record = json.loads(RECORD.read_text())
     if report["triton"] not in record:
@@ -89,11 +95,18 @@ def test_tiles_are_multiplied_by_tensor_cores_from_16_byte_copies(report, arch, 
 
 
 @every_arch
+def test_tiles_are_loaded_for_products_alone(report, arch):
+    """Norms from the same tiles made the pipeline on Hopper too short (``kernels/match.py``)."""
+    arithmetic = report["compiled"][arch]["similar bfloat16"]["arithmetic"]
+    assert "_best_of_tile" in arithmetic
+    assert "_tile" not in arithmetic
+
+
+@every_arch
 @every_merge
 def test_dots_are_fused_and_blends_are_not(report, arch, variant):
     dtypes, _ = MERGES[variant]
     kernel = report["compiled"][arch][variant]
-    assert kernel["options"]["enable_fp_fusion"] is False  # or ptxas would fuse what Triton has not
     per_thread = ELEMENTS // kernel["threads"] * len(dtypes)
     fused = {name: count["fma"] for name, count in kernel["arithmetic"].items() if "fma" in count}
     assert list(fused) == ["_similarity"]

@@ -13,7 +13,9 @@ from ...kernels.match import _list_kernel, _match_kernel
 from ...plan.candidates import MergeLayer
 from .handle import Arguments, Handle, check_not_capturing
 
-LIST_BLOCK = 1024  # filters that the list kernel looks at together
+# The list kernel looks at so many filters together, and measures the norms of four, 8 kB of float32 at a time: a filter
+# alone would have a quarter of that on its way, and with 16 the 512 of a layer would keep 32 programs busy.
+LISTING = {"BLOCK": 1024, "FILTERS": 4, "DEPTH": 512}
 # One tile: 64 x 64 pairs, 32 elements deep, fits the registers of 256 threads (tests/aot_registers.json).
 TILE = {"ROWS": 64, "TILE": 64, "DEPTH": 32}
 WARPS = 8  # with 4, ranking a tile at random spills 300 bytes per thread on sm_90, and "nearest" 16 on sm_80
@@ -63,15 +65,19 @@ class Matcher:
     ) -> None:
         self._layers, self._row_start, self._zeros = layers, row_start, zeros
         self._constants = match_constants("hip" if torch.version.hip else "cuda") | constants
-        groups = [
-            (first, layer.layout.group_size)
-            for layer, start in zip(layers, row_start.tolist(), strict=False)
-            for first in range(start, start + layer.layout.filters, layer.layout.group_size)
-        ]
+        groups, blocks = [], []
+        for index, (layer, first, end) in enumerate(
+            zip(layers, row_start[:-1].tolist(), row_start[1:].tolist(), strict=True)
+        ):
+            groups += [(row, layer.layout.group_size) for row in range(first, end, layer.layout.group_size)]
+            filters = LISTING["FILTERS"]
+            blocks += [(index, row, min(row + filters, end) - 1) for row in range(first, end, filters)]
         self.groups = zeros(len(groups), 2).copy_(torch.from_numpy(np.array(groups, np.int32)))
+        self.blocks = zeros(len(blocks), 3).copy_(torch.from_numpy(np.array(blocks, np.int32)))
         self.list = zeros(int(row_start[-1]))
         self.best = zeros(int(row_start[-1]), dtype=torch.int64)
-        self._list_handle = Handle(_list_kernel, {"BLOCK": LIST_BLOCK}, {})
+        self.inverse_norm = zeros(int(row_start[-1]), dtype=torch.float32)
+        self._list_handle = Handle(_list_kernel, constants | LISTING, {})
         self._work: dict[tuple[int, int], torch.Tensor] = {}
         self._handles: dict[tuple[tuple[str, Any], ...], Handle] = {}
 
@@ -85,7 +91,7 @@ class Matcher:
         threshold: float,
         **overrides: Any,
     ) -> None:
-        """List the sampled filters and find each one's best pair: two launches.
+        """List the sampled filters, measure all norms, and find each sampled one's best pair: two launches.
 
         Args:
             partner: the rule, "similar" or "nearest".
@@ -97,9 +103,14 @@ class Matcher:
             **overrides: constants of the match kernel, for tests.
         """
         layer_table, partners, similarity, call = tables_of_call
+        groups, blocks = len(self.groups), len(self.blocks)
         self._list_handle.launch(
-            (len(self.groups), 1), stream, Arguments(self.groups, partners, self.list, self.best, similarity), ()
-        )
+            (groups + blocks, 1), stream,
+            Arguments(
+                layer_table, self.groups, self.blocks, partners, self.list, self.best, similarity, self.inverse_norm
+            ),
+            (groups,),
+        )  # fmt: skip
         constants = self._constants | {"SIMILAR": partner == "similar", "IN_MEMORY": seed is None}
         if partner == "similar" and constants["HAS_STRIDED"]:
             constants["TILE"] = 32  # with 64 the addresses of strided filters spill 30 bytes in Triton 3.6
@@ -111,13 +122,13 @@ class Matcher:
             self._handles[key] = Handle(_match_kernel, ordered, {"num_warps": WARPS})
         work = self.work(constants["ROWS"], constants["TILE"])
         self._handles[key].launch(
-            (len(work), 1), stream, Arguments(layer_table, work, self.list, self.best, call),
+            (len(work), 1), stream, Arguments(layer_table, work, self.list, self.inverse_norm, self.best, call),
             (seed or 0, step, threshold),
         )  # fmt: skip
 
     def tensors(self) -> list[torch.Tensor]:
         """All device memory that the launches use."""
-        return [self.groups, self.list, self.best, *self._work.values()]
+        return [self.groups, self.blocks, self.list, self.best, self.inverse_norm, *self._work.values()]
 
     def work(self, rows: int, tile: int) -> torch.Tensor:
         """The table of work items on the device."""
