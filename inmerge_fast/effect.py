@@ -24,6 +24,7 @@ class EffectMonitor:
     def __init__(self) -> None:
         self._calls = 0
         self._done = False
+        self._largest = -math.inf
         self._totals: torch.Tensor | None = None
         self._host: torch.Tensor | None = None
         self._copied: torch.Event | None = None
@@ -46,6 +47,24 @@ class EffectMonitor:
         if now.device.type == "cpu" and now[0] > 0:
             self._done = True
         self.count_call(now)
+
+    def count_numbers(self, pairs: int, passed: int, largest: float) -> None:
+        """Count a call that was allowed to write, whose outcome is on the host.
+
+        Args:
+            pairs: how many were sampled.
+            passed: how many passed.
+            largest: the largest similarity; minus infinity if there is none.
+        """
+        if self._done or not pairs:
+            return
+        self._calls += 1
+        self._largest = max(self._largest, largest)
+        if passed:
+            self._done = True
+        elif self._calls >= NO_EFFECT_CALLS:
+            self._done = True
+            warnings.warn(_message(self._largest), NoEffectWarning, stacklevel=_callers_level())
 
     def count_call(self, totals: torch.Tensor) -> None:
         """Count a call that sampled pairs and was allowed to write.

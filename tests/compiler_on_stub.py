@@ -8,7 +8,7 @@ import os
 import sys
 
 import torch
-from launch_on_stub import StubDriver
+from stub import StubDriver
 
 import inmerge_fast
 

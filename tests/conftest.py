@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from inmerge_fast.paths import cpu
+
 try:
     import hypothesis
 except ImportError:  # the files that need it skip themselves, so that a bare GPU machine can run all others
@@ -23,6 +25,8 @@ torch.set_num_threads(1)
 # GPU tests compare convolutions and gradients: in float32, and by the same algorithm each time.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
+
+CPU_KERNEL = not cpu.unavailable()
 
 if hypothesis is not None:
     hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
@@ -68,12 +72,19 @@ def full_device(request):
 @pytest.fixture(
     params=[
         "cpu",
+        "eager",
         pytest.param("interpreted", marks=pytest.mark.interpreted),
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
 def device(request, monkeypatch):
-    """Every way the op runs here: PyTorch on the CPU, the kernels in Triton's CPU interpreter, the kernels on a GPU."""
+    """Every way the op runs here: the CPU's kernel, PyTorch, the GPU's kernels in Triton's interpreter and on a GPU."""
+    if request.param == "eager":
+        if not CPU_KERNEL:
+            pytest.skip("the CPU kernel is not built here, so that cpu is the eager path")
+        monkeypatch.setenv("INMERGE_FORCE_EAGER", "1")
+        yield torch.device("cpu")
+        return
     if request.param != "interpreted":
         yield torch.device(request.param)
         return

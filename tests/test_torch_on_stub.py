@@ -10,14 +10,14 @@ pytest.importorskip("triton")
 import stub
 
 pytestmark = pytest.mark.skipif(
-    not stub.HAS_GCC or stub.runtime_headers() is None, reason="needs gcc and a CUDA 13 build of PyTorch"
+    stub.compiler() is None or stub.runtime_headers() is None, reason="needs gcc and a CUDA 13 build of PyTorch"
 )
 
 
 @pytest.fixture(scope="module")
 def on_stub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stub")
-    return stub.run("torch_on_stub.py", env=stub.environment(folder, runtime=True))
+    return stub.run("torch_on_stub.py", env=stub.environment_over_stub(folder, runtime=True))
 
 
 def test_a_call_waits_for_the_default_stream_and_for_any_other(on_stub):
