@@ -100,7 +100,7 @@ def run_over_stub(arguments: list[str]) -> int:
     """Run this program again in a process whose CUDA driver does nothing; returns its exit status."""
     from tests import stub  # imports Triton
 
-    if not stub.HAS_GCC:
+    if stub.compiler() is None:
         raise SystemExit("bench_host needs a CUDA device, or gcc to build a driver that does nothing")
     with tempfile.TemporaryDirectory() as folder:
         variables = stub.environment_over_stub(Path(folder))

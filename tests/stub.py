@@ -1,4 +1,7 @@
-"""Stand-ins for CUDA on a machine without a GPU: built with gcc, under Triton's own launcher, and scripts over them."""
+"""Stand-ins for CUDA on a machine without a GPU, under Triton's own launcher and PyTorch's own streams.
+
+A driver that does nothing, and a runtime in host memory for CUDA builds of PyTorch. Both are built with gcc.
+"""
 
 import json
 import os
@@ -12,7 +15,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
 HERE = Path(__file__).parent
-HAS_GCC = sys.platform == "linux" and shutil.which("gcc") is not None
 # What the headers of the runtime include of the compiler's, which PyTorch does not bring.
 HOST_DEFINES = """\
 #define __device_builtin__
@@ -34,16 +36,21 @@ class StubDriver(CudaDriver):
         return GPUTarget("cuda", 90, 32)
 
 
-def runtime_headers():
+def compiler() -> str | None:
+    """What builds the stand-ins; None if it is missing."""
+    return shutil.which("gcc")
+
+
+def runtime_headers() -> Path | None:
     """Where a CUDA 13 build of PyTorch keeps the headers of its runtime; None for other builds."""
     folder = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"
     return folder if torch.version.cuda and (folder / "driver_types.h").exists() else None
 
 
-def environment_over_stub(folder, *, runtime=False):
-    """Environment of a process that runs compiled kernels over a driver that does nothing, built in ``folder``.
+def environment_over_stub(folder: Path, *, runtime: bool = False) -> dict[str, str]:
+    """Build the driver in a folder; returns this process's environment with it in the place of the real one.
 
-    With ``runtime``, PyTorch's own streams, events and graphs run as well (:func:`runtime_headers` must find some).
+    With ``runtime``, that of PyTorch's CUDA build as well (:func:`runtime_headers` must have found its headers).
     """
     library = folder / "libcuda.so.1"
     command = ["gcc", "-shared", "-fPIC", "-o", str(library), str(HERE / "stub_cuda.c")]
@@ -53,20 +60,18 @@ def environment_over_stub(folder, *, runtime=False):
         command += [f"-I{folder}", f"-I{runtime_headers()}", str(HERE / "stub_cudart.c")]
     subprocess.run(command, check=True)
     (folder / "libcuda.so").symlink_to(library.name)
-    ours = {
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return environment | {
         "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": str(HERE.parent),
+        **({"LD_PRELOAD": str(library)} if runtime else {}),
     }
-    if runtime:
-        ours["LD_PRELOAD"] = str(library)
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | ours
 
 
-def run(script, *arguments, env):
+def run(script: str, *arguments: str, env: dict[str, str]):
     """What a script of this folder prints, as JSON."""
     command = [sys.executable, str(HERE / script), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env | {"PYTHONPATH": str(HERE.parent)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

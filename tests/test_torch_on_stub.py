@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import stub
 
 pytestmark = pytest.mark.skipif(
-    not stub.HAS_GCC or stub.runtime_headers() is None, reason="needs gcc and a CUDA 13 build of PyTorch"
+    stub.compiler() is None or stub.runtime_headers() is None, reason="needs gcc and a CUDA 13 build of PyTorch"
 )
 
 
