@@ -2,7 +2,7 @@
 
 | file | what |
 | --- | --- |
-| ``parse``, ``translate``, ``arithmetic`` | instructions; what no other warp can observe becomes Python, over 32 lanes |
+| ``parse``, ``translate``, ``arithmetic`` | instructions; what others cannot observe becomes Python, over 32 lanes |
 | ``steps``, ``access``, ``copies``, ``matrix`` | what others can observe, and branches |
 | ``memory``, ``ordering``, ``pending`` | what an access touches, what a load returns, what is in flight |
 | ``clocks`` | data races |

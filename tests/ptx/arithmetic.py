@@ -41,12 +41,11 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """
     wide = a.astype("f8") * b + c
     result = wide.astype("f4")
-    unsure = ((wide.view("u8") & BELOW_FLOAT32) == TIE) | (np.abs(wide) < SMALL)
+    unsure = ((wide.view("u8") & BELOW_FLOAT32) == TIE) | ((np.abs(wide) < SMALL) & (wide != 0))
     if b"\1" in unsure.tobytes():
         for k in np.flatnonzero(unsure & np.isfinite(wide)):
             exact = Fraction(float(a[k])) * Fraction(float(b[k])) + Fraction(float(c[k]))
-            if exact:  # the sign of a zero is right already
-                result[k] = _nearest_float32(exact)
+            result[k] = _nearest_float32(exact)
     return result
 
 

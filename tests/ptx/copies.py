@@ -13,7 +13,7 @@ import numpy as np
 from .access import shared_access, who_of, write_shared
 from .memory import Access
 from .parse import Imm, Instr
-from .pending import UNIT
+from .pending import units_of
 from .steps import Step, step_for
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class AsyncCopy(Step):
                 sources.append((access, full[which]))
         copy = Copy(self.instr, w.pc, w.who(lanes), into, np.arange(to.size), sources)
         w.cta.pending.check_write(machine, w, into, self.instr)
-        w.cta.pending.writes[copy] = self.instr, np.unique(into.numbers() * self.unit // UNIT)
+        w.cta.pending.begin(copy, self.instr, units_of(into), writes=True)
         if machine.clocks:  # it may read and write at any time from here to where it is waited for
             machine.clocks.plain(w.number, copy.who, into, w.pc, True, is_shared=True)
             for access, rows in sources:
@@ -94,7 +94,7 @@ class AsyncCopy(Step):
         w.copies[-1].append(copy)
 
     def _finish(self, machine: Machine, w: Warp, copy: Copy) -> None:
-        del w.cta.pending.writes[copy]
+        w.cta.pending.end(copy)
         values = np.zeros((copy.lanes.size, copy.to.elements_per_lane()), f"u{copy.to.size}")
         for access, rows in copy.sources:
             loaded, _ = machine.ordering.load(w, access)

@@ -165,7 +165,7 @@ class Cta:
     def __init__(self, machine: Machine, number: int, index: tuple[int, int]) -> None:
         self.machine, self.number, self.index = machine, number, index
         self.shared = Region(f"shared memory of CTA {number}", 0, machine.program.shared_bytes, is_defined=False)
-        self.pending = Pending()
+        self.pending = Pending(machine.program.shared_bytes)
         self.warps = [Warp(self, i) for i in range(machine.program.warps)]
 
 

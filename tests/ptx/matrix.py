@@ -20,7 +20,6 @@ from .arithmetic import LANE
 from .clocks import OTHERS
 from .memory import Access
 from .parse import Imm, Instr, Reg
-from .pending import UNIT
 from .steps import Step, step_for
 
 if TYPE_CHECKING:
@@ -142,8 +141,8 @@ class Mma(Step):
 
 
 @lru_cache(maxsize=4096)
-def described(descriptor: int, first_row: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where rows of 32 bytes of a matrix lie in shared memory: the elements' numbers in words, and the units."""
+def described(descriptor: int, first_row: int, rows: int) -> np.ndarray:
+    """Where rows of 32 bytes of a matrix lie in shared memory: the numbers of their words."""
     start, lead, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     row, byte = np.arange(first_row, first_row + rows), np.arange(0, 32, 4)
     swizzle = {0: 0, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
@@ -152,7 +151,7 @@ def described(descriptor: int, first_row: int, rows: int) -> tuple[np.ndarray, n
         at ^= (at >> 7 & (swizzle // 16 - 1)) << 4
     else:
         at = start + (row // 8 * stride + row % 8 * 16)[:, None] + byte // 16 * lead + byte % 16
-    return (at // 4).ravel(), np.unique(at // UNIT)
+    return (at // 4).ravel()
 
 
 @dataclass(eq=False)
@@ -213,11 +212,11 @@ class WarpgroupMma(Step):
             raise self.fail("has a base offset")
         w.products[-1].append(product)
         parts = self._parts(w, product)
-        w.cta.pending.reads[product] = self.instr, np.concatenate([units for _, units in parts])
-        for numbers, _ in parts:
+        w.cta.pending.begin(product, self.instr, np.unique(np.concatenate(parts)), writes=False)
+        for numbers in parts:
             self._read(machine, w, numbers, product)
 
-    def _parts(self, w: Warp, product: Product) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _parts(self, w: Warp, product: Product) -> list[np.ndarray]:
         """Where the operands in shared memory lie: the second, and the first if it is there."""
         parts = [described(product.b, 0, self.columns)]
         if product.a is not None:
@@ -232,8 +231,8 @@ class WarpgroupMma(Step):
 
     def finish(self, machine: Machine, w: Warp, product: Product) -> None:
         """Multiply, with what is in registers and shared memory now."""
-        del w.cta.pending.reads[product]
-        b, *a = (self._read(machine, w, numbers, product) for numbers, _ in self._parts(w, product))
+        w.cta.pending.end(product)
+        b, *a = (self._read(machine, w, numbers, product) for numbers in self._parts(w, product))
         right = decode(b, self.kind).reshape(self.columns, -1)
         left = decode(a[0], self.kind).reshape(16, -1) if a else operand([get(w) for get in self.a], self.kind, 16)
         old = sums([get(w) for get in self.old]) if product.keeps_sums else 0

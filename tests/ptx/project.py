@@ -1,4 +1,4 @@
-"""All that this folder takes from the project, but for its kernels."""
+"""All that this folder takes from the project."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from inmerge_fast import MergePlan
+import inmerge_fast.kernels.merge
+from inmerge_fast import MergePlan, reference_merge
 from inmerge_fast.handle import Handle
 from inmerge_fast.launch import Launcher
 
-__all__ = ["Handle", "Launcher", "launcher_of"]
+__all__ = ["MERGE_SOURCE", "Handle", "Launcher", "launcher_of", "reference_merge"]
+
+MERGE_SOURCE = inmerge_fast.kernels.merge.__file__
 
 
 def launcher_of(targets: Sequence[torch.Tensor | nn.Module]) -> tuple[Launcher, list[torch.Tensor]]:
