@@ -158,6 +158,7 @@ def convolution(rng: random.Random, dtype: torch.dtype) -> Target:
 PLANS: dict[str, Callable[[random.Random], list[Target]]] = {
     "float32": lambda rng: [dense(rng, FLOAT32) for _ in range(rng.choice([1, 2, 3]))],
     "bfloat16": lambda rng: [dense(rng, BFLOAT16) for _ in range(rng.choice([1, 2, 3]))],
+    "short": lambda rng: [dense(rng, FLOAT32, longest=64), dense(rng, BFLOAT16, longest=64)],
     "float32 long": lambda rng: [dense(rng, FLOAT32, longest=1100)],
     "float16 odd": lambda rng: [odd(rng, FLOAT16), unaligned(rng, FLOAT16), alike_long(FLOAT16)],
     "float32 convolutions": lambda rng: [convolution(rng, FLOAT32), convolution(rng, FLOAT32), alike_long(FLOAT32)],

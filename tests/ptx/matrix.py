@@ -103,10 +103,14 @@ class Matrices(Step):
         if machine.profile:
             machine.profile.access(w, addresses, 16, True)
         access = shared_access(machine, w, addresses, 4, 4, self.instr)
+        if access.lanes < addresses.size and self.values:
+            raise self.fail("stores all rows to one place")
         if self.values:
             write_shared(machine, w, access, np.concatenate([value(w) for value in self.values]), OTHERS, self.instr)
         else:
             words = read_shared(machine, w, access, OTHERS, self.instr)
+            if access.lanes < addresses.size:  # all rows are one
+                words = np.tile(words, addresses.size)
             if self.transposed:
                 words = np.ascontiguousarray(words.view("u2").reshape(-1, 8, 8).transpose(0, 2, 1)).view("u4")
             for register, values in zip(self.registers, words.reshape(-1, 32), strict=True):
