@@ -131,4 +131,5 @@ def similar_filters(*shape, dtype=torch.float32, special=True, seed=0):
 
 def bytes_of(pairs):
     """Everything that a call has returned, to be compared."""
-    return (*(array.tobytes() for array in pairs[:3]), *pairs[3:])
+    arrays = (pairs.counts, pairs.similarity, pairs.passed)
+    return (*(array.tobytes() for array in arrays), pairs.passed_total, pairs.largest)

@@ -40,14 +40,15 @@ def code(request, kernel):
 
 
 def drawn(filters, groups, code, seed, step, layer, prob):
-    """Coins and partners as the kernel draws them: each filter is a unit vector, and becomes its partner."""
-    weight = torch.eye(filters)
+    """Coins and partners as the kernel draws them: filters of one element, each of which becomes its partner."""
+    index = np.arange(filters)
+    weight = torch.from_numpy(index).float().add_(1)[:, None]
     pairs = run(
         ([weight], [layer_of(weight, groups=groups, layer_id=layer)]),
         code=code, seed=seed, step=step, prob=prob, alpha=0.0, thresholds=-1.0,
     )  # fmt: skip
-    place = weight.argmax(1).numpy()
-    coin = place != np.arange(filters)
+    place = weight[:, 0].long().numpy() - 1
+    coin = place != index
     assert pairs.counts.tolist() == [coin.sum()]
     return coin, place
 
@@ -75,9 +76,15 @@ def test_any_draw_is_the_definitions(code):
         found, place = drawn(filters, groups, code, seed, step, layer, prob)
         assert (found == coin).all()
         assert (place == expected).all()
+
+
+def test_a_draw_of_many_filters_uses_all_bits(code):
+    """The lower word of the partner's fraction decides for one filter of 4096 here, and among few for hardly any."""
     top = {"seed": MAX_SEED, "step": MAX_STEP, "layer": MAX_LAYER}
-    coin, partner = draw(**top, filters=65, prob=1.0)
-    assert (drawn(65, 1, code, **top, prob=1.0)[1] == partner).all()
+    _, partner = draw(**top, filters=2**20, prob=1.0)
+    found, place = drawn(2**20, 1, code, **top, prob=1.0)
+    assert found.all()
+    assert (place == partner).all()
 
 
 # Values and decisions.

@@ -1,8 +1,6 @@
 """The launcher over a CUDA driver that does nothing: handles, grids, argument widths. The interpreter never runs it."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,26 +9,20 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton")
+
+import stub
+
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("gcc") is None, reason="builds a stub of libcuda with gcc"
+    sys.platform != "linux" or stub.compiler() is None, reason="builds a stub of libcuda with gcc"
 )
 
 
 @pytest.fixture(scope="module")
 def on_stub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stub")
-    library = folder / "libcuda.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(HERE / "stub_cuda.c")], check=True)
-    (folder / "libcuda.so").symlink_to(library.name)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-        "TRITON_LIBCUDA_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": str(HERE.parent),
-    }
+    environment = stub.environment_over_stub(folder) | {"PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, str(HERE / "launch_on_stub.py"), "6"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

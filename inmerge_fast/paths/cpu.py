@@ -6,8 +6,9 @@ and for any number of threads, so that replicas on unlike machines stay equal; b
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,26 +24,51 @@ from ..stats import SampledPairs
 from .match import match_rows
 from .path import Call
 
+_TOTALS = struct.Struct("dd")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum type of numbers.h
 
 
-class CpuPairs(NamedTuple):
-    """What one call has measured.
+class CpuPairs:
+    """What one call has measured. Arrays are made of it where somebody looks: made at every call, they took 3 us.
 
-    Attributes:
-        counts: pairs sampled in each layer, int64 ``(layers,)``.
-        similarity: of each sampled pair by layer and filter, float64 ``(pairs,)``; NaN where a filter is not finite or
-            has no partner.
-        passed: whether the pair was above the threshold, bool ``(pairs,)``.
-        passed_total: how many did.
-        largest: the largest similarity; minus infinity if there is none.
+    Args:
+        counts: bytes of int64 ``(layers,)``.
+        similarity: bytes of float64 ``(pairs,)``.
+        passed: bytes of bool ``(pairs,)``.
+        totals: bytes of float64 ``(2,)``: how many pairs passed, and the largest similarity, minus infinity if there is
+            none.
     """
 
-    counts: npt.NDArray[np.int64]
-    similarity: npt.NDArray[np.float64]
-    passed: npt.NDArray[np.bool_]
-    passed_total: int
-    largest: float
+    __slots__ = ("_counts", "_passed", "_similarity", "_totals")
+
+    def __init__(self, counts: bytearray, similarity: bytearray, passed: bytearray, totals: bytearray) -> None:
+        self._counts, self._similarity, self._passed, self._totals = counts, similarity, passed, totals
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Pairs sampled in each layer, int64 ``(layers,)``."""
+        return np.frombuffer(self._counts, np.int64)
+
+    @property
+    def similarity(self) -> npt.NDArray[np.float64]:
+        """Of each sampled pair by layer and filter, ``(pairs,)``; NaN where one is not finite or has no partner."""
+        return np.frombuffer(self._similarity, np.float64)
+
+    @property
+    def passed(self) -> npt.NDArray[np.bool_]:
+        """Whether each pair was above the threshold, bool ``(pairs,)``."""
+        return np.frombuffer(self._passed, np.bool_)
+
+    @property
+    def passed_total(self) -> int:
+        """How many pairs were."""
+        return int(_TOTALS.unpack(self._totals)[0])
+
+    @property
+    def largest(self) -> float:
+        """The largest similarity; minus infinity if there is none."""
+        largest: float = _TOTALS.unpack(self._totals)[1]
+        return largest
 
     def __call__(self) -> SampledPairs:
         """The numbers of each pair."""
@@ -50,7 +76,7 @@ class CpuPairs(NamedTuple):
 
     def count_in(self, effect: EffectMonitor) -> None:
         """Tell the monitor."""
-        effect.count_numbers(self.similarity.size, self.passed_total, self.largest)
+        effect.count_numbers(len(self._passed), self.passed_total, self.largest)
 
 
 class CpuPath:
@@ -163,6 +189,7 @@ class CpuMerge:
                 _TYPES[layer.dtype],
             )  # fmt: skip
         self._table = table.tobytes()
+        self._same_for_all = math.nan, b""
         self._first = table[:, 0]
         self._end = self._first + table[:, 1] * table[:, 2] * [layer.dtype.itemsize for layer in layers]
 
@@ -205,20 +232,17 @@ class CpuMerge:
         if given is not None:
             coin = np.asarray(given[0], np.bool_).tobytes()
             partner = np.asarray(given[1]).astype(np.int32, casting="same_kind").tobytes()
-        counts, similarity, passed, totals = self._kernel.merge(
-            self._table, self._limits(thresholds), coin, partner, seed, step, coin_threshold(prob), alpha,
-            not dry_run, torch.get_num_threads(), self._code,
-        )  # fmt: skip
-        passed_total, largest = np.frombuffer(totals).tolist()
         return CpuPairs(
-            np.frombuffer(counts, np.int64),
-            np.frombuffer(similarity, np.float64),
-            np.frombuffer(passed, np.bool_),
-            int(passed_total),
-            largest,
-        )
+            *self._kernel.merge(
+                self._table, self._limits(thresholds), coin, partner, seed, step, coin_threshold(prob), alpha,
+                not dry_run, torch.get_num_threads(), self._code,
+            )
+        )  # fmt: skip
 
     def _limits(self, thresholds: float | Sequence[float]) -> bytes:
         if isinstance(thresholds, (float, int)):
-            return np.full(self._layers, thresholds, np.float64).tobytes()
+            kept = self._same_for_all  # one object: another thread may call with another threshold
+            if thresholds != kept[0]:
+                kept = self._same_for_all = float(thresholds), np.full(self._layers, float(thresholds)).tobytes()
+            return kept[1]
         return np.asarray(thresholds, np.float64).tobytes()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ..stats import describe_skipped
 from .candidates import (
@@ -161,6 +162,8 @@ class LayerPlan:
         """The weights if the plan :meth:`is_current`, else None."""
         if self._has_inference_weights and not torch.is_inference_mode_enabled():
             return None
+        if forward_ad._current_level >= 0 and self._have_tangents():
+            return None
         if self._watch is not None:
             return self._watch.weights()
         found = self._structure.weights()
@@ -170,6 +173,10 @@ class LayerPlan:
         if self._without_frozen and not self._same_are_frozen(weights):
             return None
         return weights if self._storage.holds(weights) else None
+
+    def _have_tangents(self) -> bool:
+        weights = (layer.weight for layer in self.layers)
+        return any(w is None or forward_ad.unpack_dual(w).tangent is not None for w in weights)
 
     def _same_are_frozen(self, weights: Sequence[torch.Tensor]) -> bool:
         # Their holders are alive, or the structure would have changed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -118,6 +119,7 @@ class Storage:
     def __init__(self, layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor]) -> None:
         self._layers = layers
         self._pointers = [weight.data_ptr() for weight in weights]
+        self._types = list(map(type, weights))
         self._guards: Callable[..., bool] = _refuse
         self._renew_guards(weights)
 
@@ -131,16 +133,20 @@ class Storage:
 
     def holds(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether the same tensors are still in the same memory, read in the same way."""
-        if list(map(torch.Tensor.data_ptr, weights)) != self._pointers:
+        if list(map(type, weights)) != self._types or list(map(torch.Tensor.data_ptr, weights)) != self._pointers:
             return False
         # Without grad mode some versions of the guards do not see that a tensor has come to require a gradient.
         if torch.is_grad_enabled() and self._guards(*weights):
-            return True
+            # They do not see requires_grad_(False) and then mul_ by a tensor with a gradient: it requires one again.
+            return all(map(_is_leaf, weights))
         if not all(layer.is_current() for layer in self._layers):
             return False
         if torch.is_grad_enabled():
             self._renew_guards(weights)
         return True
+
+
+_is_leaf = operator.attrgetter("is_leaf")
 
 
 def _refuse(*_: object) -> bool:

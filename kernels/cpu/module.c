@@ -48,7 +48,7 @@ PyDoc_STRVAR(merge_doc,
              "    MemoryError: there is no memory; nothing has been written.\n"
              "    ValueError: an argument has the wrong size, or a partner is no other filter of the layer.\n");
 
-static PyObject *merge(PyObject *module, PyObject *arguments) {
+static PyObject *merge_all(PyObject *module, PyObject *arguments) {
   (void)module;
   PyObject *layers, *thresholds, *coin, *partner, *code_name;
   struct merge merge = {0};
@@ -122,7 +122,7 @@ static int execute(PyObject *module) {
   return failed ? -1 : 0;
 }
 
-static PyMethodDef methods[] = {{"merge", merge, METH_VARARGS, merge_doc}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {{"merge", merge_all, METH_VARARGS, merge_doc}, {NULL, NULL, 0, NULL}};
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
 static struct PyModuleDef definition = {
   PyModuleDef_HEAD_INIT, "_cpu", "The CPU merge in C: kernels/cpu/.", 0, methods, slots, NULL, NULL, NULL,
