@@ -20,6 +20,7 @@ from torch import nn
 
 from inmerge_fast import MergePlan, merge_, native
 from inmerge_fast.paths import cpu
+from inmerge_fast.plan.candidates import MergeLayer
 
 TASKS = Path("/proc/self/task")
 LARGE = (512, 16384)  # 32 MB, of which half is looked at: work for several threads, and for about 10 ms
@@ -177,6 +178,34 @@ def test_a_weight_that_another_thread_moves_before_the_call_is_an_error(calls_be
         return path(self, weights, call)
 
     monkeypatch.setattr(cpu.CpuPath, "merge", move_first)
+    with pytest.raises(ValueError, match="by another thread"):
+        merge_(plan, prob=1.0, threshold=-1.0, seed=0, step=0)
+    assert torch.equal(weight, merged)
+
+
+def test_the_same_memory_as_part_of_another_storage_is_merged():
+    """A plan takes it for unchanged."""
+    memory = np.ones((9, 100), np.float32)
+    weight = nn.Parameter(torch.from_numpy(memory[1:]))
+    plan = MergePlan(weight)
+    for storage in (memory[1:], memory):
+        weight.data = torch.from_numpy(storage)[-8:]
+        assert plan.is_current()
+        assert merge_(plan, prob=1.0, threshold=-1.0, seed=0, step=0).path == "cpu"
+
+
+def test_a_weight_that_another_thread_moves_while_the_layer_table_is_made_is_an_error(monkeypatch):
+    """Its new memory would be written to and is not held."""
+    weight = nn.Parameter(torch.randn(8, 100))
+    plan, made = MergePlan(weight), cpu.CpuMerge
+    merged = weight.detach() + 1
+
+    def move_first(*arguments):
+        weight.data = merged.clone()
+        return made(*arguments)
+
+    monkeypatch.setattr(cpu, "CpuMerge", move_first)
+    monkeypatch.setattr(MergeLayer, "is_current", lambda layer: True)  # it was looked at too early
     with pytest.raises(ValueError, match="by another thread"):
         merge_(plan, prob=1.0, threshold=-1.0, seed=0, step=0)
     assert torch.equal(weight, merged)
