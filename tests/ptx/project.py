@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from inmerge_fast.paths.triton.handle import Handle
+from inmerge_fast.paths.triton.launch import Launcher
 from torch import nn
 
 import inmerge_fast.kernels.merge
 from inmerge_fast import MergePlan, reference_merge
-from inmerge_fast.handle import Handle
-from inmerge_fast.launch import Launcher
 
 __all__ = ["MERGE_SOURCE", "Handle", "Launcher", "launcher_of", "reference_merge"]
 

@@ -85,6 +85,7 @@ class Launcher:
         self._has_captured = False  # replays of a graph come unseen, between any two calls
         self._may_capture = False
         kinds = table[:, tables.KIND.value]
+        self._kinds: list[int] = kinds.tolist()
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
             "HAS_BFLOAT16": any(layer.dtype == torch.bfloat16 for layer in layers),
@@ -167,8 +168,8 @@ class Launcher:
         """Tables and buffers of the partner rules, built at the first use."""
         if self._matcher is None:
             check_not_capturing(self.device, "with a partner rule builds its tables")
-            kinds = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
-            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros)
+            has = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
+            self._matcher = Matcher(self._layers, self.row_start, self._kinds, has, self._zeros)
         return self._matcher
 
     def run(
@@ -186,7 +187,8 @@ class Launcher:
         """Draw and merge on the current stream, no synchronisation.
 
         That is two launches, or one where an earlier draw has drawn for this call, too (:mod:`.draw_ahead`). Five with
-        a partner rule; three in a CUDA graph and once one was captured.
+        a partner rule, and one more for each further kind of layers (dtype, dense or strided); three in a CUDA graph
+        and once one was captured.
 
         Args:
             seed: seed of the draw.
@@ -195,7 +197,7 @@ class Launcher:
             alpha: share of itself that a merged filter keeps.
             threshold: similarity that a pair must exceed, or one for each layer.
             dry_run: only measure.
-            partner: the rule; other than "random" it takes three launches between draw and merge.
+            partner: the rule; other than "random" it takes three launches or more between draw and merge.
             **overrides: constants of the merge kernel, for tests; those of the match kernel are in ``match``.
         """
         coin = coin_threshold(prob)
