@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from inmerge_fast.paths.triton.handle import Handle
-from inmerge_fast.paths.triton.launch import Launcher
 from torch import nn
 
 import inmerge_fast.kernels.merge
 from inmerge_fast import MergePlan, reference_merge
+from inmerge_fast.paths.triton.handle import Handle
+from inmerge_fast.paths.triton.launch import Launcher
 
 __all__ = ["MERGE_SOURCE", "Handle", "Launcher", "launcher_of", "reference_merge"]
 
@@ -21,4 +21,4 @@ def launcher_of(targets: Sequence[torch.Tensor | nn.Module]) -> tuple[Launcher, 
     """A launcher, and the weights that it merges."""
     plan = MergePlan(list(targets))
     weights = [target if isinstance(target, torch.Tensor) else target.weight.detach() for target in targets]
-    return Launcher(plan.layers, plan.weights(), plan.row_start), weights
+    return Launcher(plan.layers, plan.weights(), plan.rows.start), weights
