@@ -86,8 +86,9 @@ def test_ldmatrix(count, trans):
 
 def test_ldmatrix_of_one_row_again_and_again():
     row, target = np.arange(4, dtype="u4"), np.zeros(32, "u4")
-    program = kernel("""and.b32 %r1, %t, 3; mad.wide.u32 %rd1, %r1, 4, %a; ld.global.b32 %r2, [%rd1]; shl.b32 %r1, %r1, 2;
-        st.shared.b32 [%r1], %r2; bar.sync 0; mov.b32 %r4, 0; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r4];
+    program = kernel("""and.b32 %r1, %t, 3; mad.wide.u32 %rd1, %r1, 4, %a; ld.global.b32 %r2, [%rd1];
+        shl.b32 %r1, %r1, 2; st.shared.b32 [%r1], %r2; bar.sync 0; mov.b32 %r4, 0;
+        ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r4];
         mad.wide.u32 %rd2, %t, 4, %b; st.global.b32 [%rd2], %r8;""", ["a", "b"], shared_bytes=16)  # fmt: skip
     run(program, {"a": row, "b": target})
     assert (target.reshape(8, 4) == row).all()
