@@ -171,7 +171,10 @@ def alike_long(dtype: torch.dtype) -> Target:
     return alike(2, 255, dtype, 0), {}
 
 
-def random_plan(number: int, arch: str, name: str | None = None) -> Outcome:
+def random_plan(
+    number: int, arch: str, name: str | None = None, *, from_memory: bool | None = None,
+    schedule: Schedule | None = None, mutate: Callable[..., Any] | None = None,
+) -> Outcome:  # fmt: skip
     """One or four calls of a plan, against the reference."""
     rng = random.Random(number)
     chosen = PLANS[name or rng.choice(list(PLANS))](rng)
@@ -181,14 +184,16 @@ def random_plan(number: int, arch: str, name: str | None = None) -> Outcome:
     threshold = rng.choice([-1.0, 0.3, 0.3, "per layer"])
     each = [rng.choice([-1.0, 0.0, 0.3]) for _ in weights] if threshold == "per layer" else [threshold] * len(weights)
     call = {"prob": rng.choice([0.3, 0.8, 1.0]), "alpha": rng.choice([0.75, 0.1, 1.0])}
-    dry_run, from_memory, seed = rng.random() < 0.1, rng.random() < 0.25, rng.getrandbits(64)
+    dry_run, is_captured, seed = rng.random() < 0.1, rng.random() < 0.25, rng.getrandbits(64)
+    from_memory = is_captured if from_memory is None else from_memory
     steps = (rng.getrandbits(62), 1, 2, 3)[: rng.choice([1, 1, 4])]  # the last ones are drawn ahead
     launcher.reserve_scratch(1.0)
     available = launcher.scratch.numel() // 16
     overrides = {"capacity": min(rng.choice([available, 0, 4, 20]), available), "programs": rng.choice([1, 2, 3, 5, 8])}
     outcome = Outcome()
-    with on_ptx(arch, any_schedule(rng)) as device:
+    with on_ptx(arch, schedule or any_schedule(rng)) as device:
         device.watch(launcher, weights)
+        device.mutate = mutate
 
         def run() -> None:
             for step in steps:
@@ -280,7 +285,10 @@ MATCHES: dict[str, tuple[tuple[torch.dtype, ...], bool]] = {
 }  # fmt: skip
 
 
-def match(number: int, arch: str, rule: str, name: str, schedule: Schedule | None = None) -> Outcome:
+def match(
+    number: int, arch: str, rule: str, name: str, schedule: Schedule | None = None,
+    mutate: Callable[..., Any] | None = None,
+) -> Outcome:  # fmt: skip
     """One call with a partner rule, against float64 products of all pairs."""
     rng = random.Random(number)
     dtypes, is_odd = MATCHES[name]
@@ -293,6 +301,7 @@ def match(number: int, arch: str, rule: str, name: str, schedule: Schedule | Non
     before, outcome = [weight.clone() for weight in weights], Outcome()
     with on_ptx(arch, schedule or any_schedule(rng)) as device:
         device.watch(launcher, weights)
+        device.mutate = mutate
 
         def run() -> None:
             launcher.run(3, 5, dry_run=False, partner=rule, **call)

@@ -143,6 +143,14 @@ class Profile:
         """How often a CTA's warps have met."""
         return sum(self.executed[number] for number in self.program.barriers()) // self.program.warps
 
+    def products(self) -> int:
+        """Products of warp groups, by warp."""
+        return sum(
+            times
+            for number, times in enumerate(self.executed)
+            if self.program.steps[number].instr.form.startswith("wgmma.mma_async")
+        )
+
     def memory(self, *forms: str) -> Cost:
         """What the instructions that begin with one of these forms cost."""
         total = Cost()

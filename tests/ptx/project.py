@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,9 +13,11 @@ from inmerge_fast import MergePlan, reference_merge
 from inmerge_fast.paths.triton.handle import Handle
 from inmerge_fast.paths.triton.launch import Launcher
 
-__all__ = ["MERGE_SOURCE", "Handle", "Launcher", "launcher_of", "reference_merge"]
+__all__ = ["KERNELS", "MERGE_SOURCE", "RESULTS", "Handle", "Launcher", "launcher_of", "reference_merge"]
 
 MERGE_SOURCE = inmerge_fast.kernels.merge.__file__
+KERNELS = str(Path(MERGE_SOURCE).parent)
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def launcher_of(targets: Sequence[torch.Tensor | nn.Module]) -> tuple[Launcher, list[torch.Tensor]]:
