@@ -257,7 +257,7 @@ def merge_table(
         def run() -> None:
             for _ in range(repeats):
                 expected, partners = [], []
-                for weight, first in zip(weights, launcher.row_start, strict=False):
+                for weight, first in zip(weights, launcher.slots.row_start, strict=False):
                     tables = tables_of(rng, n)
                     partner = np.array(tables[table or rng.choice(list(tables))])
                     merged = reference_merge(weight, partner >= 0, partner, alpha=ALPHA, threshold=-1.0)
@@ -271,7 +271,7 @@ def merge_table(
                 launcher.merge_drawn(0, alpha=ALPHA, threshold=-1.0, dry_run=False, **settings)
                 for weight, wanted in zip(weights, expected, strict=True):
                     assert torch.equal(bits(weight), bits(wanted)), "weights differ from the reference"
-                assert_is_clean(launcher, launcher.state)
+                assert_is_clean(launcher, launcher.slots.state)
 
         return observe(device, outcome, run)
 

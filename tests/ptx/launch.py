@@ -88,7 +88,8 @@ class Device:
         self.register(*weights)
         of_slots = [slot.similarity for slot in launcher.slots]
         self.undefined("_merge_kernel", launcher.slot, launcher.deferred, launcher.scratch, *of_slots)
-        self.undefined("_draw_kernel", launcher.partner, launcher.active, launcher.outcome)
+        slots = launcher.slots
+        self.undefined("_draw_kernel", slots.partner, slots.active, slots.outcome)
 
     def launch(self, handle: Any, grid: tuple[int, int], tensors: tuple[torch.Tensor, ...], numbers: tuple) -> None:
         """Compile and run a kernel.
