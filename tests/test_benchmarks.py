@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_searches_are_checked_and_a_wrong_one_is_not_timed(interpreted, monkeypa
         apply_fixes()
         monkeypatch.setenv("INMERGE_INTERPRET", "1")
     plan, _weights = plan_of()
-    assert plan.path == ("triton" if interpreted else "eager")
+    assert plan.path == ("triton" if interpreted else "cpu" if conftest.CPU_KERNEL else "eager")
     eager = searches.eager(plan)
     searches.check(plan, "eager", eager)
     searches.check(plan, "match", searches.found_by_match(plan))
