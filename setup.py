@@ -1,4 +1,4 @@
-"""Maps the top-level ``kernels/`` folder to ``inmerge_fast.kernels``, and builds the CPU kernel.
+"""Maps the top-level ``kernels/`` folder to ``inmerge_fast.kernels`` and builds the CPU kernel that it holds.
 
 All other metadata is in pyproject.toml.
 
@@ -12,15 +12,30 @@ The CPU kernel is optional: where it cannot be built, the plain PyTorch path run
 import sys
 import sysconfig
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.sdist import sdist
 
-# No flag may let a compiler change a result: contracting a product and a sum is what -O3 does beyond the standard.
-COMPILE, LINK = ["-std=c99", "-O3", "-ffp-contract=off"], []
+# A product and a sum contracted into one operation would change results. Debugging information would name this folder,
+# and no two builds would be the same.
+COMPILE, LINK = ["-std=c99", "-O3", "-ffp-contract=off", "-g0"], []
 if sys.platform == "win32":
     COMPILE = ["/O2", "/fp:precise", "/std:c11"]
 elif sys.platform == "linux":  # the libgomp that torch has loaded is the one that is used
     COMPILE, LINK = [*COMPILE, "-fopenmp"], ["-fopenmp"]
+
+
+class SourceDistribution(sdist):
+    """What a checkout holds."""
+
+    def make_release_tree(self, base_dir, files):
+        """Add the link ``inmerge_fast/kernels``, which setuptools leaves out: the tests run where it is unpacked."""
+        super().make_release_tree(base_dir, files)
+        link = Path(base_dir, "inmerge_fast", "kernels")
+        if not link.exists():
+            link.symlink_to("../kernels", target_is_directory=True)
+
 
 # The limited API, and so one wheel for all versions, exists for CPython with a GIL only.
 has_limited_api = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -40,6 +55,7 @@ setup(
     packages=[*find_packages(include=["inmerge_fast", "inmerge_fast.*"]), "inmerge_fast.kernels"],
     package_dir={"inmerge_fast.kernels": "kernels"},
     package_data={"inmerge_fast": ["py.typed"], "inmerge_fast.kernels": ["cpu/*.c", "cpu/*.h"]},
+    cmdclass={"sdist": SourceDistribution},
     ext_modules=[cpu_kernel] if has_limited_api else [],
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if has_limited_api else {},
 )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,20 +22,23 @@ import torch
 from torch import nn
 
 import inmerge_fast
-from benchmarks.timing import environment, quantiles, write_results
-from benchmarks.work import NETS
+from benchmarks.command import print_row
+from benchmarks.environment import environment
+from benchmarks.result_files import RESULTS, ResultFile
+from benchmarks.timing import quantiles
+from benchmarks.work import NETS, SKIP_FIRST
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
 from inmerge_fast.paths.triton.handle import Handle
 
-STUB_SOURCE = Path(__file__).parents[1] / "tests" / "stub_cuda.c"
 SETTINGS = {"alpha": 0.8, "prob": 0.3, "threshold": 0.3}
+COLUMNS = {"target": 16, "layers": 6, "part": 18}
+TIMES = ("launches_mean", "host_us", "host_q20_us", "host_q80_us")
 PER_SAMPLE = 5 * DRAW_AHEAD  # calls; the clock's own cost is then below 0.01 us per call
 
 
-def targets() -> dict[str, tuple[nn.Module, int]]:
+def targets() -> dict[str, tuple[Callable[[], nn.Module], int]]:
     """Models by name, each with the layers to skip: a single layer first, then whole networks as in bench_merge."""
-    single = {"conv": (nn.Conv2d(64, 64, 3), 0)}
-    return single | {name: (NETS[name](), 10) for name in NETS}
+    return {"conv": (lambda: nn.Conv2d(64, 64, 3), 0)} | {name: (build, SKIP_FIRST) for name, build in NETS.items()}
 
 
 def time_host(call: Callable[[], object], samples: int, between: Callable[[], object]) -> dict[str, float]:
@@ -69,9 +70,9 @@ def launches_of(call: Callable[[], object]) -> dict[str, float]:
     return {"launches": max(launched), "launches_mean": sum(launched) / len(launched)}
 
 
-def rows_of(
-    name: str, model: nn.Module, skip_first: int, samples: int, device: torch.device
-) -> list[dict[str, object]]:
+def time_target(
+    name: str, model: nn.Module, skip_first: int, samples: int, device: torch.device, file: ResultFile
+) -> None:
     """The whole call by target, by plan, and as a training step; and its launches alone. Steps count on, as they do."""
     model = model.to(device)
     selection = {"skip_first": skip_first} if skip_first else {}
@@ -87,27 +88,23 @@ def rows_of(
         "launches": lambda: launcher.run(0, next(step), dry_run=False, **SETTINGS),
     }
     about = {"target": name, "layers": len(plan.layers), "driver": "cuda" if device.type == "cuda" else "stub"}
-    rows = []
     for part, call in parts.items():
-        times = time_host(call, samples, wait)
-        rows.append(about | {"part": part, "samples": samples} | launches_of(call) | times)
-    return rows
+        with file.attempt(target=name, part=part):
+            times = time_host(call, samples, wait)
+            row = about | {"part": part, "samples": samples} | launches_of(call) | times
+            file.add(row)
+            print_row(row, COLUMNS, TIMES, header=len(file.rows) == 1)
 
 
 def run_over_stub(arguments: list[str]) -> int:
     """Run this program again in a process whose CUDA driver does nothing; returns its exit status."""
-    if shutil.which("gcc") is None:
+    from tests import stub  # imports Triton
+
+    if stub.compiler() is None:
         raise SystemExit("bench_host needs a CUDA device, or gcc to build a driver that does nothing")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(STUB_SOURCE)], check=True)
-        (folder / "libcuda.so").symlink_to("libcuda.so.1")
-        variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-            "INMERGE_INTERPRET": "1",  # the kernels' path for weights in host memory
-            "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-            "TRITON_LIBCUDA_PATH": str(folder),
-            "TRITON_CACHE_DIR": str(folder / "cache"),
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        variables = stub.environment_over_stub(Path(folder))
+        variables["INMERGE_INTERPRET"] = "1"  # the kernels' path for weights in host memory
         return subprocess.run(
             [sys.executable, "-m", "benchmarks.bench_host", "--stub", *arguments], env=variables, check=False
         ).returncode
@@ -118,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=200, help=f"samples of {PER_SAMPLE} calls each")
     parser.add_argument("--quick", action="store_true", help="10 samples of three targets")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--stub", action="store_true", help=argparse.SUPPRESS)  # in the process over the stub
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
@@ -128,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.stub:
         from triton.runtime.driver import driver
 
-        from tests.launch_on_stub import StubDriver
+        from tests.stub import StubDriver
 
         driver.set_active(StubDriver())
         warnings.simplefilter("ignore", inmerge_fast.NoEffectWarning)  # nothing is computed, so nothing merges
@@ -138,15 +135,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         chosen = {name: chosen[name] for name in ("conv", "VGG19", "DenseNet-121")}
     samples = 10 if options.quick else options.samples
-    rows = [row for name, (model, skip) in chosen.items() for row in rows_of(name, model, skip, samples, device)]
-    print(f"{'target':16} {'layers':>6}  {'part':18} {'launches':>8} {'host us':>8} {'20 %':>7} {'80 %':>7}")
-    for row in rows:
-        print(f"{row['target']:16} {row['layers']:6d}  {row['part']:18} {row['launches_mean']:8.2f} "
-              f"{row['host_us']:8.1f} {row['host_q20_us']:7.1f} {row['host_q80_us']:7.1f}")  # fmt: skip
     about = environment(device)
     about["command"] = str(about["command"]).replace(" --stub", "")  # what the user typed
-    print("written to", write_results(options.out, "host", about, SETTINGS, rows))
-    return 0
+    file = ResultFile(options.out, "host", about, SETTINGS)
+    for name, (build, skip) in chosen.items():
+        with file.attempt(target=name):
+            time_target(name, build(), skip, samples, device, file)
+    return file.finish()
 
 
 if __name__ == "__main__":

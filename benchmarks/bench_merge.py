@@ -1,83 +1,74 @@
 """Time of merging whole networks, every provider beside every other: ``python -m benchmarks.bench_merge``.
 
-The layers after the tenth convolution, the paper's choice, in float32 and bfloat16, where every sampled pair merges and
-where none does. Wall time from call to done with nothing in cache, all providers interleaved; on a GPU also the device
-time of all launches of a call and the host time of queueing them. Each provider is first checked against the reference
-with recorded draws. Writes ``benchmarks/results/<device>/merge.json``.
+The layers after the tenth convolution, the paper's choice, in three dtypes, where every sampled pair merges and where
+none does. Wall time from call to done with nothing in cache, all providers interleaved; on a GPU also the device time
+of all launches of a call and the host time of queueing them. Each provider is first checked against the reference with
+recorded draws; one that is wrong or fails is recorded with its error, and the rest are timed.
+
+In passes, each with a file of its own under ``benchmarks/results/<device>/``, since the slow and the fragile come last:
+*eager* (``merge.json``, with ``merge_`` itself), *threads* (``merge-threads.json``: ``merge_`` with two threads, on a
+CPU), *published* and *compile*. Each of the last three times ``merge_`` in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import statistics
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
 import inmerge_fast
-from benchmarks import providers
+from benchmarks import compiled, providers
+from benchmarks.check import Checker
+from benchmarks.command import for_each_net, open_file, parser_of, print_row
 from benchmarks.device_time import device_times, kernel_times
 from benchmarks.providers import Call, Provider
-from benchmarks.timing import (
-    copy_bandwidth,
-    environment,
-    means_of,
-    quantiles,
-    time_interleaved,
-    wall_seconds,
-    write_results,
-)
-from benchmarks.work import DTYPES, NETS, REGIMES, SKIP_FIRST, Settings, mean_bytes
+from benchmarks.result_files import ResultFile
+from benchmarks.timing import copy_bandwidth, means_of, quantiles, time_interleaved
+from benchmarks.work import DTYPES, NETS, REGIMES, Settings, mean_bytes, net_of
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
 
-COMPILED_LAYERS = 12  # compiling all layers of a deeper network as one graph takes minutes, and is not the fastest form
-FORM_TRIALS = 5
-RECOMPILE_LIMIT = 64  # one graph per shape of layer until the sizes are dynamic; 8, the default, is not enough
+COLUMNS = {"net": 16, "series": 13, "value": 10, "dtype": 9, "regime": 11, "provider": 17}
+TIMES = ("wall_us", "wall_q20_us", "wall_q80_us", "floor_us", "device_us", "host_us")
 
 
-def forms_of_compile(plan: inmerge_fast.MergePlan) -> tuple[list[Provider], str]:
-    """What torch.compile is tried with, and a note of what is not."""
-    reason = providers.why_not_compile(plan.device)
-    if reason:
-        return [], reason
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    forms = providers.compiled_forms(plan.device)
-    if len(plan.layers) <= COMPILED_LAYERS:
-        return forms, ""
-    note = f"dense forms not compiled for {len(plan.layers)} layers: minutes, and slower than the sampled ones"
-    return [form for form in forms if not form.form.startswith("dense")], note
-
-
-def best_form(forms: Sequence[Provider], plan: inmerge_fast.MergePlan, settings: Settings) -> Provider:
-    """The form of torch.compile with the least median of a few trials, of which the first may compile."""
-
-    def trial(form: Provider) -> float:
-        call = form.prepare(plan, settings, None)
-        return statistics.median(
-            wall_seconds(functools.partial(call, step), plan.device) for step in range(FORM_TRIALS)
-        )
-
-    return min(forms, key=trial)
+def walls_of(provider: Provider, seconds: Mapping[int, float], device: torch.device) -> list[float]:
+    """Samples to take the median of."""
+    if device.type == "cuda" and provider.exact:
+        return means_of(seconds.values(), DRAW_AHEAD)  # one call draws for as many, and would not be seen in a median
+    return list(seconds.values())
 
 
 def time_plan(
     plan: inmerge_fast.MergePlan,
-    chosen: Mapping[str, Provider],
+    chosen: Sequence[Provider],
     settings: Settings,
     about: Mapping[str, object],
-    repeats: int,
-    seconds_each: float,
-) -> list[dict[str, object]]:
-    """One row for each provider: wall times, on a GPU device times, and the floor of the draws that were timed.
+    options: argparse.Namespace,
+    file: ResultFile,
+    *,
+    beside: Provider | None = None,
+    kernels: bool = False,
+) -> None:
+    """Add a row for each provider: wall times, on a GPU device times, and the floor of the draws that were timed.
 
     The floor's draws are ``merge_``'s; the others draw as many pairs from other streams.
+
+    Args:
+        plan: what is merged; its weights come back as they were.
+        chosen: the providers.
+        settings: of the merges.
+        about: what all rows begin with.
+        options: of the command line: device, repeats, seconds and threads.
+        file: where rows and failures go.
+        beside: timed in the same rounds without a row of its own; its median is ``merge_us`` in the others'.
+        kernels: also the device time of each kernel of ``merge_``, a second or two by the profiler.
     """
-    device, weights = plan.device, plan.weights()
+    device, weights = options.device, plan.weights()
     kept = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
@@ -85,108 +76,125 @@ def time_plan(
         for weight, old in zip(weights, kept, strict=True):
             weight.copy_(old)
 
-    calls: dict[str, Call] = {name: provider.prepare(plan, settings, None) for name, provider in chosen.items()}
-    samples = time_interleaved(calls, device, repeats=repeats, seconds_each=seconds_each, before_round=restore)
-    floor = mean_bytes(plan, range(repeats), settings)
-    rows = []
-    for name, provider in chosen.items():
-        row = {**about, "provider": name, "form": provider.form, "samples": len(samples[name])}
-        walls = list(samples[name].values())
-        if device.type == "cuda" and provider.exact:
-            walls = means_of(walls, DRAW_AHEAD)  # one call draws for as many, and would not be seen in a median
-        row |= quantiles(walls, "wall")
+    every = {provider.name: provider for provider in ([beside] if beside else []) + list(chosen)}
+    calls: dict[str, Call] = {}
+    for name, provider in every.items():
+        with file.attempt(**about, provider=name, form=provider.form):
+            calls[name] = provider.prepare(plan, settings, None)
+
+    def use_threads(name: str) -> None:
+        torch.set_num_threads(every[name].threads or options.threads)
+
+    samples = time_interleaved(
+        calls, device, repeats=options.repeats, seconds_each=options.seconds, before_round=restore,
+        before_call=use_threads,
+    )  # fmt: skip
+    for name, error in samples.errors.items():
+        file.fail(error, **about, provider=name, form=every[name].form)
+    floor = mean_bytes(plan, range(options.repeats), settings)
+    rows = {}
+    for provider in chosen:
+        if provider.name not in samples.seconds:
+            continue
+        walls, threads = samples.seconds[provider.name], provider.threads or options.threads
+        row = {**about, "provider": provider.name, "form": provider.form, "threads": threads, "samples": len(walls)}
+        row |= quantiles(walls_of(provider, walls, device), "wall")
+        if beside and beside.name in samples.seconds:
+            row["merge_us"] = quantiles(walls_of(beside, samples.seconds[beside.name], device), "wall")["wall_us"]
+        torch.set_num_threads(threads)
         row |= {"floor_bytes": round(floor), "floor_us": round(floor / copy_bandwidth(device) * 1e6, 3)}
+        file.add(row)
+        rows[provider] = row
+    torch.set_num_threads(options.threads)
+    for provider, row in rows.items():
         if device.type == "cuda" and provider.queues:
             restore()
-            row |= device_times(calls[name], device, repeats).row()
-            if provider.exact:
-                row["kernels_us"] = kernel_times(calls[name], device)
-        rows.append(row)
+            with file.attempt(**about, provider=provider.name, form=provider.form, what="device time"):
+                file.extend(row, device_times(calls[provider.name], device, options.repeats))
+                if kernels and provider.exact:
+                    file.extend(row, {"kernels_us": kernel_times(calls[provider.name], device)})
+        print_row(row, {key: width for key, width in COLUMNS.items() if key in row}, TIMES, header=row is file.rows[0])
     restore()
-    return rows
 
 
-def time_net(name: str, dtype: str, device: torch.device, options: argparse.Namespace) -> list[dict[str, object]]:
+# --- passes
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass times: the networks and dtypes unless the command line names others, and the providers."""
+
+    nets: Sequence[str]
+    dtypes: Sequence[str]
+    candidates: Callable[[inmerge_fast.MergePlan], list[Provider]]
+
+
+def cores() -> int:
+    """How many of the CPU's this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def two_threads(plan: inmerge_fast.MergePlan) -> list[Provider]:
+    """``merge_`` with two threads.
+
+    Raises:
+        RuntimeError: there are no two cores for them.
+    """
+    if plan.device.type != "cpu" or cores() < 2:
+        raise RuntimeError(f"two threads need two cores of a CPU; this is {plan.device} with {cores()}")
+    return [replace(providers.MERGE, name="merge_, 2 threads", threads=2)]
+
+
+PASSES = {
+    "eager": Pass(list(NETS), list(DTYPES), lambda _: [providers.EAGER, providers.SAMPLED, providers.MERGE]),
+    "threads": Pass(["VGG19", "ResNet-50"], ["float32"], two_threads),
+    "published": Pass(list(NETS), providers.PUBLISHED.dtypes, lambda _: [providers.PUBLISHED]),
+    "compile": Pass(["VGG19", "ResNet-18", "ResNet-50", "3D ResNet-18"], ["float32", "bfloat16"], compiled.forms_for),
+}
+
+
+def time_net(pass_: str, name: str, dtype: str, options: argparse.Namespace, file: ResultFile) -> None:
     """All rows of one network in one dtype."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = NETS[name]()
-    model = model.to(DTYPES[dtype])
-    plan = inmerge_fast.MergePlan(model, skip_first=SKIP_FIRST)
-    every = (providers.PUBLISHED, providers.EAGER, providers.SAMPLED, providers.MERGE)
-    always = [provider for provider in every if dtype in provider.dtypes]
-    compiled = name in options.compile_nets
-    forms, note = forms_of_compile(plan) if compiled else ([], "torch.compile left out by --compile-nets")
-    providers.check([*always, *forms], plan)
+    _model, plan = net_of(name, dtype, options.device)  # the plan keeps no network alive
+    candidates = PASSES[pass_].candidates(plan)
+    checker, sound = Checker(plan), []
+    for provider in candidates:
+        with file.attempt(net=name, dtype=dtype, provider=provider.name, form=provider.form):
+            checker.check(provider)
+            sound.append(provider)
     about = {
         "net": name, "dtype": dtype, "layers": len(plan.layers), "filters": sum(plan.filters), "path": plan.path,
         "weights_bytes": sum(w.numel() * w.element_size() for w in plan.weights()),
     }  # fmt: skip
-    rows = []
     for regime, threshold in REGIMES.items():
         settings = Settings(threshold)
-        chosen = {provider.name: provider for provider in always}
-        if forms:
-            chosen["compile"] = best_form(forms, plan, settings)
-        rows += time_plan(plan, chosen, settings, about | {"regime": regime, "note": note}, options.repeats,
-                          options.seconds)  # fmt: skip
-    return rows
-
-
-def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
-    """A table for the terminal."""
-    wide = ("net", 16), ("dtype", 9), ("regime", 11), ("provider", 14)
-    times = ("wall_us", "wall_q20_us", "wall_q80_us", "floor_us", "device_us", "host_us")
-    print(" ".join(f"{name:{width}}" for name, width in wide), " ".join(f"{name:>11}" for name in times), "form")
-    for row in rows:
-        numbers = (f"{row[name]:11.1f}" if name in row else f"{'-':>11}" for name in times)
-        print(" ".join(f"{row[name]:{width}}" for name, width in wide), " ".join(numbers), row["form"])
-
-
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """What the benchmarks of this folder have in common on their command lines."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--repeats", type=int, default=40, help="samples of each provider")
-    parser.add_argument("--seconds", type=float, default=3.0, help="slow providers get fewer samples, to take so long")
-    parser.add_argument("--quick", action="store_true", help="few samples of little work, to see that all of it runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
-    return parser
-
-
-def time_nets(
-    options: argparse.Namespace,
-    time_net: Callable[[str, str, torch.device, argparse.Namespace], list[dict[str, object]]],
-    print_rows: Callable[[list[dict[str, object]]], None],
-) -> list[dict[str, object]]:
-    """Rows of all networks and dtypes that the command line names, printed as they come."""
-    torch.set_num_threads(options.threads)
-    rows = []
-    for name in options.nets:
-        for dtype in options.dtypes:
-            new = time_net(name, dtype, options.device, options)
-            print_rows(new)
-            rows += new
-            gc.collect()
-    return rows
+        with file.attempt(net=name, dtype=dtype, regime=regime):
+            chosen = [compiled.fastest(sound, plan, settings)] if pass_ == "compile" and sound else sound
+            beside = None if pass_ == "eager" else providers.MERGE
+            time_plan(plan, chosen, settings, about | {"regime": regime}, options, file, beside=beside, kernels=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Time all networks and write the result file."""
+    """Time all networks, pass by pass, and write the result files."""
     parser = parser_of(__doc__)
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), metavar="NET")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
-    parser.add_argument("--compile-nets", nargs="*", choices=NETS, default=list(NETS), metavar="NET",
-                        help="networks that torch.compile is timed with, minutes in all (default: all)")  # fmt: skip
+    parser.add_argument("--passes", nargs="+", choices=PASSES, metavar="PASS",
+                        help="in this order (default: all; no threads on a GPU)")  # fmt: skip
+    parser.add_argument("--nets", nargs="+", choices=NETS, metavar="NET", help="default: what each pass is for")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="likewise")
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.nets, options.dtypes = ["ResNet-18"], ["float32"]
-        options.repeats, options.seconds, options.compile_nets = 5, 0.3, []
-    rows = time_nets(options, time_net, print_rows)
-    about = environment(options.device)
-    print("written to", write_results(options.out, "merge", about, {"prob": 0.3, "alpha": 0.8}, rows))
-    return 0
+    if options.quick:  # compiling is never quick
+        options.nets, options.dtypes, options.repeats, options.seconds = ["ConvNeXt-T"], ["float32"], 5, 0.3
+        options.passes = options.passes or ["eager", "published"]
+    left_out = ["threads"] if options.device.type == "cuda" else []
+    status = 0
+    for pass_ in options.passes or [name for name in PASSES if name not in left_out]:
+        file = open_file(options, "merge" if pass_ == "eager" else f"merge-{pass_}", {"prob": 0.3, "alpha": 0.8})
+        chosen = vars(options) | {
+            "nets": options.nets or PASSES[pass_].nets, "dtypes": options.dtypes or PASSES[pass_].dtypes
+        }  # fmt: skip
+        for_each_net(argparse.Namespace(**chosen), file, functools.partial(time_net, pass_))
+        status |= file.finish()
+    return status
 
 
 if __name__ == "__main__":

@@ -6,32 +6,31 @@ Number of filters, elements per filter, number of layers, probability of the coi
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
 
 import inmerge_fast
 from benchmarks import providers
-from benchmarks.bench_merge import parser_of, time_plan
-from benchmarks.timing import environment, write_results
+from benchmarks.bench_merge import time_plan
+from benchmarks.command import open_file, parser_of
+from benchmarks.result_files import ResultFile
 from benchmarks.work import REGIMES, Layers, Settings, scaling_series
 
 
-def rows_of(point: Layers, device: torch.device, repeats: int, seconds: float) -> list[dict[str, object]]:
+def time_point(point: Layers, options: argparse.Namespace, file: ResultFile) -> None:
     """``merge_`` and the eager form that touches the same rows, at one point of a series, in both regimes."""
     torch.manual_seed(0)
-    weights = point.weights(device)
+    weights = point.weights(options.device)
     plan = inmerge_fast.MergePlan(weights)
-    chosen = {provider.name: provider for provider in (providers.SAMPLED, providers.MERGE)}
     about = {
         "series": point.series, "value": point.value, "dtype": point.dtype, "layers": point.layers,
         "filters": point.filters, "elements": point.elements, "prob": point.prob, "path": plan.path,
     }  # fmt: skip
-    rows = []
     for regime, threshold in REGIMES.items():
         settings = Settings(threshold, point.prob)
-        rows += time_plan(plan, chosen, settings, about | {"regime": regime}, repeats, seconds)
-    return rows
+        time_plan(plan, [providers.SAMPLED, providers.MERGE], settings, about | {"regime": regime}, options, file)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,17 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     points = scaling_series()
     if options.quick:
         points, options.repeats, options.seconds = points[:2], 5, 0.1
-    torch.set_num_threads(options.threads)
-    rows = []
-    print(f"{'series':13} {'value':>10} {'dtype':9} {'regime':11} {'provider':14} {'wall us':>10} {'floor us':>9}")
+    file = open_file(options, "scaling", {"alpha": 0.8})
     for point in points:
-        for row in rows_of(point, options.device, options.repeats, options.seconds):
-            print(f"{row['series']:13} {row['value']:10g} {row['dtype']:9} {row['regime']:11} {row['provider']:14} "
-                  f"{row['wall_us']:10.1f} {row['floor_us']:9.1f}")  # fmt: skip
-            rows.append(row)
-    about = environment(options.device)
-    print("written to", write_results(options.out, "scaling", about, {"alpha": 0.8}, rows))
-    return 0
+        with file.attempt(series=point.series, value=point.value, dtype=point.dtype):
+            time_point(point, options, file)
+    return file.finish()
 
 
 if __name__ == "__main__":

@@ -24,15 +24,17 @@ import torch
 from torch import nn
 
 import inmerge_fast
-from benchmarks.bench_merge import parser_of
+from benchmarks.command import open_file, parser_of, print_row
 from benchmarks.device_time import device_times
-from benchmarks.timing import cold_cache, environment, quantiles, wall_seconds, write_results
+from benchmarks.result_files import ResultFile
+from benchmarks.timing import cold_cache, quantiles, wall_seconds
 from benchmarks.work import SEED, SKIP_FIRST
 from tests import nets
 
 SETTINGS = {"alpha": 0.8, "prob": 0.3, "threshold": -1.0}  # all pass: the most that merging can cost
 CLASSES = 10
 BOOTSTRAP = 10_000
+TIMES = ("step_us", "merge_host_us", "merge_device_us", "share_percent", "ab_us", "ab_low_us", "ab_high_us")
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,8 @@ def difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def row_of(work: Work, device: torch.device, pairs: int, repeats: int) -> dict[str, object]:
-    """Everything about one network."""
+def time_work(work: Work, device: torch.device, pairs: int, repeats: int, file: ResultFile) -> dict[str, object]:
+    """Add the row of one network: first whole steps, then merging alone."""
     step = Step(work, device)
     order = random.Random(0)
     for merging in (True, False):
@@ -131,25 +133,33 @@ def row_of(work: Work, device: torch.device, pairs: int, repeats: int) -> dict[s
         "net": work.name, "batch": list(work.shape), "amp": step.on_gpu, "channels_last": step.on_gpu,
         **quantiles([plain for _, plain in timed], "step"), **difference(timed),
     }  # fmt: skip
-    if step.on_gpu:
-        direct = device_times(step.merge, device, repeats).row()
-        row |= {f"merge_{name}": value for name, value in direct.items()}
-        row |= {"peak_bytes": step.peak(merging=False), "peak_added_bytes": None}
-        row["peak_added_bytes"] = step.peak(merging=True) - int(row["peak_bytes"])
-        plan = inmerge_fast.MergePlan(step.model, skip_first=SKIP_FIRST)
-        before = torch.cuda.memory_allocated(device)
-        inmerge_fast.merge_(plan, seed=SEED, step=0, **SETTINGS)
-        row["kept_bytes"] = torch.cuda.memory_allocated(device) - before
-        spent = float(row["merge_device_us"])
-    else:
-        host = []
-        for n in range(repeats):
-            cold_cache(device)()  # as after the training step that it follows
-            host.append(wall_seconds(lambda n=n: step.merge(n), device))
-        row |= quantiles(host, "merge_host")
-        spent = float(row["merge_host_us"])
-    row["share_percent"] = round(100 * spent / float(row["step_us"]), 4)
+    file.add(row)
+    with file.attempt(net=work.name, what="merging alone"):
+        if step.on_gpu:
+            direct = device_times(step.merge, device, repeats)
+            file.extend(row, {f"merge_{name}": value for name, value in direct.items()})
+            file.extend(row, memory_of(step))
+            spent = direct["device_us"]
+        else:
+            host = []
+            for n in range(repeats):
+                cold_cache(device)()  # as after the training step that it follows
+                host.append(wall_seconds(lambda n=n: step.merge(n), device))
+            file.extend(row, quantiles(host, "merge_host"))
+            spent = float(row["merge_host_us"])
+        file.extend(row, {"share_percent": round(100 * spent / float(row["step_us"]), 4)})
     return row
+
+
+def memory_of(step: Step) -> dict[str, int]:
+    """Bytes on the GPU: the peak of a plain step, what merging adds to it, and what a plan keeps."""
+    plain = step.peak(merging=False)
+    added = step.peak(merging=True) - plain
+    plan = inmerge_fast.MergePlan(step.model, skip_first=SKIP_FIRST)
+    before = torch.cuda.memory_allocated(step.device)
+    inmerge_fast.merge_(plan, seed=SEED, step=0, **SETTINGS)
+    kept = torch.cuda.memory_allocated(step.device) - before
+    return {"peak_bytes": plain, "peak_added_bytes": added, "kept_bytes": kept}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,24 +167,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=None, help="A/B pairs (default: 200 on a GPU, 12 on a CPU)")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    device, on_gpu = options.device, options.device.type == "cuda"
-    pairs = options.pairs or (200 if on_gpu else 12)
-    work = WORK[device.type]
+    pairs = options.pairs or (200 if options.device.type == "cuda" else 12)
+    work = WORK[options.device.type]
     if options.quick:
         work, pairs, options.repeats = [Work("ResNet-18", nets.resnet18, (2, 3, 32, 32))], 3, 5
-    rows = []
-    print(f"{'net':14} {'step ms':>9} {'merge us':>9} {'share %':>8} {'A/B us':>9} {'95 % interval':>22}")
+    file = open_file(options, "training", SETTINGS)
     for item in work:
-        row = row_of(item, device, pairs, options.repeats)
-        rows.append(row)
-        merge = row.get("merge_device_us", row["merge_host_us"])
-        interval = f"{row['ab_low_us']:.1f} .. {row['ab_high_us']:.1f}"
-        print(f"{row['net']:14} {row['step_us'] / 1e3:9.2f} {merge:9.1f} {row['share_percent']:8.3f} "
-              f"{row['ab_us']:9.1f} {interval:>22}")  # fmt: skip
+        with file.attempt(net=item.name):
+            row = time_work(item, options.device, pairs, options.repeats, file)
+            print_row(row, {"net": 14}, TIMES, header=len(file.rows) == 1)
         gc.collect()
-    print("written to", write_results(options.out, "training", environment(device), dict(SETTINGS), rows))
-    return 0
+    return file.finish()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 import inmerge_fast
 from benchmarks.timing import cold_cache, synchronize
-from benchmarks.work import NETS, REGIMES, SEED, SKIP_FIRST
+from benchmarks.work import NETS, REGIMES, SEED, net_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,9 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=4)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    with torch.device(options.device):
-        model = NETS[options.net]()
-    plan = inmerge_fast.MergePlan(model, skip_first=SKIP_FIRST)
+    _model, plan = net_of(options.net, "float32", options.device)
     for step in range(options.calls):
         cold_cache(options.device)()
         inmerge_fast.merge_(plan, threshold=REGIMES["all pass"], seed=SEED, step=step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.result_files import REGIMES, Results, slug
+from benchmarks.result_files import REGIMES, Results, by_device, joined, slug
 
 COLOURS = {
     "published": "#888888", "eager": "#c26d2d", "eager sampled": "#e3b23c", "compile": "#5b8e7d", "merge_": "#2a5caa",
@@ -24,12 +24,13 @@ def draw_all(found: Sequence[Results], folder: Path) -> Iterator[Path]:
     """Draw all plots of all devices; yields their paths."""
     plots = {"merge": {"ratios": draw_ratios, "floor": draw_floor}, "scaling": {"scaling": draw_scaling}}
     with mpl.rc_context(STYLE):
-        for results in found:
-            for name, draw in plots.get(results.bench, {}).items():
-                path = folder / f"{slug(results.device)}-{name}.svg"
-                figure = draw(results)
-                figure.savefig(path, metadata={"Date": None})
-                yield path
+        for device, here in by_device(found).items():
+            for bench, passes in here.items():
+                results = joined(passes)
+                for name, draw in plots.get(bench, {}).items() if results.rows else ():
+                    path = folder / f"{slug(device)}-{name}.svg"
+                    draw(results).savefig(path, metadata={"Date": None})
+                    yield path
 
 
 def draw_ratios(results: Results) -> Figure:
@@ -40,11 +41,7 @@ def draw_ratios(results: Results) -> Figure:
     for axis, regime in zip(figure.subplots(2, 1, sharex=True), REGIMES, strict=True):
         for index, provider in enumerate(providers):
             where = {"dtype": "float32", "regime": regime}
-            ratios = [
-                _ratio(results.value("wall_us", net=net, provider=provider, **where),
-                       results.value("wall_us", net=net, provider="merge_", **where))
-                for net in nets
-            ]  # fmt: skip
+            ratios = [_ratio(results, results.pick(net=net, provider=provider, **where)) for net in nets]
             x = np.arange(len(nets)) + (index - (len(providers) - 1) / 2) * 0.8 / len(providers)
             bars = axis.bar(x, ratios, 0.8 / len(providers), label=provider, color=COLOURS[provider])
             axis.bar_label(bars, [f"{r:.2g}" if np.isfinite(r) else "" for r in ratios], fontsize=8, padding=1)
@@ -75,13 +72,10 @@ def draw_floor(results: Results) -> Figure:
     speed = results.environment["copy_bandwidth_gb_s"]
     axis.plot(reach, reach / speed * 1e3, color="black", label=f"floor: a copy at {speed:g} GB/s")
     _name_networks(axis, results, column)
-    axis.set(xscale="log", yscale="log", xlabel="bytes that the draw must move, MB", ylabel=f"{what}, µs")
-    axis.set_title(f"{what.capitalize()} against bytes, both dtypes and regimes; {results.device}")
+    axis.set(xlabel="bytes that the draw must move, MB", ylabel=f"{what}, µs")
+    axis.set_title(f"{what.capitalize()} against bytes, all dtypes and regimes; {results.device}")
     figure.legend(ncols=len(shown) + 1, loc="outside lower center", fontsize=9)
-    axis.grid(alpha=0.25)
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_formatter("{x:,.7g}")
-        ticks.set_minor_formatter(NullFormatter())
+    _logarithmic(axis)
     return figure
 
 
@@ -105,21 +99,33 @@ def draw_scaling(results: Results) -> Figure:
             rows = results.pick(series=series, provider="merge_", regime=regime)
             axis.plot([r["value"] for r in rows], [r["floor_us"] for r in rows], style, color="black",
                       label=f"floor, {regime}", linewidth=1)  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{what}, µs")
-        axis.grid(alpha=0.25)
-        for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_major_formatter("{x:,.7g}")
-            ticks.set_minor_formatter(NullFormatter())
+        axis.set(xlabel=label, ylabel=f"{what}, µs")
+        _logarithmic(axis)
     figure.suptitle(f"{what.capitalize()} as the work grows (float32); {results.device}")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", fontsize=9)
     return figure
 
 
+def _logarithmic(axis: Any) -> None:
+    """Both axes, with plain numbers; not where nothing was measured, which has no logarithm."""
+    axis.grid(alpha=0.25)
+    if not any(len(line.get_xdata()) for line in axis.lines):
+        return
+    axis.set(xscale="log", yscale="log")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_formatter("{x:,.7g}")
+        ticks.set_minor_formatter(NullFormatter())
+
+
 def _name_networks(axis: Any, results: Results, column: str) -> None:
     for row in results.pick(provider="merge_", dtype="float32", regime="all pass"):
+        if column not in row:
+            continue
         axis.annotate(row["net"], (row["floor_bytes"] / 1e6, row[column]), xytext=(4, -11), textcoords="offset points",
                       fontsize=8, color=COLOURS["merge_"])  # fmt: skip
 
 
-def _ratio(time: float | None, ours: float | None) -> float:
-    return time / ours if time is not None and ours is not None else float("nan")
+def _ratio(results: Results, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of the one row, if there is one, or NaN."""
+    ratio = results.over_merge(rows[0]) if rows else None
+    return float("nan") if ratio is None else ratio

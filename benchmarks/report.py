@@ -1,19 +1,20 @@
 """The README's performance tables and plots, from the result files and nothing else: ``python -m benchmarks.report``.
 
 Replaces what stands between the two ``benchmarks`` markers of README.md, and writes ``benchmarks/results/plots/*.svg``
-(``benchmarks/plots.py``). With ``--check`` it writes nothing and fails if the README is not in step with the files.
+(``benchmarks/plots.py``). What an interrupted run has measured is reported like all else. With ``--check`` it writes
+nothing and fails if the README is not in step with the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from benchmarks.result_files import REGIMES, RESULTS, ROOT, Results, load, slug
+from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
+from benchmarks.tables import host_table, match_table, merge_table, target_table, training_table
 from benchmarks.targets import (
-    NOT_MEASURED,
-    Target,
+    cpu_targets,
     host_targets,
     match_targets,
     merge_targets,
@@ -23,115 +24,34 @@ from benchmarks.targets import (
 
 PLOTS = RESULTS / "plots"
 BEGIN, END = "<!-- benchmarks: begin (python -m benchmarks.report) -->", "<!-- benchmarks: end -->"
+NAMING = ("net", "target", "series", "value", "dtype", "regime", "prob", "provider", "form", "part", "what")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def microseconds(value: float | None) -> str:
-    """A time with three significant digits and its unit."""
-    if value is None:
-        return "-"
-    if value >= 999.5:
-        return f"{value / 1e3:.3g} ms" if value < 999_500 else f"{value / 1e6:.3g} s"
-    return f"{value:.3g} µs"
-
-
-def machine(results: Results) -> str:
-    """Where, with what and how a table was measured."""
-    about = results.environment
-    parts = [f"{results.device}", f"torch {about['torch']}", f"triton {about['triton']}", f"Python {about['python']}"]
-    if results.on_gpu:
+def machine(passes: Sequence[Results]) -> str:
+    """Where, with what and how a table was measured, one command a pass."""
+    about, on_gpu = passes[0].environment, passes[0].on_gpu
+    parts = [passes[0].device, f"torch {about['torch']}", f"triton {about['triton']}", f"Python {about['python']}"]
+    if on_gpu:
         parts += [f"driver {about['driver']}", str(about["clocks"])]
     else:
         parts.append(f"{about['threads']} thread{'s' if about['threads'] != 1 else ''}")
     parts += [f"copies at {about['copy_bandwidth_gb_s']:g} GB/s", f"commit {about['commit']}"]
-    link = f"[{results.path.name}]({results.path.as_posix()})"
-    return f"{', '.join(parts)}; `{about['command']}`; {link}."
+    runs = []
+    for results in passes:
+        run = f"`{results.environment['command']}`; [{results.path.name}]({results.path.as_posix()})"
+        commit = results.environment["commit"]
+        run += f" at commit {commit}" if commit != about["commit"] else ""
+        runs.append(run + ("" if results.complete else ", **interrupted**"))
+    return f"{', '.join(parts)}; {', '.join(runs)}."
 
 
-def merge_table(results: Results) -> str:
-    """Wall time of every provider for every network, all pass / none passes, and ``merge_``'s over the floor."""
-    providers = list(dict.fromkeys(row["provider"] for row in results.rows))
-    header = ["network", "dtype", "layers", *(f"`{p}`" if p == "merge_" else p for p in providers), "`merge_` / floor"]
-    if results.on_gpu:
-        header.append("`merge_` on the device (floor)")
+def said_of(passes: Sequence[Results]) -> list[str]:
+    """What stands under the figures of a benchmark: what could not be measured, and why; where and how the rest was."""
     lines = []
-    for net, dtype in dict.fromkeys((row["net"], row["dtype"]) for row in results.rows):
-        here = {"net": net, "dtype": dtype}
-        line = [net, dtype, str(results.pick(**here)[0]["layers"])]
-        for provider in providers:
-            times = [results.value("wall_us", **here, regime=regime, provider=provider) for regime in REGIMES]
-            line.append(" / ".join(map(microseconds, times)) if any(times) else "-")
-        column = "device_us" if results.on_gpu else "wall_us"
-        ours = [results.pick(**here, regime=regime, provider="merge_")[0] for regime in REGIMES]
-        line.append(" / ".join(f"{row[column] / row['floor_us']:.1f}" for row in ours))
-        if results.on_gpu:
-            line.append(" / ".join(f"{row['device_us']:.1f} ({row['floor_us']:.1f}) µs" for row in ours))
-        lines.append(line)
-    return table(header, lines)
-
-
-def training_table(results: Results) -> str:
-    """What merging adds to a training step."""
-    header = ["network", "batch", "step", "`merge_`", "share of the step", "A/B difference (95 % interval)"]
-    if results.on_gpu:
-        header += ["host", "peak memory added", "kept"]
-    lines = []
-    for row in results.rows:
-        merge = row["merge_device_us"] if results.on_gpu else row["merge_host_us"]
-        line = [
-            row["net"], "x".join(map(str, row["batch"])), microseconds(row["step_us"]), microseconds(merge),
-            f"{row['share_percent']:.2g} %",
-            f"{row['ab_us'] / 1e3:+.2f} ms ({row['ab_low_us'] / 1e3:+.2f} to {row['ab_high_us'] / 1e3:+.2f})",
-        ]  # fmt: skip
-        if results.on_gpu:
-            line += [microseconds(row["merge_host_us"]), f"{row['peak_added_bytes'] / 1e6:.1f} MB",
-                     f"{row['kept_bytes'] / 1e6:.1f} MB"]  # fmt: skip
-        lines.append(line)
-    return table(header, lines)
-
-
-def host_table(results: Results) -> str:
-    """Host time of a call."""
-    names = list(dict.fromkeys((row["target"], row["layers"]) for row in results.rows))
-    parts = list(dict.fromkeys(row["part"] for row in results.rows))
-    lines = []
-    for target, layers in names:
-        values = [results.value("host_us", target=target, part=part) for part in parts]
-        lines.append([target, str(layers), *map(microseconds, values)])
-    return table(["target", "layers", *(f"`{p}`" if p == "merge_" else p for p in parts)], lines)
-
-
-def target_table(targets: Iterable[Target]) -> str:
-    """What was aimed at, what was measured, and whether it is reached."""
-    lines = []
-    for target in targets:
-        if target.measured is None:
-            outcome = [NOT_MEASURED, "open"]
-        else:
-            where = f" ({target.where})" if target.where else ""
-            outcome = [f"{target.measured:.3g}{target.unit}{where}", "reached" if target.reached else "**missed**"]
-        lines.append([target.what, f"{'≤' if target.at_most else '≥'} {target.bound:g}{target.unit}", *outcome])
-    return table(["target", "bound", "measured", ""], lines)
-
-
-def match_table(results: Results) -> str:
-    """Time of every provider for every network, for every filter and for the sampled ones."""
-    providers = list(dict.fromkeys(row["provider"] for row in results.rows))
-    header = ["network", "dtype", "prob", *(f"`{p}`" if p in ("match", "merge_") else p for p in providers),
-              "floor by flops", "by bytes"]  # fmt: skip
-    column = "device_us" if results.on_gpu else "wall_us"
-    lines = []
-    for net, dtype, prob in dict.fromkeys((row["net"], row["dtype"], row["prob"]) for row in results.rows):
-        rows = {row["provider"]: row for row in results.pick(net=net, dtype=dtype, prob=prob)}
-        times = [microseconds(rows[name][column]) if name in rows else "-" for name in providers]
-        floors = [microseconds(rows["match"][f"floor_{kind}_us"]) for kind in ("flops", "bytes")]
-        lines.append([net, dtype, f"{prob:g}", *times, *floors])
-    return table(header, lines)
+    for failure in joined(passes).failures:
+        what = ", ".join(f"{value}" for key, value in failure.items() if key in NAMING and value != "")
+        lines.append(f"- not measured: {what}: {failure['error']}")
+    return ["\n".join(lines), machine(passes)] if lines else [machine(passes)]
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
@@ -155,27 +75,30 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
 def render(found: Sequence[Results]) -> str:
     """The README's section between the markers."""
     parts = []
-    for device in dict.fromkeys(results.device for results in found):
-        here = {results.bench: results for results in found if results.device == device}
-        parts.append(f"### On {'a GPU' if next(iter(here.values())).on_gpu else 'a CPU'}: {device}")
+    for device, here in by_device(found).items():
+        on_gpu = any(results.on_gpu for passes in here.values() for results in passes)
+        parts.append(f"### On {'a GPU' if on_gpu else 'a CPU'}: {device}")
         for bench, (caption, make) in SECTIONS.items():
             if bench not in here:
                 continue
-            if bench == "host" and any(row["driver"] == "stub" for row in here[bench].rows):
+            results = joined(here[bench])
+            if bench == "host" and any(row["driver"] == "stub" for row in results.rows):
                 caption += (
                     " Measured without a GPU over a CUDA driver that does nothing; a real one adds 2 to 3 µs a launch."
                 )
-            parts += [caption, make(here[bench]), machine(here[bench])]
+            parts += [caption, make(results), *said_of(here[bench])]
         for bench, name, title in (
             ("merge", "ratios", "time of every provider over that of `merge_`"),
             ("merge", "floor", "time against the bytes that must move, with the floor"),
             ("scaling", "scaling", "time as the number of filters, elements, layers and p grow"),
         ):
             path = PLOTS / f"{slug(device)}-{name}.svg"
-            if bench in here:
+            if any(results.rows for results in here.get(bench, ())):
                 parts.append(f"![{device}: {title}]({path.relative_to(RESULTS.parents[1]).as_posix()})")
-    targets = [*merge_targets(found), *match_targets(found), *host_targets(found), *training_targets(found),
-               *scaling_targets(found)]  # fmt: skip
+        if "scaling" in here:  # it has no table that they would stand under
+            parts += said_of(here["scaling"])
+    targets = [*merge_targets(found), *cpu_targets(found), *match_targets(found), *host_targets(found),
+               *training_targets(found), *scaling_targets(found)]  # fmt: skip
     caption = "The worst committed figure of each against what this project aims at; host times machine by machine."
     parts += ["### Targets", caption, target_table(targets)]
     return "\n\n".join(parts)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 8 minutes at most.
+# All GPU tests, then all benchmarks, on a bare machine with a CUDA device, PyTorch, Triton and pytest; 9 minutes at most.
 # usage: bash benchmarks/run_gpu.sh [folder for the results]   (default: $OUT, or ./gpu-results)
 # Leaves tests.txt, benchmarks.txt and results/<device>/*.json there: 8 files, 2 folders deep.
 # Exits with 1 if a test or a benchmark failed or reached its limit; the others run all the same. Copy the folder
@@ -55,11 +55,12 @@ ignored=$(printf -- '--ignore=%s ' tests/test_gpu*.py)
 tests 80 -q $parallel $ignored tests
 
 bench 15 bench_host --samples 100
-bench 90 bench_merge --repeats 40 --seconds 0.5 --compile-nets VGG19
+bench 90 bench_merge --passes eager --repeats 40 --seconds 0.5
 bench 40 bench_training
 bench 30 bench_match --repeats 40 --seconds 0.5 --compile-nets VGG19
 bench 20 bench_scaling --repeats 20 --seconds 0.2
 bench 35 bench_tuning
+bench 60 bench_merge --passes published compile --nets VGG19 --repeats 20 --seconds 0.5 # the slow and fragile, last
 
 echo "== Nsight Compute" | tee -a "$out/benchmarks.txt"
 if command -v ncu >/dev/null; then

@@ -5,6 +5,7 @@ import torch
 
 import inmerge_fast
 from benchmarks import providers
+from benchmarks.check import Checker
 from benchmarks.timing import cold_cache, synchronize
 from benchmarks.work import REGIMES, Settings
 
@@ -28,7 +29,7 @@ def test_merge(benchmark, provider, device, layers, regime):
     device = torch.device(device)
     weights = [torch.randn(shape, device=device) for shape in LAYERS[layers]]
     plan = inmerge_fast.MergePlan(weights)
-    providers.check([provider], plan)
+    Checker(plan).check(provider)
     call = provider.prepare(plan, Settings(REGIMES[regime]), None)
     kept = [weight.clone() for weight in weights]
 

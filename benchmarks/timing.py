@@ -1,4 +1,4 @@
-"""How time is measured, in one place: wall time with nothing in cache, copy bandwidth, and what a result file says.
+"""How time is measured, in one place: wall time with nothing in cache, and the copy bandwidth that floors are made of.
 
 *Wall time* is from the call until its work is done, synchronised on a GPU. Before each sample the caches are filled
 with other memory, because in a training step a forward and a backward pass lie between two merges.
@@ -7,24 +7,16 @@ with other memory, because in a training step a forward and a backward pass lie 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[1]
 COLD_BYTES = {"cpu": 1 << 27, "cuda": 1 << 28}  # 4 times the L3 of an EPYC's 8 cores and the L2 of an H200 (60 MB)
 COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+COPIES = 12  # of which the first two fault pages in
 WARM_UP = 2  # calls before the first sample: they compile, allocate and fault pages in
 CYCLES_PER_SECOND = 1.98e9  # of an H200; only how long the device is kept busy depends on it
 
@@ -50,12 +42,30 @@ def cold_cache(device: torch.device) -> Callable[[], None]:
     return fill
 
 
-@functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by ``copy_`` of much more than the caches hold; the best of 10."""
+    """Bytes read plus bytes written per second by ``copy_`` of much more than the caches hold; the best of 10.
+
+    On a CPU with as many threads as PyTorch may use now. On a GPU by events: the wait for the end of a copy is not its.
+    """
+    return _copy_bandwidth(device, torch.get_num_threads() if device.type == "cpu" else 1)
+
+
+@functools.cache
+def _copy_bandwidth(device: torch.device, _threads: int) -> float:
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    seconds = [wall_seconds(lambda: target.copy_(source), device) for _ in range(12)]
+    if device.type == "cpu":
+        seconds = [wall_seconds(lambda: target.copy_(source), device) for _ in range(COPIES)]
+    else:
+        events = []
+        for _ in range(COPIES):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source)
+            end.record()
+            events.append((start, end))
+        synchronize(device)
+        seconds = [start.elapsed_time(end) * 1e-3 for start, end in events]
     return 2 * source.numel() / min(seconds[2:])
 
 
@@ -68,6 +78,14 @@ def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@dataclass
+class Samples:
+    """Wall seconds of several calls by name and round, and by name the error of those that failed."""
+
+    seconds: dict[str, dict[int, float]] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+
+
 def time_interleaved(
     calls: Mapping[str, Callable[[int], object]],
     device: torch.device,
@@ -75,33 +93,47 @@ def time_interleaved(
     repeats: int,
     seconds_each: float,
     before_round: Callable[[], object],
-) -> dict[str, dict[int, float]]:
+    before_call: Callable[[str], object] = lambda name: None,
+) -> Samples:
     """Wall seconds of every call, one sample of each in turn, so that a slow moment of the machine hits all alike.
 
     Args:
-        calls: what to time, by name; called with the number of the round.
+        calls: what to time, by name; called with the number of the round. One that raises an exception is left out from
+            there on, and its samples count for nothing.
         device: where their work is done.
         repeats: rounds.
         seconds_each: a call that would take longer than this in all rounds takes part in fewer, evenly spread, but in
             at least 5 (or ``repeats``): the published loop is a thousand times slower than the kernels.
         before_round: called untimed before each round, to restore what the calls change.
-
-    Returns:
-        For every name its samples by round.
+        before_call: called untimed before each call, with its name.
     """
     fill_cache = cold_cache(device)
+    samples = Samples({name: {} for name in calls})
+
+    def sample(name: str, number: int) -> float | None:
+        before_call(name)
+        fill_cache()
+        try:
+            return wall_seconds(functools.partial(calls[name], number), device)
+        except Exception as error:
+            samples.errors[name] = error
+            return None
+
     rounds: dict[str, int] = {}
-    for name, call in calls.items():
+    for name in calls:
         before_round()
-        took = [wall_seconds(functools.partial(call, repeats + i), device) for i in range(WARM_UP)]
-        rounds[name] = min(repeats, max(5, int(seconds_each / took[-1])))
-    samples: dict[str, dict[int, float]] = {name: {} for name in calls}
+        *_, took = [sample(name, repeats + extra) for extra in range(WARM_UP)]
+        if took is not None:
+            rounds[name] = min(repeats, max(5, int(seconds_each / took)))
     for repeat in range(repeats):
         before_round()
-        for name, call in calls.items():
-            if repeat * rounds[name] % repeats < rounds[name]:
-                fill_cache()
-                samples[name][repeat] = wall_seconds(functools.partial(call, repeat), device)
+        for name, count in rounds.items():
+            if name not in samples.errors and repeat * count % repeats < count:
+                taken = sample(name, repeat)
+                if taken is not None:
+                    samples.seconds[name][repeat] = taken
+    for name in samples.errors:
+        del samples.seconds[name]
     return samples
 
 
@@ -116,82 +148,3 @@ def quantiles(seconds: Iterable[float], name: str) -> dict[str, float]:
     """Median and 20 / 80 % quantiles in microseconds, as ``name_us``, ``name_q20_us`` and ``name_q80_us``."""
     low, middle, high = np.quantile(np.fromiter(seconds, float) * 1e6, [0.2, 0.5, 0.8])
     return {f"{name}_us": round(middle, 2), f"{name}_q20_us": round(low, 2), f"{name}_q80_us": round(high, 2)}
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """Everything a reader needs to judge the figures of this run."""
-    about: dict[str, object] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "threads": torch.get_num_threads(),
-        "copy_bandwidth_gb_s": round(copy_bandwidth(device) / 1e9, 1),
-    }
-    if device.type == "cuda":
-        about |= {"cuda": str(torch.version.cuda)} | _driver_and_clocks(device)
-    return about
-
-
-def write_results(
-    root: Path, bench: str, about: Mapping[str, object], settings: Mapping[str, object], rows: Sequence[object]
-) -> Path:
-    """Write ``<root>/<device>/<bench>.json`` whole, or leave what is there untouched; returns its path."""
-    device = str(about["device"]).replace("(R)", "").replace("(TM)", "").replace("/", " ")
-    path = root / "-".join(device.split()) / f"{bench}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": about, "settings": settings, "rows": rows}, indent=1, allow_nan=False)
-    beside = path.with_suffix(".json.new")
-    beside.write_text(text + "\n")
-    os.replace(beside, path)  # atomic: a run that is killed leaves no half a file
-    return path
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """Short hash, with "+changes" where the code that is measured or measures differs from it."""
-    commit = _output_of("git", "rev-parse", "--short", "HEAD")
-    changed = _output_of("git", "status", "--porcelain", "--", "inmerge_fast", "kernels", "benchmarks/*.py")
-    return (commit + ("+changes" if changed else "")) if commit else "unknown"
-
-
-def _driver_and_clocks(device: torch.device) -> dict[str, str]:
-    """Driver version, and the clocks while the device is busy: idle ones would say nothing about the figures."""
-    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
-    torch.cuda._sleep(int(2 * CYCLES_PER_SECOND))
-    line = _output_of(
-        "nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}", f"--query-gpu={query}",
-        "--format=csv,noheader,nounits",
-    )  # fmt: skip
-    synchronize(device)
-    found = [part.strip() for part in line.split(",")]
-    if len(found) != 5:
-        return {"driver": "unknown", "clocks": "unknown"}
-    driver, sm, max_sm, memory, max_memory = found
-    return {"driver": driver, "clocks": f"SM {sm} of {max_sm} MHz, memory {memory} of {max_memory} MHz"}
-
-
-def _output_of(*command: str) -> str:
-    """What a command prints, or nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -22,7 +22,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "3D ResNet-18": nets.r3d_18,
 }
 SKIP_FIRST = 10  # the paper's choice: convolutions of a network that are left alone
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REGIMES = {"all pass": -1.0, "none passes": 1.0}  # thresholds
 SEED = 0
 
@@ -60,6 +60,14 @@ SINGLE_LAYERS = {  # by its number of elements
     "conv 512x512x3x3": (512, 4608),
     "conv 512x512x3x3x3": (512, 13824),
 }
+
+
+def net_of(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, inmerge_fast.MergePlan]:
+    """A network with random weights on a device, and the plan of the layers that are merged."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = NETS[name]().to(DTYPES[dtype])
+    return model, inmerge_fast.MergePlan(model, skip_first=SKIP_FIRST)
 
 
 def scaling_series() -> list[Layers]:

@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,12 @@ from .stats import NoEffectWarning
 
 NO_EFFECT_CALLS = 100  # after which the first look is taken; the next ones after ten times as many
 NO_EFFECT_RATE = 1e-4  # of the sampled pairs, below which merging has no effect: at prob 0.3 one merge in 33,000 steps
+SUMMED_AT_ONCE = 16  # calls on the host
 SHORTEST = 10  # calls that a run must have made for a word at its end
 MAX_WITHOUT_A_WORD = 64  # monitors that are kept for a word at the end of the process
+
+
+Buffer: TypeAlias = Any  # bytes, or what has them: it has no common type before Python 3.12
 
 
 class RunningCounts(Protocol):
@@ -86,6 +90,7 @@ class EffectMonitor:
     def __init__(self, layers: int) -> None:
         self.calls = 0
         self._sampled, self._merged = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
+        self._unsummed: list[tuple[Buffer, Buffer]] = []  # counts and outcomes of the latest calls on the host
         self._largest = -math.inf
         self._merged_there: torch.Tensor | None = None  # on a device, by the eager path, as is the next one
         self._largest_there: torch.Tensor | None = None
@@ -102,27 +107,37 @@ class EffectMonitor:
 
     # ------------------------------------------------------------------------------------------------------ counting
 
-    def count(
-        self, counts: npt.NDArray[np.int64], passed: npt.NDArray[np.bool_], passed_total: int, largest: float
-    ) -> None:
+    def count(self, counts: Buffer, passed: Buffer, passed_total: float, largest: float) -> None:
         """Count a call whose outcome is on the host.
 
         Args:
-            counts: pairs sampled in each layer, ``(layers,)``.
-            passed: whether each pair passed, layer after layer, ``(pairs,)``.
+            counts: pairs sampled in each layer, int64 ``(layers,)``.
+            passed: whether each pair passed, layer after layer, bool ``(pairs,)``.
             passed_total: how many did.
             largest: the largest similarity; minus infinity if there is none.
         """
-        if not passed.size:
+        if not len(passed):
             return
-        self._sampled += counts
-        if passed_total:
-            ends = counts.cumsum()
-            until = np.concatenate([[0], passed.cumsum()])
-            self._merged += until[ends] - until[ends - counts]
+        self._unsummed.append((counts, passed if passed_total else b""))
+        if len(self._unsummed) >= SUMMED_AT_ONCE:
+            self._sum()
         if largest > self._largest:
             self._largest = largest
         self._count_call()
+
+    def _sum(self) -> None:
+        """Sum up by layer: several calls at once, since NumPy takes as long for one."""
+        calls, self._unsummed = self._unsummed, []
+        if calls:
+            self._sampled += (
+                np.frombuffer(b"".join(counts for counts, _ in calls), np.int64).reshape(len(calls), -1).sum(0)
+            )
+        merging = [call for call in calls if len(call[1])]
+        if merging:
+            counts = np.frombuffer(b"".join(counts for counts, _ in merging), np.int64)
+            until = np.concatenate([[0], np.frombuffer(b"".join(passed for _, passed in merging), np.bool_).cumsum()])
+            ends = counts.cumsum()
+            self._merged += (until[ends] - until[ends - counts]).reshape(len(merging), -1).sum(0)
 
     def count_pairs(self, counts: npt.NDArray[np.int64], similarity: torch.Tensor, passed: torch.Tensor) -> None:
         """Count a call whose outcome is on the weights' device.
@@ -156,13 +171,16 @@ class EffectMonitor:
         Args:
             running: the counts of this plan's calls; others than at the last call go on from there.
         """
-        if running is not self._running:
-            if self._running is not None:
-                self._keep(self._running.by_layer())
-            self._running = running
-            if not _is_capturing():  # page-locking memory is slow, so now, and not in the middle of a run
-                self._host = page_locked((3,), torch.int64, running.largest.is_cuda)
+        if running is not self._running or self._host is None:
+            self._take_up(running)
         self._count_call()
+
+    def _take_up(self, running: RunningCounts) -> None:
+        if self._running is not None and running is not self._running:
+            self._keep(self._running.by_layer())
+        self._running = running
+        if not _is_capturing():  # page-locking memory is slow, so now, and not in the middle of a run
+            self._host = page_locked((3,), torch.int64, running.largest.is_cuda)
 
     def _count_call(self) -> None:
         self.calls += 1
@@ -178,10 +196,16 @@ class EffectMonitor:
 
     def totals(self) -> torch.Tensor:
         """Pairs sampled and merged in each layer by all calls, int64 ``(layers, 2)``, where they are; nothing waits."""
-        found = torch.from_numpy(np.stack([self._sampled, self._merged], 1))
-        for part in (self._take_there(), self._before, None if self._running is None else self._running.by_layer()):
-            if part is not None:
-                found = found.to(part.device) + part
+        self._sum()
+        found = self._before if self._running is None else self._running.by_layer()
+        if self._running is not None and self._before is not None:
+            found = found + self._before.to(found.device)  # type: ignore[union-attr]
+        there = self._take_there()
+        if there is not None:
+            found = there if found is None else found.to(there.device) + there
+        if found is None or self._sampled.any():  # not without need: it would be copied to the device
+            here = torch.from_numpy(np.stack([self._sampled, self._merged], 1))
+            found = here if found is None else found + here.to(found.device)
         return found
 
     def _take_there(self) -> torch.Tensor | None:
@@ -222,10 +246,12 @@ class EffectMonitor:
     def _numbers(self) -> torch.Tensor:
         """Pairs sampled, pairs merged and the key of the largest similarity, int64 ``(3,)``."""
         totals = self.totals().sum(0)
-        keys = [torch.tensor([_key(self._largest)], device=totals.device)]
+        keys = []
         if self._earlier is not None:
             totals = totals + self._earlier[:2].to(totals.device)
             keys.append(self._earlier[2:].to(totals.device))
+        if self._largest > -math.inf or totals.device.type == "cpu":
+            keys.append(torch.tensor([_key(self._largest)], device=totals.device))
         if self._largest_there is not None:
             bits = self._largest_there.view(1).view(torch.int32)
             keys.append(torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long().to(totals.device))

@@ -47,7 +47,7 @@ class RankCost:
         kept = min(size, MOST_FILTERS)
         if min(kept, layout.elements) > MOST_VALUES:
             kept = MOST_VALUES
-        place = torch.linspace(0, size - 1, kept).round().long().to(weight.device)
+        place = torch.linspace(0, size - 1, kept, device=weight.device).round().long()
         finite = filters.finite[:, place]
         values = filters.values[:, place].masked_fill(~finite[..., None], 0.0)
         self._share = kept / size
@@ -108,10 +108,11 @@ class RankCost:
         if partner == "nearest":
             mate = self._similarity.argmax(2)
         else:
-            generator = torch.Generator().manual_seed(self._key)
-            mate = (torch.rand(above.shape, generator=generator).to(above.device) * above).argmax(2)
-        own = torch.where(moves, alpha, 1.0).to(self._gram.dtype)
-        other = 1.0 - own
+            generator = torch.Generator("cpu").manual_seed(self._key)
+            chance = torch.rand(above.shape, generator=generator, device="cpu").to(above.device)
+            mate = (chance * above).argmax(2)
+        other = moves.to(self._gram.dtype) * (1.0 - alpha)
+        own = 1.0 - other
         values = gram = None
         if self._is_wide:  # from the Gram matrix alone: its rows move, and then its columns
             columns = mate[:, None].expand_as(self._gram)

@@ -23,6 +23,9 @@ if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+# GPU tests compare convolutions and gradients: in float32, and by the same algorithm each time.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
 
 CPU_KERNEL = not cpu.unavailable()
 
@@ -99,5 +102,9 @@ def device(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _fixed_global_seed():
+def _fixed_global_state():
     torch.manual_seed(0)
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.get_sync_debug_mode():
+        torch.cuda.set_sync_debug_mode("default")  # or later tests of this process would fail as well
+        pytest.fail("this test has left the mode on in which synchronising raises")

@@ -11,9 +11,8 @@ import sys
 import time
 
 import torch
+from stub import StubDriver
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver
 
 import inmerge_fast
@@ -24,18 +23,6 @@ from inmerge_fast.paths.triton.slots import SLOTS
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
 DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 15, 6, 20, 7  # all but the constants
-
-
-class StubDriver(CudaDriver):
-    """CudaDriver without the PyTorch build that it asks for devices and streams."""
-
-    def __init__(self):
-        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-        self.get_current_device, self.set_current_device = lambda: 0, lambda device: None
-        self.get_current_stream, self.get_device_capability = lambda device=0: 0, lambda device=0: (9, 0)
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
 
 
 class Operators(TorchDispatchMode):

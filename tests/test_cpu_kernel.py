@@ -12,7 +12,7 @@ from cpu_kernel import DTYPES, layer_of, run, similar_filters
 from oracle import BAND, assert_is_reference, assert_same_bits, bits
 from torch import nn
 
-from inmerge_fast import MergePlan, draw, reference_merge
+from inmerge_fast import MergePlan, draw, native, reference_merge
 from inmerge_fast.draw import MAX_LAYER, MAX_SEED, MAX_STEP
 from inmerge_fast.paths import cpu
 from inmerge_fast.rank_cost import NEVER
@@ -40,14 +40,15 @@ def code(request, kernel):
 
 
 def drawn(filters, groups, code, seed, step, layer, prob):
-    """Coins and partners as the kernel draws them: each filter is a unit vector, and becomes its partner."""
-    weight = torch.eye(filters)
+    """Coins and partners as the kernel draws them: filters of one element, each of which becomes its partner."""
+    index = np.arange(filters)
+    weight = torch.from_numpy(index).float().add_(1)[:, None]
     pairs = run(
         ([weight], [layer_of(weight, groups=groups, layer_id=layer)]),
         code=code, seed=seed, step=step, prob=prob, alpha=0.0, thresholds=-1.0,
     )  # fmt: skip
-    place = weight.argmax(1).numpy()
-    coin = place != np.arange(filters)
+    place = weight[:, 0].long().numpy() - 1
+    coin = place != index
     assert pairs.counts.tolist() == [coin.sum()]
     return coin, place
 
@@ -75,9 +76,15 @@ def test_any_draw_is_the_definitions(code):
         found, place = drawn(filters, groups, code, seed, step, layer, prob)
         assert (found == coin).all()
         assert (place == expected).all()
+
+
+def test_a_draw_of_many_filters_uses_all_bits(code):
+    """The lower word of the partner's fraction decides for one filter of 4096 here, and among few for hardly any."""
     top = {"seed": MAX_SEED, "step": MAX_STEP, "layer": MAX_LAYER}
-    coin, partner = draw(**top, filters=65, prob=1.0)
-    assert (drawn(65, 1, code, **top, prob=1.0)[1] == partner).all()
+    _, partner = draw(**top, filters=2**20, prob=1.0)
+    found, place = drawn(2**20, 1, code, **top, prob=1.0)
+    assert found.all()
+    assert (place == partner).all()
 
 
 # Values and decisions.
@@ -370,16 +377,16 @@ def test_a_layer_that_cannot_be_is_refused(kernel):
 
 
 def test_a_build_from_another_version_is_not_used(monkeypatch, kernel):
-    monkeypatch.setattr(kernel, "version", cpu.VERSION + 1)
-    assert f"{cpu.VERSION + 1} instead of {cpu.VERSION}" in cpu.unavailable()
+    monkeypatch.setattr(kernel, "version", native.VERSION + 1)
+    assert f"{native.VERSION + 1} instead of {native.VERSION}" in cpu.unavailable()
     with pytest.raises(RuntimeError, match="another version"):
         run(similar_filters(4, 30))
 
 
 def test_reasons_why_it_is_unavailable(monkeypatch):
-    monkeypatch.setitem(cpu.sys.modules, "inmerge_fast._cpu", None)
+    monkeypatch.setitem(native.sys.modules, "inmerge_fast._cpu", None)
     assert "not built" in cpu.unavailable()
-    monkeypatch.setattr(cpu.sysconfig, "get_config_var", lambda name: 1)
+    monkeypatch.setattr(native.sysconfig, "get_config_var", lambda name: 1)
     assert "free-threaded" in cpu.unavailable()
-    monkeypatch.setattr(cpu.sys.implementation, "name", "pypy")
+    monkeypatch.setattr(native.sys.implementation, "name", "pypy")
     assert "pypy" in cpu.unavailable()

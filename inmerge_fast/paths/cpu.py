@@ -6,17 +6,15 @@ and for any number of threads, so that replicas on unlike machines stay equal; b
 
 from __future__ import annotations
 
-import importlib
-import sys
-import sysconfig
+import math
+import struct
 from collections.abc import Sequence
-from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import native
 from ..draw import coin_threshold
 from ..effect import EffectMonitor
 from ..plan.candidates import MergeLayer
@@ -26,27 +24,51 @@ from ..stats import SampledPairs
 from .match import match_rows
 from .path import Call
 
-VERSION = 1  # of kernels/cpu/module.c that this file can call
+_TOTALS = struct.Struct("dd")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum type of numbers.h
 
 
-class CpuPairs(NamedTuple):
-    """What one call has measured.
+class CpuPairs:
+    """What one call has measured. Arrays are made of it where somebody looks: made at every call, they took 3 us.
 
-    Attributes:
-        counts: pairs sampled in each layer, int64 ``(layers,)``.
-        similarity: of each sampled pair by layer and filter, float64 ``(pairs,)``; NaN where a filter is not finite or
-            has no partner.
-        passed: whether the pair was above the threshold, bool ``(pairs,)``.
-        passed_total: how many did.
-        largest: the largest similarity; minus infinity if there is none.
+    Args:
+        counts: bytes of int64 ``(layers,)``.
+        similarity: bytes of float64 ``(pairs,)``.
+        passed: bytes of bool ``(pairs,)``.
+        totals: bytes of float64 ``(2,)``: how many pairs passed, and the largest similarity, minus infinity if there is
+            none.
     """
 
-    counts: npt.NDArray[np.int64]
-    similarity: npt.NDArray[np.float64]
-    passed: npt.NDArray[np.bool_]
-    passed_total: int
-    largest: float
+    __slots__ = ("_counts", "_passed", "_similarity", "_totals")
+
+    def __init__(self, counts: bytearray, similarity: bytearray, passed: bytearray, totals: bytearray) -> None:
+        self._counts, self._similarity, self._passed, self._totals = counts, similarity, passed, totals
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Pairs sampled in each layer, int64 ``(layers,)``."""
+        return np.frombuffer(self._counts, np.int64)
+
+    @property
+    def similarity(self) -> npt.NDArray[np.float64]:
+        """Of each sampled pair by layer and filter, ``(pairs,)``; NaN where one is not finite or has no partner."""
+        return np.frombuffer(self._similarity, np.float64)
+
+    @property
+    def passed(self) -> npt.NDArray[np.bool_]:
+        """Whether each pair was above the threshold, bool ``(pairs,)``."""
+        return np.frombuffer(self._passed, np.bool_)
+
+    @property
+    def passed_total(self) -> int:
+        """How many pairs were."""
+        return int(_TOTALS.unpack(self._totals)[0])
+
+    @property
+    def largest(self) -> float:
+        """The largest similarity; minus infinity if there is none."""
+        largest: float = _TOTALS.unpack(self._totals)[1]
+        return largest
 
     def __call__(self) -> SampledPairs:
         """The numbers of each pair."""
@@ -54,7 +76,7 @@ class CpuPairs(NamedTuple):
 
     def count_in(self, effect: EffectMonitor) -> None:
         """Tell the monitor."""
-        effect.count(self.counts, self.passed, self.passed_total, self.largest)
+        effect.count(self._counts, self._passed, *_TOTALS.unpack(self._totals))
 
 
 class CpuPath:
@@ -69,7 +91,7 @@ class CpuPath:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._unavailable: str | None = None
-        self._merge: CpuMerge | None = None
+        self._merge: tuple[CpuMerge, tuple[list[int], list[int]]] | None = None
 
     @property
     def reason(self) -> str:
@@ -89,10 +111,22 @@ class CpuPath:
         return ""
 
     def merge(self, weights: Sequence[torch.Tensor], call: Call) -> CpuPairs:
-        """See :class:`inmerge_fast.paths.path.Path`."""
-        kernel = self._merge
-        if kernel is None:
-            kernel = self._merge = CpuMerge(self._rows.layers, weights, self._rows.start)
+        """See :class:`inmerge_fast.paths.path.Path`.
+
+        Raises:
+            ValueError: another thread has just moved a weight; nothing has been written.
+        """
+        # The kernel writes to addresses while other threads run. One of them may give a weight other memory, as
+        # model.half() does, and would free what is written to. 17 us for 110 layers.
+        held = list(map(torch.Tensor.untyped_storage, weights))
+        memory = list(map(torch.UntypedStorage.data_ptr, held)), list(map(torch.UntypedStorage.nbytes, held))
+        found = self._merge
+        if found is None or found[1] != memory:
+            kernel = CpuMerge(self._rows.layers, weights, self._rows.start)
+            if not (kernel.lies_in(*memory) and all(layer.is_current() for layer in self._rows.layers)):
+                raise ValueError("a weight was moved or replaced by another thread while this call of merge_ began")
+            found = self._merge = kernel, memory
+        kernel, _ = found
         given = None
         if call.partner != "random":
             coin, _ = self._rows.draw(call.seed, call.step, call.prob)
@@ -109,11 +143,13 @@ class CpuPath:
             if not call.dry_run:
                 mark_written(weights)
             raise
+        finally:
+            del held  # until here
 
 
 def unavailable() -> str:
     """Why the kernel cannot be used here; empty if it can."""
-    kernel = _load()
+    kernel = native.load()
     return kernel if isinstance(kernel, str) else ""
 
 
@@ -139,7 +175,7 @@ class CpuMerge:
         *,
         code: str | None = None,
     ) -> None:
-        kernel = _load()
+        kernel = native.load()
         if isinstance(kernel, str):
             raise RuntimeError(f"the CPU kernel cannot be used: {kernel}")
         self._kernel, self._code = kernel, code
@@ -153,6 +189,13 @@ class CpuMerge:
                 _TYPES[layer.dtype],
             )  # fmt: skip
         self._table = table.tobytes()
+        self._same_for_all = math.nan, b""
+        self._first = table[:, 0]
+        self._end = self._first + table[:, 1] * table[:, 2] * [layer.dtype.itemsize for layer in layers]
+
+    def lies_in(self, starts: Sequence[int], sizes: Sequence[int]) -> bool:
+        """Whether each layer lies inside the memory of so many bytes from its start."""
+        return bool(np.all(self._first >= starts) and np.all(self._end <= np.add(starts, sizes)))
 
     def run(
         self,
@@ -189,38 +232,17 @@ class CpuMerge:
         if given is not None:
             coin = np.asarray(given[0], np.bool_).tobytes()
             partner = np.asarray(given[1]).astype(np.int32, casting="same_kind").tobytes()
-        counts, similarity, passed, totals = self._kernel.merge(
-            self._table, self._limits(thresholds), coin, partner, seed, step, coin_threshold(prob), alpha,
-            not dry_run, torch.get_num_threads(), self._code,
-        )  # fmt: skip
-        passed_total, largest = np.frombuffer(totals).tolist()
         return CpuPairs(
-            np.frombuffer(counts, np.int64),
-            np.frombuffer(similarity, np.float64),
-            np.frombuffer(passed, np.bool_),
-            int(passed_total),
-            largest,
-        )
+            *self._kernel.merge(
+                self._table, self._limits(thresholds), coin, partner, seed, step, coin_threshold(prob), alpha,
+                not dry_run, torch.get_num_threads(), self._code,
+            )
+        )  # fmt: skip
 
     def _limits(self, thresholds: float | Sequence[float]) -> bytes:
         if isinstance(thresholds, (float, int)):
-            return np.full(self._layers, thresholds, np.float64).tobytes()
+            kept = self._same_for_all  # one object: another thread may call with another threshold
+            if thresholds != kept[0]:
+                kept = self._same_for_all = float(thresholds), np.full(self._layers, float(thresholds)).tobytes()
+            return kept[1]
         return np.asarray(thresholds, np.float64).tobytes()
-
-
-def _load() -> ModuleType | str:
-    """The extension module, or why it cannot be used."""
-    if sys.implementation.name != "cpython":
-        return f"{sys.implementation.name} is not CPython, whose C API it is built with"
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return "a free-threaded Python has no limited C API, which it is built with"
-    try:
-        kernel = importlib.import_module("inmerge_fast._cpu")
-    except ModuleNotFoundError:
-        return "it was not built; where there is a C compiler, pip install builds it"
-    except ImportError as error:
-        return f"it cannot be loaded: {error}"
-    found = getattr(kernel, "version", None)
-    if found != VERSION:
-        return f"it was built from another version of this package, {found} instead of {VERSION}; run pip install again"
-    return kernel

@@ -68,6 +68,7 @@ class MergeRun:
         self.stopped: set[str] = set()
         self.step_count = 0
         self._earlier: dict[str, tuple[int, int]] = {}  # sampled and merged by plans before this one
+        self._before: torch.Tensor | None = None  # the same where the plan's counts are, in its order
         budget = recipe.threshold if isinstance(recipe.threshold, RankBudget) else None
         self.watch = None if budget is None and guard is None else RankWatch(budget, group)
         self.plan = self._new_plan()
@@ -122,7 +123,7 @@ class MergeRun:
             plan, old = self._new_plan(), self.plan
             self._fixed = self._fixed_thresholds(plan)  # may raise, before anything is different
             self.plan = plan
-            self._earlier |= self._counted_with(old)  # waits, as planning does
+            self._count_from(self._earlier | self._counted_with(old))  # waits, as planning does
             plan.effect.go_on_from(old.effect)
             weights = plan.weights()
         return weights
@@ -144,11 +145,14 @@ class MergeRun:
 
     def counted(self) -> torch.Tensor:
         """Pairs sampled and merged in each layer over the whole run, int64 ``(layers, 2)``; nothing waits."""
-        found = self.plan.totals()
-        if self._earlier:
-            earlier = [self._earlier.get(name, (0, 0)) for name in self.plan.names]
-            found = found + torch.tensor(earlier, dtype=torch.int64).to(found.device)
-        return found
+        found, before = self.plan.totals(), self._before
+        return found if before is None else found.to(before.device) + before
+
+    def _count_from(self, earlier: dict[str, tuple[int, int]]) -> None:
+        """Count on from what earlier plans have counted by layer."""
+        self._earlier = earlier
+        own = [earlier.get(name, (0, 0)) for name in self.plan.names]
+        self._before = torch.tensor(own, dtype=torch.int64, device=self.plan.device) if any(map(any, own)) else None
 
     def counted_by_layer(self) -> dict[str, tuple[int, int]]:
         """Pairs sampled and merged in each layer that the run has met; waits for the device."""
@@ -263,7 +267,7 @@ class MergeRun:
         self.plan.effect.reset()
         if budget is not None:
             self.plan.effect.advise(NOTHING_TO_SPEND)
-        self._earlier = {name: tuple(counts) for name, counts in state["counted"].items()}
+        self._count_from({name: (sampled, merged) for name, (sampled, merged) in state["counted"].items()})
         self.step_count = state["step_count"]
         self._quantiles, self._quantiles_of = dict(state["quantiles"]), state["quantiles_of"]
         self.stopped = set(state["stopped"])

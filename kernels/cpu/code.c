@@ -1,3 +1,4 @@
+/* Which of the instruction sets this processor has. */
 #include "code.h"
 
 #include <stddef.h>

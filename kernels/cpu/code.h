@@ -34,7 +34,7 @@ struct code {
 const struct code *code_at(int index);
 
 extern const struct code code_portable;
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(INMERGE_PLAIN_C)
 #define INMERGE_X86_CODE
 extern const struct code code_avx2, code_avx512;
 #endif

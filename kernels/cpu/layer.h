@@ -4,7 +4,7 @@
 
 #include "numbers.h"
 
-/* Strides are in elements. inmerge_fast/filters.py (FilterLayout) says how they give the address of an element. */
+/* Strides are in elements. inmerge_fast/plan/filters.py (FilterLayout) says how they give the address of an element. */
 struct layer {
   int64_t base; /* address of the weight */
   int64_t filters, elements, group_size, group_stride, filter_stride, run, outer_stride, inner_stride;

@@ -1,3 +1,4 @@
+/* One call: draw, order, allocate; then measure, decide and blend pair by pair, on one thread or several. */
 #include "merge.h"
 
 #include <fenv.h>
@@ -12,13 +13,11 @@
 
 #define MIN_NORM 1e-8 /* norms are clamped here, so a zero filter has similarity 0 */
 
-enum {
-  PART_BYTES = 1 << 18,  /* of filters in a part: small against a thread's share, large against taking the next one */
-  AHEAD_BYTES = 1 << 12, /* how far ahead filters are fetched: at least the next pair, of short filters a page */
-};
-#ifndef THREAD_BYTES /* of filters that a thread must have to look at, to be worth waking it */
-#define THREAD_BYTES (1 << 20)
+#ifndef THREAD_BYTES /* tests set both low */
+#define THREAD_BYTES (1 << 20) /* of filters that a thread must have to read: two break even at half of that each */
+#define PART_BYTES (1 << 18)   /* of filters in a part: small against a thread's share, large against taking it */
 #endif
+#define AHEAD_BYTES (1 << 12) /* how far ahead filters are fetched: at least the next pair, of short filters a page */
 
 struct part {
   int32_t first, end;
@@ -95,8 +94,8 @@ static int64_t bytes_of_pairs(const struct merge *merge) {
 }
 
 static void choose_threads(struct merge *merge) {
-  const int64_t busy = 1 + bytes_of_pairs(merge) / THREAD_BYTES;
-  if (merge->threads > busy) merge->threads = (int)busy;
+  const int64_t most = bytes_of_pairs(merge) / THREAD_BYTES;
+  if (merge->threads > most) merge->threads = (int)most;
 #ifdef _OPENMP
   /* OpenMP's threads do not survive a fork, and the child would wait for them for ever. */
   if (merge->threads < 1 || this_process() != home_process) merge->threads = 1;
@@ -253,11 +252,12 @@ void run_merge(struct merge *merge) {
   merge->next_part = 0;
   if (merge->pair_count < merge->sampled) /* some have no partner */
     for (int64_t s = 0; s < merge->sampled; s++) merge->similarity[s] = NAN, merge->passed[s] = 0;
+  if (merge->threads == 1) work(merge, merge->scratch);
 #ifdef _OPENMP
-#pragma omp parallel num_threads(merge->threads) if (merge->threads > 1)
-  work(merge, merge->scratch + omp_get_thread_num() * 3 * merge->room);
-#else
-  work(merge, merge->scratch);
+  else { /* libgomp makes its threads before one of them starts; without memory for them it ends the process */
+#pragma omp parallel num_threads(merge->threads)
+    work(merge, merge->scratch + omp_get_thread_num() * 3 * merge->room);
+  }
 #endif
   merge->passed_count = 0, merge->largest = -INFINITY;
   for (int64_t s = 0; s < merge->sampled; s++) {

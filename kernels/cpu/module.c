@@ -1,13 +1,11 @@
-/* The extension module inmerge_fast._cpu, in the limited API of Python 3.10: one build for all later versions. */
-#define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+/* The extension module inmerge_fast._cpu: the merge of all layers of a plan, and Watch. */
+#include "python.h"
 
 #include "merge.h"
 
-/* To be raised together with VERSION in inmerge_fast/paths/cpu.py whenever anything in this folder changes what a call
+/* To be raised together with VERSION in inmerge_fast/native.py whenever anything in this folder changes what a call
    takes, returns or does, so that an older build left in a checkout is not used. */
-#define VERSION 1
+#define VERSION 3
 
 /* The struct code of this name, the best one for None. */
 static const struct code *find_code(PyObject *name) {
@@ -44,13 +42,13 @@ PyDoc_STRVAR(merge_doc,
              "    threads: at most.\n"
              "    code: one of code_names, None for the first.\n\n"
              "Returns:\n"
-             "    Bytearrays: the number of sampled filters, int64 (layers,); of each of them the similarity, float64,\n"
+             "    Bytearrays: the number of sampled filters, int64 (layers,); of each of them the similarity, float64\n"
              "    and whether it passed, bool; how many passed, and the largest similarity, float64 (2,).\n\n"
              "Raises:\n"
              "    MemoryError: there is no memory; nothing has been written.\n"
              "    ValueError: an argument has the wrong size, or a partner is no other filter of the layer.\n");
 
-static PyObject *merge(PyObject *module, PyObject *arguments) {
+static PyObject *merge_all(PyObject *module, PyObject *arguments) {
   (void)module;
   PyObject *layers, *thresholds, *coin, *partner, *code_name;
   struct merge merge = {0};
@@ -117,13 +115,14 @@ static int execute(PyObject *module) {
     }
   }
   const int failed =
-    PyModule_AddObjectRef(module, "code_names", names) || PyModule_AddIntConstant(module, "version", VERSION);
+    PyModule_AddObjectRef(module, "code_names", names) || PyModule_AddIntConstant(module, "version", VERSION) ||
+    add_watch(module);
   Py_DECREF(names);
   remember_process();
   return failed ? -1 : 0;
 }
 
-static PyMethodDef methods[] = {{"merge", merge, METH_VARARGS, merge_doc}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {{"merge", merge_all, METH_VARARGS, merge_doc}, {NULL, NULL, 0, NULL}};
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
 static struct PyModuleDef definition = {
   PyModuleDef_HEAD_INIT, "_cpu", "The CPU merge in C: kernels/cpu/.", 0, methods, slots, NULL, NULL, NULL,

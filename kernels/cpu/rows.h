@@ -6,6 +6,7 @@
      NUMBER            of which it is one
      LOAD(to, from)    LANES elements from memory, as VECTORs
      STORE(to, from)   back, rounded
+     FROM, TO          the same for one element
 
    A sum has LANES partial sums, which LOAD assigns the elements of a filter to, and which are added up in one fixed
    order, whatever the width of a vector is. The compiler may not contract a product and a sum to one operation

@@ -1,0 +1,112 @@
+"""Merge kernels that are broken on purpose must be noticed, or a green run of the others would say nothing."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from ptx import barriers, cases
+from ptx.launch import program_of
+from ptx.machine import Schedule
+
+ARCH = "sm_90"
+SCHEDULES = 12
+
+
+def outcomes(*, text=None, weak=cases.WEAK[1], **settings):
+    """Merges in which many rows read one, and in which each reads the next; ``text`` changes the PTX."""
+
+    def mutate(kernel, program, compiled):
+        return program_of(text(compiled.ptx), compiled.shared_bytes) if text and kernel == "_merge_kernel" else program
+
+    return [
+        cases.merge_table(
+            number, ARCH, table=("star", "cycle")[number % 2], capacity=10_000, elements=256, mutate=mutate, repeats=1,
+            schedule=Schedule(number, cases.WAYS[number % 3], None, weak), **{"programs": 8} | settings,
+        )
+        for number in range(SCHEDULES)
+    ]  # fmt: skip
+
+
+def kinds(results):
+    return {f"{finding.kind} {finding.region}" for outcome in results for finding in outcome.findings}
+
+
+def replaced(old, new):
+    def change(ptx):
+        assert old in ptx
+        return ptx.replace(old, new)
+
+    return change
+
+
+def test_the_protocol_as_it_is_passes_in_these_schedules():
+    for outcome in outcomes():
+        assert outcome.is_fine, outcome
+
+
+def test_relaxed_atomics_are_noticed():
+    results = outcomes(SEM="relaxed")
+    assert "W-R scratch_ptr" in kinds(results)
+    assert "R-W weight0" in kinds(results)
+    assert sum(bool(outcome.wrong) for outcome in results) > 3
+    coherent = outcomes(SEM="relaxed", weak=None)
+    assert all(outcome.findings for outcome in coherent), "races in every schedule, whatever memory does"
+    assert not any(outcome.wrong for outcome in coherent), "and nothing wrong where it is coherent"
+
+
+@pytest.mark.parametrize(("old", "new", "races"), [
+    (".acq_rel.", ".release.", {"W-R scratch_ptr", "R-W weight0"}),
+    (".acq_rel.", ".acquire.", {"W-R scratch_ptr", "R-W weight0"}),
+    (".acquire.b32", ".relaxed.b32", {"R-W weight0"}),
+], ids=["no acquire at the releases", "no release", "no acquire at the first look"])  # fmt: skip
+def test_a_missing_half_of_an_order_is_noticed(old, new, races):
+    found = kinds(outcomes(text=replaced(old, new)))
+    assert races <= found
+
+
+def test_a_naive_merge_in_place_is_noticed():
+    results = outcomes(NAIVE=True, weak=None)
+    assert {"R-W weight0", "W-R weight0"} <= kinds(results)
+    assert sum(bool(outcome.wrong) for outcome in results) > 3
+
+
+def test_leaving_out_our_own_barriers_proves_nothing():
+    """Triton puts a barrier before a release by itself, 3.6 too: what BARRIER leaves out is there all the same."""
+    found = []
+
+    def count(kernel, program, compiled):
+        if kernel == "_merge_kernel":
+            found.append(len(program.barriers()))
+        return program
+
+    for barrier in (True, False):
+        outcome = cases.merge_table(
+            0, ARCH, elements=256, capacity=10_000, schedule=Schedule(0), mutate=count, repeats=1, BARRIER=barrier
+        )
+        assert outcome.is_fine, outcome
+    assert found[0] == found[1]
+
+
+# Barriers whose deletion no schedule notices, and why.
+UNNOTICED = {
+    "dense": set(),
+    # A strided blend stores through shared memory, and the barriers of that come after its last load: a release behind
+    # them has nothing to wait for that they did not. It is the release of a settled row's partner.
+    "strided": {"_release 3"},
+    "count": set(),
+    "draw": set(),
+}
+CASES = {
+    "dense": ("_merge_kernel", barriers.merge_case(ARCH), SCHEDULES),
+    "strided": ("_merge_kernel", barriers.merge_case(ARCH, elements=129), SCHEDULES),
+    "count": ("_count_kernel", barriers.merge_case(ARCH), 3),
+    "draw": ("_draw_kernel", barriers.plan_case(ARCH), 4),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_barrier_deleted_from_the_ptx_is_missed(name):
+    kernel, run, schedules = CASES[name]
+    found = barriers.deletions(kernel, run, schedules)
+    assert len(found) >= 10
+    assert {deletion.name for deletion in found if not deletion.noticed_by} == UNNOTICED[name]
