@@ -24,6 +24,7 @@ class EffectMonitor:
     def __init__(self) -> None:
         self._calls = 0
         self._done = False
+        self._largest = -math.inf
         self._totals: torch.Tensor | None = None
         self._host: torch.Tensor | None = None
         self._copied: torch.Event | None = None
@@ -47,6 +48,24 @@ class EffectMonitor:
             self._done = True
         self.count_call(now)
 
+    def count_numbers(self, pairs: int, passed: int, largest: float) -> None:
+        """Count a call that was allowed to write, whose outcome is on the host.
+
+        Args:
+            pairs: how many were sampled.
+            passed: how many passed.
+            largest: the largest similarity; minus infinity if there is none.
+        """
+        if self._done or not pairs:
+            return
+        self._calls += 1
+        self._largest = max(self._largest, largest)
+        if passed:
+            self._done = True
+        elif self._calls >= NO_EFFECT_CALLS:
+            self._done = True
+            warnings.warn(_message(self._largest), NoEffectWarning, stacklevel=_callers_level())
+
     def count_call(self, totals: torch.Tensor) -> None:
         """Count a call that sampled pairs and was allowed to write.
 
@@ -57,21 +76,27 @@ class EffectMonitor:
         if self._done:
             return
         self._calls += 1
-        if self._host is None or self._host.dtype != totals.dtype:  # at the first call: page-locking memory is slow
+        host = self._host if self._host is not None and self._host.dtype == totals.dtype else None
+        if self._calls < NO_EFFECT_CALLS and host is not None:
+            return
+        if totals.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph would take the copy along, nobody may ask for its event, and nothing may be page-locked
+        if host is None:  # page-locking memory is slow, so not in the middle of a run
             with torch.inference_mode(False):
-                self._host = torch.empty(2, dtype=totals.dtype, device="cpu", pin_memory=totals.is_cuda)
+                host = self._host = torch.empty(2, dtype=totals.dtype, device="cpu", pin_memory=totals.is_cuda)
             self._copied = None
-        if self._calls < NO_EFFECT_CALLS or (totals.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return  # a CUDA graph would take the copy along, and nobody may ask for its event
+        if self._calls < NO_EFFECT_CALLS:
+            return
         if self._copied is None:
-            self._host.copy_(totals, non_blocking=True)
+            host.copy_(totals, non_blocking=True)
             if totals.device.type != "cpu":
                 self._copied = torch.Event(device=totals.device)
-                self._copied.record()
+                # By itself it would be recorded on the current device, which need not be the one that copies.
+                self._copied.record(torch.accelerator.current_stream(totals.device))
         if self._copied is None or self._copied.query():
             self._done = True
-            if self._host[0] == 0:
-                warnings.warn(_message(_largest_similarity(self._host)), NoEffectWarning, stacklevel=_callers_level())
+            if host[0] == 0:
+                warnings.warn(_message(_largest_similarity(host)), NoEffectWarning, stacklevel=_callers_level())
 
 
 def _largest_similarity(totals: torch.Tensor) -> float:

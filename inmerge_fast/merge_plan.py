@@ -42,7 +42,7 @@ class MergePlan(LayerPlan):
 
     @property
     def path(self) -> str:
-        """The code that merges these layers on this machine: "triton" (the kernels) or "eager" (PyTorch)."""
+        """What merges these layers now: "cpu" (the kernel in C), "triton" (the GPU's kernels) or "eager" (PyTorch)."""
         return self.paths.choose().name
 
     @property

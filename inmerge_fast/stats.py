@@ -60,7 +60,7 @@ class MergeStats:
         seed: seed of the draw, whether it was given or drawn, so that the call can be repeated.
         step: step of the draw.
         dry_run: whether nothing was written.
-        path: the code that ran, "eager" or "triton".
+        path: the code that ran, "cpu", "triton" or "eager".
         skipped: ``(name, reason)`` of every candidate layer that was left out.
     """
 

@@ -233,7 +233,11 @@ def _merge_row(
 def _write_cycle(
     i_row, weight, first_row, geometry, alpha, beta, partner_ptr, counter_ptr, DENSE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Merge a cycle of deferred rows: each reads the next, the last one reads what the first one was."""
+    """Merge a cycle of deferred rows: each reads the next, the last one reads what the first one was.
+
+    The caller comes here because the counter of row i is not zero, which every warp finds out for itself: without the
+    barrier one that is late finds the zero that another has stored already, and leaves its columns unmerged.
+    """
     for o_block in range(0, geometry[0], BLOCK):
         o, m = _offsets(o_block, geometry, DENSE, BLOCK)
         b_first = tl.load(_filter(weight, i_row - first_row, geometry, DENSE) + o, mask=m, other=0.0).to(tl.float32)
@@ -250,6 +254,7 @@ def _write_cycle(
         new = (alpha * b_this + beta * b_first).to(weight.dtype.element_ty)
         tl.store(_filter(weight, this - first_row, geometry, DENSE) + o, new, mask=m)
     this = tl.load(partner_ptr + i_row)
+    tl.debug_barrier()
     tl.store(counter_ptr + i_row, 0)
     while this != i_row:
         tl.store(counter_ptr + this, 0)
@@ -379,6 +384,8 @@ def _merge_kernel(
                             _write_cycle(i_row, _weight(table, CODE), first_row, _geometry(table, 1), alpha, beta,
                                          partner_ptr, counter_ptr, False, CYCLE_BLOCK)  # fmt: skip
             tl.debug_barrier()
+        # Every warp has read the length of that list before one resets it; the loop's own barrier takes a row in it.
+        tl.debug_barrier()
         tl.store(state_ptr + ACTIVE_ROWS, 0)
         tl.store(state_ptr + SCRATCH_USED, 0)
         tl.store(state_ptr + FINISHED, 0)

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from inmerge_fast.paths import cpu
+
 try:
     import hypothesis
 except ImportError:  # the files that need it skip themselves, so that a bare GPU machine can run all others
@@ -20,6 +22,11 @@ if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+# GPU tests compare convolutions and gradients: in float32, and by the same algorithm each time.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+
+CPU_KERNEL = not cpu.unavailable()
 
 if hypothesis is not None:
     hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
@@ -65,12 +72,19 @@ def full_device(request):
 @pytest.fixture(
     params=[
         "cpu",
+        "eager",
         pytest.param("interpreted", marks=pytest.mark.interpreted),
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
 def device(request, monkeypatch):
-    """Every way the op runs here: PyTorch on the CPU, the kernels in Triton's CPU interpreter, the kernels on a GPU."""
+    """Every way the op runs here: the CPU's kernel, PyTorch, the GPU's kernels in Triton's interpreter and on a GPU."""
+    if request.param == "eager":
+        if not CPU_KERNEL:
+            pytest.skip("the CPU kernel is not built here, so that cpu is the eager path")
+        monkeypatch.setenv("INMERGE_FORCE_EAGER", "1")
+        yield torch.device("cpu")
+        return
     if request.param != "interpreted":
         yield torch.device(request.param)
         return
@@ -83,5 +97,9 @@ def device(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _fixed_global_seed():
+def _fixed_global_state():
     torch.manual_seed(0)
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.get_sync_debug_mode():
+        torch.cuda.set_sync_debug_mode("default")  # or later tests of this process would fail as well
+        pytest.fail("this test has left the mode on in which synchronising raises")

@@ -8,9 +8,14 @@ struct config { unsigned grid[3], block[3], shared; void *stream; void *attribut
 struct record { unsigned grid[3]; void *function; uint64_t parameters[PARAMETERS]; };
 
 int stub_launches = 0;
-int stub_parameters[FUNCTIONS]; /* of each function, numbered from 1: how many to remember, for past the last one is a crash */
+/* Of each function, numbered from 1: how many to remember, for past the last one is a crash; of others none. */
+int stub_parameters[FUNCTIONS];
 struct record stub_records[RECORDS];
 static int modules = 0;
+
+/* Of stub_cudart.c, where both are built into one library. */
+__attribute__((weak)) void stub_say(const char *format, ...);
+__attribute__((weak)) int stub_stream(const void *handle);
 
 result cuInit(unsigned f) { return 0; }
 result cuDeviceGetCount(int *n) { *n = 1; return 0; }
@@ -21,6 +26,7 @@ result cuCtxGetDevice(int *d) { *d = 0; return 0; }
 result cuCtxGetLimit(size_t *v, int l) { *v = 0; return 0; }
 result cuCtxSetLimit(int l, size_t v) { return 0; }
 result cuDevicePrimaryCtxRetain(void **c, int d) { *c = (void *)1; return 0; }
+result cuDevicePrimaryCtxGetState(int d, unsigned *flags, int *active) { *flags = 0, *active = 1; return 0; }
 result cuDriverGetVersion(int *v) { *v = 13000; return 0; }
 result cuDeviceGetAttribute(int *v, int a, int d) {
   switch (a) {
@@ -48,6 +54,7 @@ result cuOccupancyMaxActiveClusters(int *n, void *f, void *c) { *n = 1; return 0
 result cuTensorMapEncodeTiled(void) { return 0; }
 result cuTensorMapEncodeIm2col(void) { return 0; }
 result cuLaunchKernelEx(const struct config *c, void *f, void **p, void **e) {
+  if (stub_say) stub_say("launch %d\n", stub_stream(c->stream));
   struct record *r = &stub_records[stub_launches++ % RECORDS];
   memset(r, 0, sizeof *r);
   memcpy(r->grid, c->grid, sizeof r->grid);

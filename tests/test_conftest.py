@@ -52,3 +52,11 @@ def test_the_summary_counts_the_tests_of_the_device(monkeypatch, has_gpu):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     conftest.pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append))
     assert lines == ["gpu tests run on Some GPU: 3" if has_gpu else "no CUDA device: 1 gpu tests skipped"]
+
+
+def test_convolutions_are_exact_and_repeatable():
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,10 +1,10 @@
 """What a call costs and whom it waits for on a GPU: synchronisation, memory, streams, CUDA graphs."""
 
-import contextlib
 import warnings
 
 import pytest
 import torch
+from on_gpu import keep_busy, synchronising_raises
 from torch import nn
 from vectorised import assert_merged
 
@@ -18,16 +18,7 @@ from inmerge_fast.paths.triton.slots import KEPT_CALLS, SLOTS  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
-CYCLES_PER_SECOND = 1_980_000_000  # of the fastest clock: waits may be longer, which is as well
 CALL = {"prob": 1.0, "alpha": 0.75, "threshold": -1.0}
-
-
-def keep_busy(seconds):
-    """Occupy the current stream; the event is done when the stream is free again."""
-    torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 def some_weights():
@@ -48,17 +39,6 @@ def warm_plan(weights):
     merge_(plan, prob=1.0, dry_run=True, seed=0, step=0)
     torch.cuda.synchronize()
     return plan
-
-
-@contextlib.contextmanager
-def synchronising_raises():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 # ----------------------------------------------------------------------------------------------------- waits for nobody
@@ -172,17 +152,43 @@ def test_calls_of_one_plan_on_two_streams_follow_each_other():
     assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
 
 
-def test_statistics_read_on_another_stream_are_those_of_the_call():
+@pytest.mark.parametrize("begins_on_default", [True, False])
+def test_the_default_stream_is_waited_for_and_waits_like_any_other(begins_on_default):
+    """Its handle is 0, from which PyTorch below 2.14 makes a new stream that nothing runs on."""
+    weights = some_weights()
+    plan, in_turn = warm_plan(weights), clones(weights)
+    streams = [torch.cuda.default_stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for step in range(4):
+        with torch.cuda.stream(streams[(step + 1 - begins_on_default) % 2]):
+            if step == 0:
+                busy = keep_busy(0.5)
+            merge_(plan, seed=1, step=step, **CALL)
+    assert not busy.query(), "the host waited, so nothing shows"
+    torch.cuda.synchronize()
+    other = MergePlan(in_turn)
+    for step in range(4):
+        merge_(other, seed=1, step=step, **CALL)
+    assert all(torch.equal(a, b) for a, b in zip(weights, in_turn, strict=True))
+
+
+@pytest.mark.parametrize("read", ["layers", "prefetch"])
+@pytest.mark.parametrize("on_default", [True, False])
+def test_statistics_read_on_another_stream_are_those_of_the_call(on_default, read):
     weights = some_weights()
     plan = warm_plan(weights)
-    side = torch.cuda.Stream()
+    default, side = torch.cuda.default_stream(), torch.cuda.Stream()
+    caller, reader = (default, side) if on_default else (side, default)
     for step in range(5):
         expected = merge_(plan, seed=1, step=step, prob=0.5, dry_run=True).layers
         torch.cuda.synchronize()
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(caller):
             keep_busy(0.02)
             stats = merge_(plan, seed=1, step=step, prob=0.5, dry_run=True)
-        assert stats.layers == expected
+        with torch.cuda.stream(reader):
+            if read == "prefetch":
+                stats.prefetch()
+            assert stats.layers == expected
 
 
 def test_statistics_of_reused_slots_raise():
@@ -251,6 +257,25 @@ def test_a_captured_merge_repeats_its_draw_and_calls_in_between_stay_right(drawn
         for layer, (old, new) in enumerate(zip(before, weights, strict=True)):
             assert_merged(old, new, seed=1, step=step, layer=layer, **CALL)
     assert not launcher.slot_of(launcher.calls).state.any()  # others may hold what is drawn ahead
+
+
+def test_replays_and_calls_leave_each_others_statistics_alone():
+    weights = some_weights()
+    plan = warm_plan(weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = merge_(plan, seed=2, step=0, prob=0.3, dry_run=True)
+        with pytest.raises(RuntimeError, match="cannot be read while a CUDA graph is captured"):
+            _ = captured.sampled
+    of_graph = merge_(plan, seed=2, step=0, prob=0.3, dry_run=True).layers
+    calls, expected = [], []
+    for step in range(2 * SLOTS):
+        calls.append(merge_(plan, seed=1, step=step, prob=0.9, dry_run=True))
+        expected.append(merge_(MergePlan(weights), seed=1, step=step, prob=0.9, dry_run=True).layers)
+        graph.replay()
+        if step >= KEPT_CALLS:
+            assert calls[-KEPT_CALLS].layers == expected[-KEPT_CALLS]
+    assert captured.layers == of_graph
 
 
 # ---------------------------------------------------------------------------------------------------------- other paths

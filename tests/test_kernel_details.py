@@ -31,6 +31,7 @@ from test_kernels import (  # noqa: E402
 )
 
 from inmerge_fast.kernels import merge  # noqa: E402
+from inmerge_fast.paths import cpu  # noqa: E402
 from inmerge_fast.paths.choice import Paths  # noqa: E402
 from inmerge_fast.paths.triton.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
@@ -263,9 +264,11 @@ class _OtherDevice:
         ("1", "0", None, "triton", "interpreted, INMERGE_INTERPRET is set"),
         ("1", "", None, "triton", "interpreted, INMERGE_INTERPRET is set"),
         ("1", "1", None, "eager", "INMERGE_FORCE_EAGER is set"),
-        (None, None, None, "eager", "device cpu"),
-        ("0", None, None, "eager", "device cpu"),
-        ("", None, None, "eager", "device cpu"),
+        (None, None, None, "cpu", "device cpu"),
+        ("0", None, None, "cpu", "device cpu"),
+        ("", None, None, "cpu", "device cpu"),
+        (None, "1", None, "eager", "INMERGE_FORCE_EAGER is set"),
+        (None, None, "no compiler", "eager", "the CPU kernel cannot be used: it was not built"),
         ("1", None, "float64", "eager", "float64 layers, or layers of 2**20 filters and more"),
         ("1", None, "other device", "eager", "device xpu:0"),
         ("1", None, "CUDA", "triton", "device cuda:0"),
@@ -288,6 +291,8 @@ def test_every_path_and_its_reason(monkeypatch, interpret, force_eager, change, 
         monkeypatch.setattr(Rows, "device", torch.device("cuda:0"))
         if change.endswith("without Triton"):
             monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    why = "it was not built" if change == "no compiler" else ""
+    monkeypatch.setattr(cpu, "unavailable", lambda: why)
     plan.paths = Paths(plan.rows)
     for _ in range(2):
         assert (plan.path, plan.path_reason) == (path, reason)

@@ -1,18 +1,13 @@
 """The launcher over a CUDA driver that does nothing: handles, grids, argument widths. The interpreter never runs it."""
 
-import json
-import subprocess
+import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton")
-
 import stub
-
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or stub.compiler() is None, reason="builds a stub of libcuda with gcc"
@@ -20,13 +15,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def on_stub(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stub")
-    environment = stub.environment_over_stub(folder) | {"PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / "launch_on_stub.py"), "6"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def environment(tmp_path_factory):
+    return stub.environment_over_stub(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture(scope="module")
+def on_stub(environment):
+    return stub.run("launch_on_stub.py", "6", env=environment)
 
 
 def test_one_call_is_two_launches(on_stub):
@@ -71,3 +66,33 @@ def test_a_call_costs_the_host_little(on_stub):
     """22 us a launch is what Triton's own dispatch takes; the bound only says that handles are used. Usually 10 us."""
     print(f"\nhost time of draw and merge, without the driver: {on_stub['host_us']:.1f} us")
     assert on_stub["host_us"] < 44
+
+
+# ---------------------------------------------------------------------------------------------------------- no compiler
+
+
+WITHOUT_COMPILER = {
+    "none": ({"PATH": ""}, "Failed to find C compiler"),
+    "gone": ({"CC": "/nowhere/cc"}, "No such file or directory: '/nowhere/cc'"),
+    "fails": ({"CC": shutil.which("false")}, "false ended with status 1;"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_COMPILER)
+def test_without_a_compiler_the_plan_is_eager_and_says_why_before_the_first_call(environment, tmp_path, case):
+    changed, why = WITHOUT_COMPILER[case]
+    env = {name: value for name, value in environment.items() if name != "CC"}
+    seen = stub.run("compiler_on_stub.py", env=env | {"TRITON_CACHE_DIR": str(tmp_path)} | changed)
+    assert seen["path"] == "eager"
+    assert seen["ran"] == ["eager"]
+    assert "path: eager (Triton cannot build what launches kernels: " in seen["printed"]
+    assert why in seen["printed"]
+    assert "install a C compiler and Python's headers, or set CC)" in seen["printed"]
+
+
+def test_a_machine_that_has_built_the_launcher_needs_no_compiler(environment, on_stub):
+    """Where there is one launcher for all kernels. Else the kernels that were never launched would need one late."""
+    from inmerge_fast.paths.triton.build import BUILDS_BY_SIGNATURE
+
+    seen = stub.run("compiler_on_stub.py", env=environment | {"CC": shutil.which("false")})
+    assert seen["ran"] == ["eager" if BUILDS_BY_SIGNATURE else "triton"]

@@ -1,25 +1,17 @@
-"""What the launcher must survive without a GPU to try it on: CUDA graphs being captured, and other streams."""
-
-import contextlib
+"""What the launcher must survive without a GPU to try it on: calls on one stream after another."""
 
 import pytest
 import torch
 
-from inmerge_fast import MergePlan, NoEffectWarning, draw
+from inmerge_fast import draw
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
 
-from interpreter import apply_fixes, bounds  # noqa: E402
-from test_kernel_details import CALL, _CountingKernel  # noqa: E402
-from test_kernels import alike, launcher_of, tensors_of  # noqa: E402
-
-from inmerge_fast.effect import NO_EFFECT_CALLS, EffectMonitor  # noqa: E402
-from inmerge_fast.paths.triton import handle, launch, streams  # noqa: E402
-from inmerge_fast.paths.triton.handle import Arguments, Handle  # noqa: E402
-from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
-
-CUDA = torch.device("cuda:0")
+from fake_streams import Stream, launcher_on_streams, pretend_on_gpu  # noqa: E402
+from interpreter import apply_fixes  # noqa: E402
+from test_kernel_details import CALL  # noqa: E402
+from test_kernels import tensors_of  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -27,209 +19,38 @@ def _interpreter():
     apply_fixes()
 
 
-# ------------------------------------------------------------------------------------------------------------ captures
-
-
-def test_a_capture_is_told_to_warm_up(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="the first merge_ of a plan builds.*; call merge_ once before capturing"):
-        handle.check_not_capturing(CUDA, "builds its tables")
-    handle.check_not_capturing(torch.device("cpu"), "builds its tables")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    handle.check_not_capturing(CUDA, "builds its tables")
-
-
-def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
-    weights = [alike(128, 1024)]
-    plan, launcher = MergePlan(weights), launcher_of(weights)
-    launcher.reserve_scratch(0.1)
-    scratch, kernel = launcher.scratch, _CountingKernel()
-
-    def capturing(device, what):
-        raise RuntimeError(f"capturing: {what}")
-
-    for module in (launch, handle):
-        monkeypatch.setattr(module, "check_not_capturing", capturing)
-    monkeypatch.setattr(torch, "zeros", pytest.fail)
-    monkeypatch.setattr(torch, "empty", pytest.fail)
-    with pytest.raises(RuntimeError, match="capturing: builds its tables"):
-        Launcher(plan.layers, weights, plan.rows.start)
-    with pytest.raises(RuntimeError, match="capturing: with a larger prob"):
-        launcher.reserve_scratch(1.0)
-    assert launcher.scratch is scratch
-    launcher.reserve_scratch(0.1)  # enough as it is
-    with pytest.raises(RuntimeError, match="capturing: compiles its kernels"):
-        Handle(kernel, {}, {}).launch(1, 0, Arguments(weights[0]), ())
-    assert (kernel.warmups, kernel.runs) == (0, [])
-
-
-class _CudaTotals:
-    """Stands in for the running totals of a plan on a GPU."""
-
-    is_cuda, device, dtype = True, CUDA, torch.int32
-
-
-class _Host:
-    dtype = torch.int32
-
-    def __init__(self):
-        self.copies = []
-
-    def copy_(self, source, *, non_blocking):
-        self.copies.append((source, non_blocking))
-
-    def __getitem__(self, index):
-        return 0 if index == 0 else 5
-
-
-def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_for_nobody(monkeypatch):
-    """Its copy would become part of a graph, and its event could not be asked."""
-    host, allocations, events = _Host(), [], []
-
-    class Event:
-        done = False
-
-        def __init__(self, device):
-            events.append(self)
-
-        def record(self):
-            pass
-
-        def query(self):
-            return self.done
-
-    monkeypatch.setattr(torch, "empty", lambda size, **options: allocations.append(options) or host)
-    monkeypatch.setattr(torch, "Event", Event)
-    monitor, totals = EffectMonitor(), _CudaTotals()
-
-    def count(calls, capturing=False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-        for _ in range(calls):
-            monitor.count_call(totals)
-
-    count(1)
-    assert [(options["device"], options["pin_memory"]) for options in allocations] == [("cpu", True)]
-    count(NO_EFFECT_CALLS - 2)
-    count(3, capturing=True)
-    assert host.copies == events == []
-    count(3)
-    assert host.copies == [(totals, True)]
-    assert len(events) == len(allocations) == 1
-    Event.done = True
-    with pytest.warns(NoEffectWarning):
-        count(1)
-    count(3)
-    assert len(host.copies) == 1
-
-
-# ------------------------------------------------------------------------------------------------------------- streams
-
-
-class _Stream:
-    def __init__(self, handle):
-        self.cuda_stream, self.waited_for = handle, []
-
-    def wait_stream(self, other):
-        self.waited_for.append(other.cuda_stream)
-
-
-class _Recorded(torch.Tensor):
-    """A tensor that remembers which streams its memory was said to be used on."""
-
-    def record_stream(self, stream):
-        self.streams.append(stream.cuda_stream)
-
-
-def pretend_on_gpu(launcher, on_gpu=True):
-    launcher.device, launcher.on_gpu = (CUDA, True) if on_gpu else (torch.device("cpu"), False)
-    launcher._streams._device, launcher._streams._on_gpu = launcher.device, on_gpu
-
-
 @pytest.fixture
 def on_streams(monkeypatch):
-    """A launcher that believes itself on a GPU, and a function that makes a stream current."""
-    weights = [alike(9, 20)]
-    launcher = launcher_of(weights)
-    launcher.weights = weights  # keeps them alive
-    launcher.reserve_scratch(0.3)
-    launcher.run(1, 0, prob=0.3, **CALL, dry_run=True, partner="nearest")  # builds what partner rules need
-    pretend_on_gpu(launcher)
-    for holder in (vars(launcher), vars(launcher.slots), vars(launcher.matcher), launcher.matcher._work):
-        for name, value in holder.items():
-            if isinstance(value, torch.Tensor):
-                holder[name] = value.as_subclass(_Recorded)
-                holder[name].streams = []
-    current = []
-
-    def switch(stream, capturing=False):
-        current[:] = [stream]
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    monkeypatch.setattr(streams, "raw_stream", lambda device: current[0].cuda_stream)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: _Stream(handle))
-    return launcher, switch
+    return launcher_on_streams(monkeypatch)
 
 
 def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(on_streams):
     launcher, switch = on_streams
-    first, second, captured = _Stream(0), _Stream(7), _Stream(9)
-    for stream, capturing in ((first, False), (second, False), (second, False), (captured, True), (first, False)):
-        switch(stream, capturing)
+    first, second = Stream(0), Stream(7)
+    for stream in (first, second, second, first):
+        switch(stream)
         assert launcher.follow_current_stream() == stream.cuda_stream
-    assert second.waited_for == [0], "once: on the same stream calls follow each other anyway"
-    assert captured.waited_for == [], "a captured stream may not wait for another"
-    assert first.waited_for == [9]
-    assert all(tensor.streams == [0, 7, 9, 0] for tensor in launcher.matcher.tensors())
+    assert second.waited_for == [0], "the default stream itself; once, for on one stream calls follow each other anyway"
+    assert first.waited_for == [7]
+    assert all(tensor.streams == [0, 7, 0] for tensor in launcher.matcher.tensors())
     tensors = tensors_of(launcher, [])
     for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
-        assert tensors[name].streams == [0, 7, 9, 0], f"{name} would be reused while a call uses it"
+        assert tensors[name].streams == [0, 7, 0], f"{name} would be reused while a call uses it"
 
 
-def test_once_a_graph_was_captured_calls_count_apart_and_draw_nothing_ahead(on_streams, monkeypatch):
-    """Its replays come unseen: what the host believes to be drawn or zeroed may not be any more."""
+def test_streams_of_a_graph_wait_for_each_other_and_for_no_others(on_streams):
     launcher, switch = on_streams
-    monkeypatch.setattr(launcher, "_on_device", contextlib.nullcontext)
-    pretend_on_gpu(launcher, False)
-    launcher.reserve_scratch(0.9)
-    launcher.scratch = launcher.scratch.as_subclass(_Recorded)
-    launcher.scratch.streams = []
-    pretend_on_gpu(launcher)
-    launched = []
-    names = {launcher._draw: "draw and count", launcher._draw_only: "draw", launcher._count: "count"}
-    for of, name in names.items():
-        call = of.launch
-        monkeypatch.setattr(of, "launch", lambda *a, name=name, call=call: launched.append(name) or call(*a))
-
-    def run(step, capturing):
-        launched.clear()
-        switch(_Stream(0), capturing)
-        launcher.run(1, step, prob=0.9, **CALL, dry_run=False)
-        return list(launched)
-
-    def captured(step):
-        """A call of which nothing runs: its launches go into the graph, and nothing else does."""
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "zero_", lambda _: pytest.fail("a memset"))
-            for handle in vars(launcher).values():
-                if isinstance(handle, Handle):
-                    patch.setattr(handle, "launch", lambda *a, handle=handle: launched.append(names.get(handle)))
-            patch.setattr(launcher._merge_handle({}), "launch", lambda *_: None)
-            return run(step, True)
-
-    compiled = []
-    monkeypatch.setattr(Handle, "compile", lambda self, *_: compiled.append(self))
-    assert [run(step, False) for step in range(4)] == [["draw and count"]] * 3 + [[]]
-    assert compiled == [launcher._draw_only, launcher._count], "what the graph needs and could not compile"
-    assert captured(4) == ["draw", "count"], "what was drawn ahead is not in the graph"
-    assert launcher.slots.state.any(), "and is still listed, since nothing has run"
-    with bounds(*tensors_of(launcher, launcher.weights).values()):
-        for step in range(5, 9):
-            launcher.slot_of(launcher.calls + 1).state.fill_(1)  # as a replay may leave what is drawn ahead
-            assert run(step, False) == ["draw", "count"]
-            assert not launcher.slot_of(launcher.calls).state.any()
-    assert captured(9) == ["draw", "count"]
-    assert len(compiled) == 2
+    outside, captured, forked = Stream(0), Stream(9, captured=True), Stream(11, captured=True)
+    for stream in (outside, captured, forked, outside):
+        switch(stream)
+        assert launcher.follow_current_stream() == stream.cuda_stream
+    assert captured.waited_for == [], "a captured stream cannot wait for one that is not"
+    assert forked.waited_for == [9], "the graph would run both at once"
+    assert outside.waited_for == [], "it would be captured as well"
+    captured.captured = forked.captured = False  # the capture has ended
+    switch(captured)
+    launcher.follow_current_stream()
+    assert captured.waited_for == [0]
 
 
 @pytest.mark.parametrize("call", ["run", "prepare"])
@@ -252,10 +73,10 @@ def test_thresholds_are_copied_after_what_the_plan_does_on_another_stream(on_str
 def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, monkeypatch):
     launcher, switch = on_streams
     old = launcher.scratch
-    for stream in (_Stream(0), _Stream(7)):
+    for stream in (Stream(0), Stream(7)):
         switch(stream)
         launcher.follow_current_stream()
-    third = _Stream(8)
+    third = Stream(8)
     switch(third)
     monkeypatch.setattr(torch, "empty", lambda size, *, dtype, device: torch.zeros(size, dtype=dtype))
     launcher.reserve_scratch(1.0)
@@ -264,13 +85,18 @@ def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, m
     assert old.streams == [0, 7, 8]
 
 
-def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, monkeypatch):
+@pytest.mark.parametrize("read", ["fetch", "prefetch"])
+def test_statistics_are_read_after_what_the_plan_does_on_another_stream(on_streams, read):
     launcher, switch = on_streams
     pretend_on_gpu(launcher, False)
     results = launcher.run(1, 0, prob=0.3, **CALL, dry_run=True)
     pretend_on_gpu(launcher)
-    launcher._streams._stream = 7
-    reader = _Stream(0)
+    side, reader = Stream(7), Stream(0)
+    for stream in (side, reader, side):
+        switch(stream)
+        launcher.follow_current_stream()
+    reader.waited_for.clear()
     switch(reader)
-    assert results.fetch().counts.tolist() == [draw(1, 0, 0, 9, 0.3)[0].sum()]
+    pairs = results.fetch() if read == "fetch" else results.prefetch()()
+    assert pairs.counts.tolist() == [draw(1, 0, 0, 9, 0.3)[0].sum()]
     assert reader.waited_for == [7]

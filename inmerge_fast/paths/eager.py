@@ -1,4 +1,4 @@
-"""The path of plain PyTorch: other devices than GPUs, float64 there, and wherever a faster path cannot run or may not.
+"""The path of plain PyTorch: every device, and wherever a faster path cannot run or may not.
 
 Decisions are drawn on the host, so only sampled filters are touched: two gathers, three row reductions, one blend and
 one scatter per layer.
@@ -18,7 +18,6 @@ from ..plan.filters import FilterLayout, compute_dtype
 from ..plan.rows import Rows
 from ..reference import MIN_NORM
 from ..stats import SampledPairs
-from .eager_cpu import merge_layers_
 from .match import match_rows
 from .pairs import autocast_off
 from .path import Call
@@ -78,22 +77,14 @@ def merge_drawn_(
     if call.partner != "random":
         partner = match_rows(rows, weights, coin, call.partner, thresholds, seed=call.seed, step=call.step)
         found = coin & (partner >= 0)
-    if weights[0].device.type == "cpu":
-        measured = merge_layers_(
-            rows.layers, weights, rows.start, found, partner, alpha=call.alpha, thresholds=thresholds,
-            dry_run=call.dry_run,
-        )  # fmt: skip
-        similarity, passed = map(torch.from_numpy, measured)
-    else:
-        each = []
-        for layer, weight, threshold, place in zip(rows.layers, weights, thresholds, rows.of_layers(), strict=True):
-            own = found[place].nonzero()[0]
-            pairs = merge_layer_(
-                weight, layer.layout, own, partner[place][own], alpha=call.alpha, threshold=threshold,
-                dry_run=call.dry_run,
-            )  # fmt: skip
-            each.append(pairs)
-        similarity, passed = map(torch.cat, zip(*each, strict=True))
+    each = []
+    for layer, weight, threshold, place in zip(rows.layers, weights, thresholds, rows.of_layers(), strict=True):
+        own = found[place].nonzero()[0]
+        pairs = merge_layer_(
+            weight, layer.layout, own, partner[place][own], alpha=call.alpha, threshold=threshold, dry_run=call.dry_run
+        )
+        each.append(pairs)
+    similarity, passed = map(torch.cat, zip(*each, strict=True))
     if found is not coin and not np.array_equal(found, coin):
         kept = found[coin]
         similarity, passed = _spread(similarity, kept, torch.nan), _spread(passed, kept, False)

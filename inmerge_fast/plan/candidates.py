@@ -52,7 +52,7 @@ class MergeLayer:
         # Weak, because a cached plan must not keep its target alive, not even through a hook that refers back to it.
         self._holder = weakref.ref(candidate.holder)
         self._id = id(weight)  # a weak reference would keep torch.utils.swap_tensors from converting the module
-        self._pointer, self._stride = weight.data_ptr(), weight.stride()
+        self._type, self._pointer, self._stride = type(weight), weight.data_ptr(), weight.stride()
 
     @property
     def weight(self) -> torch.Tensor | None:
@@ -61,11 +61,12 @@ class MergeLayer:
         return holder._parameters.get("weight") if isinstance(holder, nn.Module) else holder
 
     def is_current(self) -> bool:
-        """Whether the weight is the same object at the same address with the same dtype, shape and strides."""
+        """Whether the weight is the same object of the same type at the same address, with dtype, shape and strides."""
         weight = self.weight
         return (
             weight is not None
             and id(weight) == self._id  # first: a tensor put in its place may have no address to ask for
+            and type(weight) is self._type  # torch.utils.swap_tensors makes another kind of tensor of the same object
             and weight.data_ptr() == self._pointer
             and weight.dtype is self.dtype
             and weight.shape == self.shape

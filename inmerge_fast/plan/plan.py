@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ..stats import describe_skipped
 from .candidates import (
@@ -104,9 +105,15 @@ class LayerPlan:
         weights = self.weights()
         self._storage = Storage(self.layers, weights)
         place_of = {id(weight): place for place, weight in enumerate(self._structure.weights() or ())}
-        self._places = [place_of[id(weight)] for weight in weights]
+        self._places = [place_of.get(id(weight), -1) for weight in weights]
         self._without_frozen = not include_frozen
         self._frozen = [weakref.ref(candidate.holder) for candidate in frozen]
+        self._watch = self._structure.compiled(
+            self._places, [candidate.holder for candidate in frozen], trained=not include_frozen
+        )
+        # What is watched was looked at last: without this another thread's change would never be noticed.
+        if -1 in self._places or not all(layer.is_current() for layer in self.layers):
+            raise ValueError("the target was changed by another thread while its layers were looked at; try again")
         self._has_inference_weights = any(w.is_inference() for w in weights)
         self._tabulate()
 
@@ -153,13 +160,23 @@ class LayerPlan:
 
     def current_weights(self) -> list[torch.Tensor] | None:
         """The weights if the plan :meth:`is_current`, else None."""
+        if self._has_inference_weights and not torch.is_inference_mode_enabled():
+            return None
+        if forward_ad._current_level >= 0 and self._have_tangents():
+            return None
+        if self._watch is not None:
+            return self._watch.weights()
         found = self._structure.weights()
-        if found is None or (self._has_inference_weights and not torch.is_inference_mode_enabled()):
+        if found is None:
             return None
         weights = [found[place] for place in self._places]
         if self._without_frozen and not self._same_are_frozen(weights):
             return None
         return weights if self._storage.holds(weights) else None
+
+    def _have_tangents(self) -> bool:
+        weights = (layer.weight for layer in self.layers)
+        return any(w is None or forward_ad.unpack_dual(w).tangent is not None for w in weights)
 
     def _same_are_frozen(self, weights: Sequence[torch.Tensor]) -> bool:
         # Their holders are alive, or the structure would have changed.

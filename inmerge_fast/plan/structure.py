@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from .. import native
 from .candidates import MergeLayer, is_mergeable_module
+
+
+class Watch(Protocol):
+    """Whether a target is still what it was, in C (``kernels/cpu/watch.c``)."""
+
+    def weights(self) -> list[torch.Tensor] | None:
+        """The plan's weights in its order; None if anything has changed."""
 
 
 class Structure:
@@ -27,14 +36,16 @@ class Structure:
         modules = list(dict.fromkeys(chain.from_iterable(r.modules() for r in roots if isinstance(r, nn.Module))))
         tensors = [root for root in roots if isinstance(root, torch.Tensor)]
         holders = [module for module in modules if is_mergeable_module(module)]
+        # TorchScript keeps the children of its modules elsewhere; none of them can be merged.
+        containers = [module for module in modules if isinstance(module._modules, dict)]
         self._died: list[object] = []
         self._watched = [self._watch(x) for x in (*roots, *modules)]
         # An empty dict keeps nothing alive, and a list of them is tested in one call.
-        self._childless = [module._modules for module in modules if not module._modules]
-        self._parents = [self._watch(module) for module in modules if module._modules]
+        self._childless = [module._modules for module in containers if not module._modules]
+        self._parents = [self._watch(module) for module in containers if module._modules]
         # The hash of a tuple of children is that of their ids, unless a class of them has its own.
         self._summary = _hash_of if all(type(m).__hash__ is object.__hash__ for m in modules) else _ids_of
-        self._children = self._summary([module._modules for module in modules if module._modules])
+        self._children = self._summary([module._modules for module in containers if module._modules])
         with_weight = [holder for holder in holders if "weight" in holder._parameters]
         self._holders = [self._watch(holder) for holder in with_weight]
         self._others = [self._watch(holder) for holder in holders if "weight" not in holder._parameters]
@@ -42,6 +53,30 @@ class Structure:
         # looks at nothing of a weight but its memory, which is compared anyway, and at which layers share one.
         self._weights = [id(holder._parameters["weight"]) for holder in with_weight]
         self._tensors = [self._watch(tensor) for tensor in tensors]
+
+    def compiled(
+        self, picks: Sequence[int], frozen: Sequence[nn.Module | torch.Tensor], *, trained: bool
+    ) -> Watch | None:
+        """The same check and that of :class:`Storage` in one call of C code; None where that cannot be had.
+
+        25 us instead of 56 for DenseNet-121.
+
+        Args:
+            picks: the plan's weights, as places in :meth:`weights`.
+            frozen: modules whose weight must go on not to require a gradient.
+            trained: whether the plan's weights must go on to require one.
+        """
+        kernel, exchange = native.load(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+        if isinstance(kernel, str) or exchange is None:
+            return None
+        try:
+            watch: Watch = kernel.Watch(
+                exchange, self._died, self._childless, self._parents, self._holders, self._others,
+                [weakref.ref(module) for module in frozen], self._tensors, list(picks), trained,
+            )  # fmt: skip
+        except ValueError:  # e.g. a weight of more than eight dimensions
+            return None
+        return watch
 
     def _watch(self, value: Any) -> weakref.ref[Any]:
         return weakref.ref(value, self._died.append)
@@ -84,6 +119,7 @@ class Storage:
     def __init__(self, layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor]) -> None:
         self._layers = layers
         self._pointers = [weight.data_ptr() for weight in weights]
+        self._types = list(map(type, weights))
         self._guards: Callable[..., bool] = _refuse
         self._renew_guards(weights)
 
@@ -97,16 +133,20 @@ class Storage:
 
     def holds(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether the same tensors are still in the same memory, read in the same way."""
-        if list(map(torch.Tensor.data_ptr, weights)) != self._pointers:
+        if list(map(type, weights)) != self._types or list(map(torch.Tensor.data_ptr, weights)) != self._pointers:
             return False
         # Without grad mode some versions of the guards do not see that a tensor has come to require a gradient.
         if torch.is_grad_enabled() and self._guards(*weights):
-            return True
+            # They do not see requires_grad_(False) and then mul_ by a tensor with a gradient: it requires one again.
+            return all(map(_is_leaf, weights))
         if not all(layer.is_current() for layer in self._layers):
             return False
         if torch.is_grad_enabled():
             self._renew_guards(weights)
         return True
+
+
+_is_leaf = operator.attrgetter("is_leaf")
 
 
 def _refuse(*_: object) -> bool:

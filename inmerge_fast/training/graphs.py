@@ -63,7 +63,7 @@ class GraphSteps:
         weights = run.plan.current_weights()
         if weights is None or self._prepared is None:
             raise RuntimeError("call prepare() right before capturing: nothing is prepared, or a weight has changed")
-        self._captured = self._launcher(weights).run_from_memory(partner=run.recipe.partner)
+        self._captured = self._launcher(weights).run_from_memory(partner=run.recipe.partner, again=self._captured)
         mark_written(weights)
         self._merges = False
         run.step_count -= 1

@@ -49,7 +49,9 @@ class Handle:
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self._kernel, self._constants, self._options = kernel, constants, options
+        # For every kernel, because Triton's default depends on its version. Were multiplication and addition fused by
+        # the compiler, the blend would be rounded once less than the reference's; sums of products say tl.fma.
+        self._kernel, self._constants, self._options = kernel, constants, {"enable_fp_fusion": False} | options
         self._values = tuple(constants.values())
         self._compiled: Any = None
         self._run: Any = None
@@ -79,8 +81,7 @@ class Handle:
 
 def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
     """Compiler options of the merge kernel with these constants for ``target`` ("cuda" or "hip")."""
-    # With multiplication and addition fused, the blend would be rounded once less than the reference's.
-    options: dict[str, Any] = {"enable_fp_fusion": False}
+    options: dict[str, Any] = {}
     if target == "cuda":
         # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
         dtypes = sum(constants[name] for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16"))

@@ -23,7 +23,7 @@ from .handle import Arguments, Handle, check_not_capturing, merge_options
 from .launch_match import Matcher
 from .layer_table import layer_table
 from .results import Results
-from .slots import SLOTS, Slot, Slots
+from .slots import CAPTURED_CALLS, SLOTS, Slot, Slots
 from .streams import StreamOrder
 
 ROW_BLOCK = 256  # rows per program of the draw and the count
@@ -76,7 +76,7 @@ class Launcher:
             self.call,
         )  # fmt: skip
         self.scratch = zeros(0, dtype=torch.int8)
-        self.calls = -1  # number of the latest
+        self.calls = -1  # number of the latest that was not captured
         self._drawn: Drawn | None = None
         self._clean = range(SLOTS)  # the calls whose slots a draw may count in: their readers and state are zero
         self._thresholds: tuple[float, ...] | None = None
@@ -85,6 +85,7 @@ class Launcher:
         self._has_captured = False  # replays of a graph come unseen, between any two calls
         self._may_capture = False
         kinds = table[:, tables.KIND.value]
+        self._kinds: list[int] = kinds.tolist()
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
             "HAS_BFLOAT16": any(layer.dtype == torch.bfloat16 for layer in layers),
@@ -97,10 +98,11 @@ class Launcher:
             "SEM": "acq_rel",
             "NAIVE": False,
         }
-        drawing = {"BLOCK": ROW_BLOCK, "SLOTS": SLOTS}
-        self._draw = Handle(_draw_kernel, drawing | {"IN_MEMORY": False, "COUNT": True}, {})
-        self._draw_only = Handle(_draw_kernel, drawing | {"IN_MEMORY": False, "COUNT": False}, {})
-        self._draw_from_memory = Handle(_draw_kernel, drawing | {"IN_MEMORY": True, "COUNT": False}, {})
+        in_turns = {"BLOCK": ROW_BLOCK, "SLOTS": SLOTS}
+        in_any = in_turns | {"SLOTS": SLOTS + CAPTURED_CALLS}  # for a single call, which may be in a graph
+        self._draw = Handle(_draw_kernel, in_turns | {"IN_MEMORY": False, "COUNT": True}, {})
+        self._draw_only = Handle(_draw_kernel, in_any | {"IN_MEMORY": False, "COUNT": False}, {})
+        self._draw_from_memory = Handle(_draw_kernel, in_any | {"IN_MEMORY": True, "COUNT": False}, {})
         self._prepare = Handle(_prepare_kernel, {}, {})
         self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": False}, {})
         self._count_matched = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": True}, {})
@@ -157,7 +159,7 @@ class Launcher:
         if thresholds != self._thresholds:
             check_not_capturing(self.device, "with other thresholds than before copies them")
             encoded = [tables.ALWAYS.value if value == -1 else value for value in thresholds]
-            bits = torch.tensor(encoded, dtype=torch.float32).view(torch.int32).long()
+            bits = torch.tensor(encoded, dtype=torch.float32, device="cpu").view(torch.int32).long()
             self.layer_table[:, tables.THRESHOLD.value] = bits.to(self.device)
             self._thresholds = thresholds
 
@@ -166,8 +168,8 @@ class Launcher:
         """Tables and buffers of the partner rules, built at the first use."""
         if self._matcher is None:
             check_not_capturing(self.device, "with a partner rule builds its tables")
-            kinds = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
-            self._matcher = Matcher(self._layers, self.row_start, kinds, self._zeros)
+            has = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
+            self._matcher = Matcher(self._layers, self.row_start, self._kinds, has, self._zeros)
         return self._matcher
 
     def run(
@@ -185,7 +187,8 @@ class Launcher:
         """Draw and merge on the current stream, no synchronisation.
 
         That is two launches, or one where an earlier draw has drawn for this call, too (:mod:`.draw_ahead`). Five with
-        a partner rule; three in a CUDA graph and once one was captured.
+        a partner rule, and one more for each further kind of layers (dtype, dense or strided); three in a CUDA graph
+        and once one was captured.
 
         Args:
             seed: seed of the draw.
@@ -194,7 +197,7 @@ class Launcher:
             alpha: share of itself that a merged filter keeps.
             threshold: similarity that a pair must exceed, or one for each layer.
             dry_run: only measure.
-            partner: the rule; other than "random" it takes three launches between draw and merge.
+            partner: the rule; other than "random" it takes three launches or more between draw and merge.
             **overrides: constants and compiler options of the merge kernel, for tests and tuning; constants of the
                 match kernel are in ``match``.
         """
@@ -203,13 +206,13 @@ class Launcher:
             stream = self.follow_current_stream()  # first: what is copied and zeroed here comes after earlier calls
             self.reserve_scratch(prob)
             limit = self._threshold_argument(threshold)
-            if self.on_gpu and not self._is_captured() and not self._may_capture:
+            call = self._next_call()
+            if self.on_gpu and call >= 0 and not self._may_capture:
                 # What a graph launches, it cannot compile.
                 self._draw_only.compile(self._draw_tables, (seed, step, 0, coin, self.rows, 0, 1))
                 self._count.compile(self._counted(0, False), (self.rows,))
                 self._may_capture = True
-            call = self.calls = self.calls + 1
-            slot = call % SLOTS
+            slot = self.slots.index_of(call)
             if partner != "random" or self._has_captured:
                 self._draw_apart(self._draw_only, stream, call, seed, step, coin)
                 self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
@@ -241,7 +244,7 @@ class Launcher:
         """
         self._drawn = None
         self.slots.take(call + 1)
-        numbers = (seed, step, 0, coin, self.rows, call % SLOTS, 1)
+        numbers = (seed, step, 0, coin, self.rows, self.slots.index_of(call), 1)
         kernel.launch((self._row_blocks, 1), stream, self._draw_tables, numbers)
 
     def prepare(
@@ -262,25 +265,31 @@ class Launcher:
             numbers = (seed, step, coin_threshold(prob), alpha, 1.0 - alpha, int(write))
             self._prepare.launch((1, 1), stream, Arguments(self.call), numbers)
 
-    def run_from_memory(self, *, partner: str = "random", **overrides: Any) -> Results:
+    def run_from_memory(self, *, partner: str = "random", again: Results | None = None, **overrides: Any) -> Results:
         """The launches of :meth:`run` with the numbers that :meth:`prepare` left in device memory, for CUDA graphs.
 
-        Every replay leaves its statistics in the slot of the call that was captured.
+        Every replay leaves its statistics in the slot of the call that was captured; with ``again``, what an earlier
+        capture returned, in the same one, since that graph is replayed no more.
         """
         with self.lock, self._on_device():
             if self._reserved_prob < 0:
                 raise RuntimeError("nothing was prepared: call prepare before run_from_memory")
             stream = self.follow_current_stream()
-            self._is_captured()
-            self.calls += 1
-            slot = self.calls % SLOTS
-            limit = float(tables.FROM_TABLE.value)
-            self._draw_apart(self._draw_from_memory, stream, self.calls, 0, 0, 0)
+            call = self._next_call(again.call if again is not None and again.slots is self.slots else 0)
+            slot, limit = self.slots.index_of(call), float(tables.FROM_TABLE.value)
+            self._draw_apart(self._draw_from_memory, stream, call, 0, 0, 0)
             self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
             self._count_drawn(stream, slot, matched=partner != "random")
             overrides |= {"IN_MEMORY": True}
             self._merge(slot, stream, 0.0, limit, False, overrides)
-            return Results(self.slots, self.calls)
+            return Results(self.slots, call)
+
+    def _next_call(self, again: int = 0) -> int:
+        """The number of this call, or ``again`` if both are in a CUDA graph."""
+        if self._is_captured():
+            return again if again < 0 else self.slots.capture()
+        self.calls += 1
+        return self.calls
 
     def _is_captured(self) -> bool:
         """Whether a CUDA graph takes this call along, which then knows the address of scratch for good."""
@@ -297,7 +306,7 @@ class Launcher:
     ) -> None:  # fmt: skip
         if partner != "random":
             seed, step = seed_step or (None, 0)
-            drawn = self.slots.of(slot)
+            drawn = self.slots[slot]
             self.matcher.run(
                 partner, stream, (self.layer_table, drawn.partner, drawn.similarity, self.call), seed, step, limit,
                 **overrides,
@@ -310,7 +319,8 @@ class Launcher:
             stream = self.follow_current_stream()
             following = self.calls + 1  # in its slot, so that the last calls' statistics stay what they are
             self._draw_apart(self._draw_only, stream, following, seed, step, coin_threshold(prob))
-            self._match(partner, stream, following % SLOTS, (seed, step), self._threshold_argument(threshold), {})
+            slot, limit = self.slots.index_of(following), self._threshold_argument(threshold)
+            self._match(partner, stream, slot, (seed, step), limit, {})
 
     def found_partners(self) -> torch.Tensor:
         """What :meth:`find_partners` found: int64 ``(rows,)``, row numbers; only sampled rows with a partner count."""
@@ -341,7 +351,7 @@ class Launcher:
     def _counted(self, slot: int, matched: bool) -> Arguments:
         """Tensor arguments of the count; ``best`` is not looked at unless partners were matched."""
         if (slot, matched) not in self._counts:
-            partner, readers, active, _, _, state = self.slots.of(slot)
+            partner, readers, active, _, _, state = self.slots[slot]
             best = self.matcher.best if matched else self.call
             self._counts[slot, matched] = Arguments(partner, readers, active, state, best)
         return self._counts[slot, matched]

@@ -46,9 +46,12 @@ class TritonPath:
         if torch.version.hip:
             # Compiled for gfx942, a release waits for the releasing wave's stores only; nobody has tried it on one.
             return "the kernels are not verified on AMD GPUs"
+        from .build import why_unlaunchable
         from .layer_table import can_merge
 
-        return "" if can_merge(self._rows.layers) else "float64 layers, or layers of 2**20 filters and more"
+        if not can_merge(self._rows.layers):
+            return "float64 layers, or layers of 2**20 filters and more"
+        return why_unlaunchable()
 
     def launcher(self, weights: Sequence[torch.Tensor]) -> Launcher:
         """The kernels' tables and buffers for these weights, built at the first call."""

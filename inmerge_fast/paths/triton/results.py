@@ -17,7 +17,10 @@ from .slots import Slots
 
 @dataclass(slots=True)  # frozen, it would take twice as long to make, and every call makes one
 class Results:
-    """Where a call's results are: a slot, readable until it is another call's."""
+    """Where a call's results are: a slot, readable until it is another call's.
+
+    Those of a call in a CUDA graph are its latest replay's; before the first one nothing was sampled.
+    """
 
     slots: Slots
     call: int
@@ -26,7 +29,7 @@ class Results:
         """Wait for the device and copy the results to the host.
 
         Raises:
-            RuntimeError: the slot has been reused.
+            RuntimeError: the slot has been reused, or a CUDA graph is being captured.
         """
         with self.slots.lock:
             similarity, outcome = self.slots.results_of(self.call)
@@ -41,7 +44,7 @@ class Results:
             What waits for the copy, and for nothing else, and reads it.
 
         Raises:
-            RuntimeError: the slot has been reused.
+            RuntimeError: the slot has been reused, or a CUDA graph is being captured.
         """
         with self.slots.lock:
             on_device = self.slots.results_of(self.call)

@@ -1,0 +1,131 @@
+/* The extension module inmerge_fast._cpu: the merge of all layers of a plan, and Watch. */
+#include "python.h"
+
+#include "merge.h"
+
+/* To be raised together with VERSION in inmerge_fast/native.py whenever anything in this folder changes what a call
+   takes, returns or does, so that an older build left in a checkout is not used. */
+#define VERSION 3
+
+/* The struct code of this name, the best one for None. */
+static const struct code *find_code(PyObject *name) {
+  const struct code *code = code_at(0);
+  for (int index = 0; name != Py_None && (code = code_at(index)); index++) {
+    const int is_it = PyUnicode_CompareWithASCIIString(name, code->name) == 0;
+    if (is_it) break;
+  }
+  if (!code) PyErr_Format(PyExc_ValueError, "no code %R for this processor", name);
+  return code;
+}
+
+/* The contents of a bytes object that must have `count` elements of `size` bytes. */
+static const void *contents(const char *what, PyObject *bytes, int64_t count, int64_t size) {
+  char *start;
+  Py_ssize_t length;
+  if (PyBytes_AsStringAndSize(bytes, &start, &length)) return NULL;
+  if (length == count * size) return start;
+  PyErr_Format(PyExc_ValueError, "%s has %zd bytes instead of %lld", what, length, (long long)(count * size));
+  return NULL;
+}
+
+PyDoc_STRVAR(merge_doc,
+             "merge(layers, thresholds, coin, partner, seed, step, coin_threshold, alpha, write, threads, code)\n--\n\n"
+             "In-model merging of all layers at once, in place: draw or take partners, measure, decide, blend.\n\n"
+             "Args:\n"
+             "    layers: bytes of int64 (layers, 11), see layer.h. The weights must outlive the call.\n"
+             "    thresholds: bytes of float64 (layers,).\n"
+             "    coin: bytes of bool (filters,); None to draw both.\n"
+             "    partner: bytes of int32 (filters,), within the layer, -1 for none.\n"
+             "    seed: of the draw, as are step and coin_threshold.\n"
+             "    alpha: share of itself that a merged filter keeps.\n"
+             "    write: False for a dry run.\n"
+             "    threads: at most.\n"
+             "    code: one of code_names, None for the first.\n\n"
+             "Returns:\n"
+             "    Bytearrays: the number of sampled filters, int64 (layers,); of each of them the similarity, float64\n"
+             "    and whether it passed, bool; how many passed, and the largest similarity, float64 (2,).\n\n"
+             "Raises:\n"
+             "    MemoryError: there is no memory; nothing has been written.\n"
+             "    ValueError: an argument has the wrong size, or a partner is no other filter of the layer.\n");
+
+static PyObject *merge_all(PyObject *module, PyObject *arguments) {
+  (void)module;
+  PyObject *layers, *thresholds, *coin, *partner, *code_name;
+  struct merge merge = {0};
+  unsigned long long seed, step;
+  if (!PyArg_ParseTuple(arguments, "SSOOKKIdpiO:merge", &layers, &thresholds, &coin, &partner, &seed, &step,
+                        &merge.draw.coin_threshold, &merge.alpha, &merge.write, &merge.threads, &code_name))
+    return NULL;
+  merge.draw.seed = seed, merge.draw.step = step;
+  merge.layer_count = PyBytes_Size(layers) / (Py_ssize_t)sizeof(struct layer);
+  merge.layers = contents("layers", layers, merge.layer_count, sizeof(struct layer));
+  merge.thresholds = merge.layers ? contents("thresholds", thresholds, merge.layer_count, sizeof(double)) : NULL;
+  merge.code = merge.thresholds ? find_code(code_name) : NULL;
+  if (!merge.code) return NULL;
+  if (coin != Py_None) {
+    merge.given_count = PyBytes_Size(coin);
+    merge.given_coin = contents("coin", coin, merge.given_count, 1);
+    merge.given_partner = merge.given_coin ? contents("partner", partner, merge.given_count, sizeof(int32_t)) : NULL;
+    if (!merge.given_partner) return NULL;
+  }
+
+  PyObject *counts = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(merge.layer_count * (int64_t)sizeof(int64_t)));
+  if (!counts) return NULL;
+  merge.counts = (int64_t *)PyByteArray_AsString(counts);
+  enum status status;
+  Py_BEGIN_ALLOW_THREADS
+  status = prepare_merge(&merge);
+  Py_END_ALLOW_THREADS
+  if (status == MERGE_HAS_NO_MEMORY) PyErr_NoMemory();
+  if (status == MERGE_HAS_BAD_LAYER) PyErr_SetString(PyExc_ValueError, "layers has a layer that cannot be");
+  if (status == MERGE_HAS_BAD_PARTNER) PyErr_SetString(PyExc_ValueError, "coin and partner do not fit the layers");
+
+  /* All of Python's objects too before the first write. */
+  PyObject *similarity = NULL, *passed = NULL, *totals = NULL, *results = NULL;
+  if (status == MERGE_IS_READY) {
+    similarity = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(merge.sampled * (int64_t)sizeof(double)));
+    passed = similarity ? PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)merge.sampled) : NULL;
+    totals = passed ? PyByteArray_FromStringAndSize(NULL, 2 * sizeof(double)) : NULL;
+    results = totals ? PyTuple_Pack(4, counts, similarity, passed, totals) : NULL;
+  }
+  if (results) {
+    merge.similarity = (double *)PyByteArray_AsString(similarity);
+    merge.passed = (uint8_t *)PyByteArray_AsString(passed);
+    Py_BEGIN_ALLOW_THREADS
+    run_merge(&merge);
+    Py_END_ALLOW_THREADS
+    const double numbers[2] = {(double)merge.passed_count, merge.largest};
+    memcpy(PyByteArray_AsString(totals), numbers, sizeof numbers);
+  }
+  free_merge(&merge);
+  Py_DECREF(counts), Py_XDECREF(similarity), Py_XDECREF(passed), Py_XDECREF(totals);
+  return results;
+}
+
+static int execute(PyObject *module) {
+  int count = 0;
+  while (code_at(count)) count++;
+  PyObject *names = PyTuple_New(count);
+  if (!names) return -1;
+  for (int index = 0; index < count; index++) {
+    PyObject *name = PyUnicode_FromString(code_at(index)->name);
+    if (!name || PyTuple_SetItem(names, index, name)) {
+      Py_DECREF(names);
+      return -1;
+    }
+  }
+  const int failed =
+    PyModule_AddObjectRef(module, "code_names", names) || PyModule_AddIntConstant(module, "version", VERSION) ||
+    add_watch(module);
+  Py_DECREF(names);
+  remember_process();
+  return failed ? -1 : 0;
+}
+
+static PyMethodDef methods[] = {{"merge", merge_all, METH_VARARGS, merge_doc}, {NULL, NULL, 0, NULL}};
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
+static struct PyModuleDef definition = {
+  PyModuleDef_HEAD_INIT, "_cpu", "The CPU merge in C: kernels/cpu/.", 0, methods, slots, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModuleDef_Init(&definition); }

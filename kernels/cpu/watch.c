@@ -1,0 +1,279 @@
+/* Whether a plan's target is still what it was: the same modules with the same weights in the same memory.
+
+   Does in one call what inmerge_fast/plan/structure.py does in Python, where every module and weight costs a few
+   attribute look-ups. It keeps no module and no weight alive: it holds weak references, and beside them addresses that
+   are compared and never followed. An object that is looked at is held for as long as that takes. */
+#include "python.h"
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* DLPack's table of C functions, dlpack.h from version 1.2 on. */
+struct dl_tensor {
+  void *data;
+  int32_t device_type, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct dl_exchange {
+  struct {
+    uint32_t major, minor;
+    void *previous;
+  } header;
+  void *allocate, *managed_from_object, *managed_to_object;
+  int (*tensor_from_object)(void *object, struct dl_tensor *tensor); /* which belongs to the object */
+  void *current_stream;
+};
+
+enum { MOST_DIMENSIONS = 8 };
+
+struct memory {
+  Py_ssize_t holder; /* place among the holders and, after them, the tensors */
+  const void *type;  /* torch.utils.swap_tensors makes another kind of tensor of the same object */
+  struct dl_tensor seen;
+  int64_t shape[MOST_DIMENSIONS], strides[MOST_DIMENSIONS];
+};
+
+typedef struct {
+  PyObject_HEAD
+  PyObject *died, *childless, *parents, *holders, *others, *frozen, *tensors;
+  Py_ssize_t child_count, weight_count;
+  const void **children; /* addresses of all children of all parents */
+  const void **held;     /* addresses of the holders' weights, and of the tensors */
+  struct memory *memory;
+  int must_be_trained;
+} Watch;
+
+static PyObject *word_modules, *word_parameters, *word_weight, *word_is_leaf, *word_requires_grad;
+static const struct dl_exchange *exchange;
+
+/* What a weak reference of a list refers to, or NULL without an error. */
+static PyObject *object_at(PyObject *references, Py_ssize_t index) {
+  PyObject *object = PyWeakref_GetObject(PyList_GetItem(references, index)); /* borrowed: taken at once */
+  if (!object) PyErr_Clear(); /* no weak reference */
+  return object && object != Py_None ? Py_NewRef(object) : NULL;
+}
+
+/* module.__dict__[word] if that is a dict, or NULL without an error. */
+static PyObject *dict_of(PyObject *module, PyObject *word) {
+  PyObject *attributes = PyObject_GenericGetDict(module, NULL);
+  PyObject *found = attributes ? PyDict_GetItemWithError(attributes, word) : NULL;
+  found = found && PyDict_Check(found) ? Py_NewRef(found) : NULL;
+  Py_XDECREF(attributes);
+  PyErr_Clear();
+  return found;
+}
+
+static PyObject *dict_at(PyObject *references, Py_ssize_t index, PyObject *word) {
+  PyObject *module = object_at(references, index), *found = module ? dict_of(module, word) : NULL;
+  Py_XDECREF(module);
+  return found;
+}
+
+/* The weight of a module, or NULL without an error. */
+static PyObject *weight_at(PyObject *references, Py_ssize_t index) {
+  PyObject *parameters = dict_at(references, index, word_parameters);
+  PyObject *weight = parameters ? PyDict_GetItemWithError(parameters, word_weight) : NULL;
+  Py_XINCREF(weight);
+  Py_XDECREF(parameters);
+  PyErr_Clear();
+  return weight;
+}
+
+static int is_true(PyObject *object, PyObject *word) {
+  PyObject *value = PyObject_GetAttr(object, word);
+  const int is = value == Py_True;
+  Py_XDECREF(value);
+  PyErr_Clear();
+  return is;
+}
+
+/* Go through the children of all parents: note their addresses, or compare them. Returns their number; -1 where they
+   are not the same, or a parent has no dict of them. */
+static Py_ssize_t go_through_children(const Watch *self, const void **note) {
+  Py_ssize_t count = 0;
+  for (Py_ssize_t p = 0, parents = PyList_Size(self->parents); p < parents; p++) {
+    PyObject *modules = dict_at(self->parents, p, word_modules), *name, *child;
+    Py_ssize_t at = 0;
+    if (!modules) return -1;
+    for (; PyDict_Next(modules, &at, &name, &child); count++) {
+      if (note) note[count] = child;
+      else if (self->children && (count >= self->child_count || self->children[count] != child)) {
+        Py_DECREF(modules);
+        return -1;
+      }
+    }
+    Py_DECREF(modules);
+  }
+  return count;
+}
+
+/* The weights of all holders, and the tensors, in a new list; NULL where one is not what it was, or without memory. */
+static PyObject *held_now(const Watch *self) {
+  const Py_ssize_t holders = PyList_Size(self->holders), count = holders + PyList_Size(self->tensors);
+  PyObject *found = PyList_New(count);
+  for (Py_ssize_t i = 0; found && i < count; i++) {
+    PyObject *weight = i < holders ? weight_at(self->holders, i) : object_at(self->tensors, i - holders);
+    if (weight && (!self->held || weight == self->held[i])) PyList_SetItem(found, i, weight);
+    else {
+      Py_XDECREF(weight);
+      Py_CLEAR(found);
+    }
+  }
+  return found;
+}
+
+static int look(PyObject *weight, struct dl_tensor *found) {
+  if (exchange->tensor_from_object(weight, found) == 0) return 1;
+  PyErr_Clear();
+  return 0;
+}
+
+static int is_in_the_same_memory(PyObject *weight, const struct memory *memory) {
+  const struct dl_tensor *seen = &memory->seen;
+  struct dl_tensor now;
+  if (Py_TYPE(weight) != memory->type || !look(weight, &now)) return 0;
+  const size_t bytes = (size_t)seen->ndim * sizeof(int64_t);
+  return now.data == seen->data && now.byte_offset == seen->byte_offset && now.device_type == seen->device_type &&
+         now.device_id == seen->device_id && now.code == seen->code && now.bits == seen->bits &&
+         now.lanes == seen->lanes && now.ndim == seen->ndim && !memcmp(now.shape, memory->shape, bytes) &&
+         !memcmp(now.strides, memory->strides, bytes);
+}
+
+PyDoc_STRVAR(weights_doc, "weights()\n--\n\nThe plan's weights in its order, or None if anything has changed.");
+
+static PyObject *weights(PyObject *object, PyObject *unused) {
+  Watch *self = (Watch *)object;
+  (void)unused;
+  if (PyList_Size(self->died)) Py_RETURN_NONE;
+  for (Py_ssize_t i = 0, count = PyList_Size(self->childless); i < count; i++)
+    if (PyDict_Size(PyList_GetItem(self->childless, i))) Py_RETURN_NONE;
+  if (go_through_children(self, NULL) != self->child_count) Py_RETURN_NONE;
+  for (Py_ssize_t i = 0, count = PyList_Size(self->others); i < count; i++) {
+    PyObject *parameters = dict_at(self->others, i, word_parameters);
+    const int has_none = parameters && !PyDict_GetItemWithError(parameters, word_weight);
+    Py_XDECREF(parameters);
+    if (!has_none) Py_RETURN_NONE;
+  }
+  for (Py_ssize_t i = 0, count = PyList_Size(self->frozen); i < count; i++) {
+    PyObject *weight = weight_at(self->frozen, i);
+    const int is_frozen = weight && !is_true(weight, word_requires_grad);
+    Py_XDECREF(weight);
+    if (!is_frozen) Py_RETURN_NONE;
+  }
+  PyObject *held = held_now(self), *found = held ? PyList_New(self->weight_count) : NULL;
+  for (Py_ssize_t i = 0; found && i < self->weight_count; i++) {
+    const struct memory *memory = &self->memory[i];
+    PyObject *weight = PyList_GetItem(held, memory->holder);
+    if (is_in_the_same_memory(weight, memory) && is_true(weight, word_is_leaf) &&
+        (!self->must_be_trained || is_true(weight, word_requires_grad)))
+      PyList_SetItem(found, i, Py_NewRef(weight));
+    else Py_CLEAR(found);
+  }
+  Py_XDECREF(held);
+  if (found) return found;
+  if (PyErr_Occurred()) return NULL;
+  Py_RETURN_NONE;
+}
+
+/* Note what is to be compared; 0 with an error set where that cannot be done. */
+static int note(Watch *self, PyObject *picks) {
+  self->child_count = go_through_children(self, NULL);
+  if (self->child_count < 0) return PyErr_SetString(PyExc_ValueError, "a parent without a dict of modules"), 0;
+  PyObject *held = held_now(self);
+  if (!held) return PyErr_Occurred() ? 0 : (PyErr_SetString(PyExc_ValueError, "a holder without a weight"), 0);
+  const Py_ssize_t held_count = PyList_Size(held);
+  self->weight_count = PyList_Size(picks);
+  self->children = calloc((size_t)self->child_count + 1, sizeof *self->children);
+  self->held = calloc((size_t)held_count + 1, sizeof *self->held);
+  self->memory = calloc((size_t)self->weight_count + 1, sizeof *self->memory);
+  if (!self->children || !self->held || !self->memory) return Py_DECREF(held), PyErr_NoMemory(), 0;
+  go_through_children(self, self->children);
+  for (Py_ssize_t i = 0; i < held_count; i++) self->held[i] = PyList_GetItem(held, i);
+  for (Py_ssize_t i = 0; i < self->weight_count; i++) {
+    struct memory *memory = &self->memory[i];
+    memory->holder = PyLong_AsSsize_t(PyList_GetItem(picks, i));
+    const int is_there = memory->holder >= 0 && memory->holder < held_count;
+    PyObject *weight = is_there ? PyList_GetItem(held, memory->holder) : NULL;
+    if (!weight || !look(weight, &memory->seen) || memory->seen.ndim > MOST_DIMENSIONS) {
+      Py_DECREF(held);
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a weight that is not there or not described by DLPack");
+      return 0;
+    }
+    const size_t bytes = (size_t)memory->seen.ndim * sizeof(int64_t);
+    memory->type = Py_TYPE(weight);
+    memcpy(memory->shape, memory->seen.shape, bytes), memcpy(memory->strides, memory->seen.strides, bytes);
+  }
+  Py_DECREF(held);
+  return 1;
+}
+
+PyDoc_STRVAR(watch_doc,
+             "Watch(exchange, died, childless, parents, holders, others, frozen, tensors, picks, trained)\n--\n\n"
+             "Notes what a plan's target is made of.\n\n"
+             "Args:\n"
+             "    exchange: torch.Tensor.__dlpack_c_exchange_api__.\n"
+             "    died: a list that something is appended to when any of the objects below dies.\n"
+             "    childless: the _modules of modules that have none.\n"
+             "    parents: list of weak references to all other modules, as are the next four.\n"
+             "    holders: modules with a weight.\n"
+             "    others: modules that have no weight, and must not get one.\n"
+             "    frozen: modules whose weight must not require a gradient.\n"
+             "    tensors: tensors.\n"
+             "    picks: list of int, the plan's weights as places among the holders' and the tensors.\n"
+             "    trained: whether all of these must require a gradient.\n\n"
+             "Raises:\n"
+             "    ValueError: something cannot be watched.\n");
+
+static int initialise(PyObject *object, PyObject *arguments, PyObject *keywords) {
+  Watch *self = (Watch *)object;
+  PyObject *capsule, *picks;
+  (void)keywords;
+  if (self->died) return PyErr_SetString(PyExc_TypeError, "a Watch is initialised once"), -1;
+  if (!PyArg_ParseTuple(arguments, "OO!O!O!O!O!O!O!O!p:Watch", &capsule, &PyList_Type, &self->died, &PyList_Type,
+                        &self->childless, &PyList_Type, &self->parents, &PyList_Type, &self->holders, &PyList_Type,
+                        &self->others, &PyList_Type, &self->frozen, &PyList_Type, &self->tensors, &PyList_Type, &picks,
+                        &self->must_be_trained)) {
+    self->died = self->childless = self->parents = self->holders = self->others = self->frozen = self->tensors = NULL;
+    return -1;
+  }
+  Py_INCREF(self->died), Py_INCREF(self->childless), Py_INCREF(self->parents), Py_INCREF(self->holders);
+  Py_INCREF(self->others), Py_INCREF(self->frozen), Py_INCREF(self->tensors);
+  const struct dl_exchange *found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  if (!found) return -1;
+  if (found->header.major != 1 || !found->tensor_from_object)
+    return PyErr_SetString(PyExc_ValueError, "another DLPack"), -1;
+  exchange = found;
+  return note(self, picks) ? 0 : -1;
+}
+
+static void destroy(PyObject *object) {
+  Watch *self = (Watch *)object;
+  PyTypeObject *type = Py_TYPE(object);
+  Py_XDECREF(self->died), Py_XDECREF(self->childless), Py_XDECREF(self->parents), Py_XDECREF(self->holders);
+  Py_XDECREF(self->others), Py_XDECREF(self->frozen), Py_XDECREF(self->tensors);
+  free(self->children), free(self->held), free(self->memory);
+  ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+  Py_DECREF(type);
+}
+
+static PyMethodDef methods[] = {{"weights", weights, METH_NOARGS, weights_doc}, {NULL, NULL, 0, NULL}};
+static PyType_Slot slots[] = {
+  {Py_tp_doc, (void *)watch_doc}, {Py_tp_init, initialise},   {Py_tp_new, PyType_GenericNew},
+  {Py_tp_dealloc, destroy},       {Py_tp_methods, methods}, {0, NULL},
+};
+static PyType_Spec spec = {"inmerge_fast._cpu.Watch", sizeof(Watch), 0, Py_TPFLAGS_DEFAULT, slots};
+
+int add_watch(PyObject *module) {
+  word_modules = PyUnicode_InternFromString("_modules"), word_parameters = PyUnicode_InternFromString("_parameters");
+  word_weight = PyUnicode_InternFromString("weight"), word_is_leaf = PyUnicode_InternFromString("is_leaf");
+  word_requires_grad = PyUnicode_InternFromString("requires_grad");
+  if (!word_modules || !word_parameters || !word_weight || !word_is_leaf || !word_requires_grad) return -1;
+  PyObject *type = PyType_FromSpec(&spec);
+  const int failed = !type || PyModule_AddObjectRef(module, "Watch", type);
+  Py_XDECREF(type);
+  return failed ? -1 : 0;
+}
