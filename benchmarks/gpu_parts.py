@@ -90,7 +90,7 @@ CORRECT = [
         gpu_tests("test_compile", 70, 30, "torch.compile around merge_"),
         *(
             gpu_tests(f"test_{name}", 70, 20, "a few kernels")
-            for name in ("draw", "hazards", "inputs", "match", "merge_plan", "plan", "plan_cache", "readme_training",
+            for name in ("default_device", "draw", "hazards", "inputs", "match", "merge_plan", "plan", "plan_cache", "readme_training",
                          "similarity", "stats")
         ),
     ),

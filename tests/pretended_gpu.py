@@ -121,6 +121,7 @@ def pretend():
         mock.patch.object(torch.cuda, name, value, create=True).start()
     mock.patch.object(torch.Tensor, "record_stream").start()
     mock.patch.object(torch, "Event", Event).start()
+    mock.patch.object(torch.accelerator, "current_stream", Stream).start()
     mock.patch.object(torch.profiler, "profile", Profile).start()
     return OnGpu()
 
