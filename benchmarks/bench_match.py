@@ -16,7 +16,6 @@ over for float32 on a GPU (tf32x3), at the best rate of a large square matrix pr
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable
 
@@ -24,26 +23,17 @@ import torch
 
 import inmerge_fast
 from benchmarks import searches
+from benchmarks.ceilings import copy_bandwidth, gemm_rate
 from benchmarks.command import for_each_net, open_file, parser_of, print_row
 from benchmarks.device_time import device_times, kernel_times
 from benchmarks.result_files import ResultFile
-from benchmarks.timing import copy_bandwidth, quantiles, time_interleaved, wall_seconds
+from benchmarks.timing import quantiles, time_interleaved
 from benchmarks.work import DTYPES, NETS, SEED, net_of
 
 PROBS = (0.3, 1.0)
-GEMM_SIZE = {"cpu": 1024, "cuda": 4096}
 LARGE = ("VGG19", "ResNet-18", "ResNet-50")
 COLUMNS = {"net": 16, "dtype": 9, "prob": 5, "provider": 9}
 TIMES = ("wall_us", "wall_q20_us", "wall_q80_us", "floor_bytes_us", "floor_flops_us", "device_us", "host_us")
-
-
-@functools.cache
-def gemm_rate(device: torch.device) -> float:
-    """Flops per second of a large square matrix product: TF32 on a GPU, float32 on a CPU; the best of 40."""
-    size = GEMM_SIZE[device.type]
-    square = torch.randn(size, size, device=device)
-    with searches.tf32(True):
-        return 2 * size**3 / min(wall_seconds(lambda: torch.mm(square, square), device) for _ in range(40))
 
 
 def floors(plan: inmerge_fast.MergePlan, prob: float, rate: float) -> dict[str, float]:
@@ -104,8 +94,9 @@ def time_prob(
         if device.type == "cuda":
             with file.attempt(**about, provider=provider, what="device time"):
                 file.extend(row, device_times(calls[provider], device, options.repeats))
-                if provider in ("match", "merge_"):
-                    file.extend(row, {"kernels_us": kernel_times(calls[provider], device)})
+        if device.type == "cuda" and provider in ("match", "merge_"):
+            with file.attempt(**about, provider=provider, what="time of each kernel"):
+                file.extend(row, {"kernels_us": kernel_times(calls[provider], device)})
         print_row(row, COLUMNS, TIMES, header=len(file.rows) == 1)
 
 
@@ -118,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
                         metavar="NET", help="networks that torch.compile is timed with")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.quick:
-        options.nets, options.repeats, options.seconds, options.compile_nets = ["DenseNet-121"], 3, 0.1, []
+        options.nets, options.repeats, options.seconds, options.compile_nets = ["ConvNeXt-T"], 3, 0.1, []
     file = open_file(options, "match", {"probs": PROBS})
     for_each_net(options, file, time_net)
     return file.finish()

@@ -23,12 +23,13 @@ import torch
 
 import inmerge_fast
 from benchmarks import compiled, providers
+from benchmarks.ceilings import copy_bandwidth
 from benchmarks.check import Checker
 from benchmarks.command import for_each_net, open_file, parser_of, print_row
 from benchmarks.device_time import device_times, kernel_times
 from benchmarks.providers import Call, Provider
 from benchmarks.result_files import ResultFile
-from benchmarks.timing import copy_bandwidth, means_of, quantiles, time_interleaved
+from benchmarks.timing import means_of, quantiles, time_interleaved
 from benchmarks.work import DTYPES, NETS, REGIMES, Settings, mean_bytes, net_of
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
 
@@ -77,9 +78,13 @@ def time_plan(
             weight.copy_(old)
 
     every = {provider.name: provider for provider in ([beside] if beside else []) + list(chosen)}
+    named = {
+        name: {key: about[key] for key in COLUMNS if key in about} | {"provider": name, "form": provider.form}
+        for name, provider in every.items()
+    }  # fmt: skip
     calls: dict[str, Call] = {}
     for name, provider in every.items():
-        with file.attempt(**about, provider=name, form=provider.form):
+        with file.attempt(**named[name]):
             calls[name] = provider.prepare(plan, settings, None)
 
     def use_threads(name: str) -> None:
@@ -90,7 +95,7 @@ def time_plan(
         before_call=use_threads,
     )  # fmt: skip
     for name, error in samples.errors.items():
-        file.fail(error, **about, provider=name, form=every[name].form)
+        file.fail(error, **named[name])
     floor = mean_bytes(plan, range(options.repeats), settings)
     rows = {}
     for provider in chosen:
@@ -109,9 +114,10 @@ def time_plan(
     for provider, row in rows.items():
         if device.type == "cuda" and provider.queues:
             restore()
-            with file.attempt(**about, provider=provider.name, form=provider.form, what="device time"):
+            with file.attempt(**named[provider.name], what="device time"):
                 file.extend(row, device_times(calls[provider.name], device, options.repeats))
-                if kernels and provider.exact:
+            if kernels and provider.exact:
+                with file.attempt(**named[provider.name], what="time of each kernel"):
                     file.extend(row, {"kernels_us": kernel_times(calls[provider.name], device)})
         print_row(row, {key: width for key, width in COLUMNS.items() if key in row}, TIMES, header=row is file.rows[0])
     restore()

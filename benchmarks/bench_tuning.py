@@ -1,8 +1,11 @@
-"""Device time of the merge launches under other choices of the merge kernel: ``python -m benchmarks.bench_tuning``.
+"""Device time of a merge under other choices of the merge kernel's constants: ``python -m benchmarks.bench_tuning``.
 
-Programs per multiprocessor, elements per step of the loop, and warps per program, on networks of long, mixed and short
-filters where all pairs pass. Never on live weights: every trial merges again. Writes
-``benchmarks/results/<device>/tuning.json``; what wins goes into ``inmerge_fast/paths/triton/`` by hand, with a note.
+What only a GPU can decide: programs per multiprocessor, registers, elements of a block with the warps that work on it,
+blocks that are kept in registers (SPAN), and the block of strided filters. One choice at a time beside the launcher's
+own, on networks, and on layers of filters of one length, where one choice takes over from another: there are the
+cut-offs between them. A constant that the kernel does not have is left out. Never on live weights: every trial merges
+again. Writes ``benchmarks/results/<device>/tuning.json``; what wins goes into ``inmerge_fast/paths/triton/`` by hand,
+with a note.
 """
 
 from __future__ import annotations
@@ -10,39 +13,84 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator, Mapping
 
 import torch
 
+import inmerge_fast
+from benchmarks.ceilings import copy_bandwidth
 from benchmarks.command import open_file, parser_of, print_row
 from benchmarks.device_time import device_times
 from benchmarks.result_files import ResultFile
-from benchmarks.timing import copy_bandwidth
-from benchmarks.work import REGIMES, SEED, Settings, mean_bytes, net_of
+from benchmarks.work import REGIMES, SEED, Layers, Settings, mean_bytes, net_of
+from inmerge_fast.kernels.merge import _merge_kernel
 
-CHOSEN = ("VGG19", "ResNet-50", "DenseNet-121")
-PROGRAMS_PER_SM = (2, 4, 6, 8, 12)
-BLOCKS = (512, 1024, 2048)
-WARPS = (4, 8)
-COLUMNS = {"net": 14, "programs_per_sm": 15, "block": 6, "warps": 6}
+NETS = ("VGG19", "ResNet-50", "DenseNet-121", "EfficientNet-B0")
+STRIDED_NETS = ("VGG19", "DenseNet-121")  # channels_last
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # elements of a filter
+LAYER, BYTES = 512, 1 << 25  # filters of a layer, and of all layers, whatever the length
+PROGRAMS_PER_SM = (4, 6, 8, 12, 16, 24)
+MAXNREG = (64, 72, 80)
+SHAPES = ((128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))  # BLOCK and warps
+SPANS = (1, 3, 4, 5)
+STRIDED_BLOCKS = (128, 256, 512)
+CHOICE = ("per_sm", "BLOCK", "num_warps", "SPAN", "maxnreg", "STRIDED_BLOCK")
+COLUMNS = {"work": 24} | {name: max(6, len(name)) for name in CHOICE}
 
 
-def time_net(name: str, options: argparse.Namespace, file: ResultFile) -> None:
-    """The device time of every combination for one network, float32."""
-    device, repeats = options.device, options.repeats
-    _model, plan = net_of(name, "float32", device)
-    launcher = plan.paths.triton.launcher(plan.weights())
-    settings = Settings(REGIMES["all pass"])
+def choices(*, strided: bool, quick: bool) -> Iterator[dict[str, int]]:
+    """The launcher's own choice, then others, those first that need no compiling."""
+    has_span, has_strided = ("SPAN" in _merge_kernel.arg_names, "STRIDED_BLOCK" in _merge_kernel.arg_names)
+    yield {}
+    if strided:
+        yield from ({"STRIDED_BLOCK": block} for block in STRIDED_BLOCKS if has_strided)
+        return
+    yield from ({"per_sm": count} for count in PROGRAMS_PER_SM)
+    yield from ({"maxnreg": count} for count in MAXNREG)
+    for (block, warps), span in itertools.product(SHAPES[:2] if quick else SHAPES, SPANS if has_span else (None,)):
+        yield {"BLOCK": block, "num_warps": warps} | ({} if span is None else {"SPAN": span})
+
+
+def work(device: torch.device, *, quick: bool) -> Iterator[tuple[str, object, inmerge_fast.MergePlan]]:
+    """What is merged, all in float32: its name, what keeps its weights alive, and its plan."""
+    for name in ("ConvNeXt-T",) if quick else NETS:
+        yield name, *net_of(name, "float32", device)
+    for elements in LENGTHS[:1] if quick else LENGTHS:
+        layers = Layers("", 0, LAYER, elements, BYTES // (4 * elements * LAYER))
+        weights = layers.weights(device)
+        yield f"{elements} elements", weights, inmerge_fast.MergePlan(weights)
+    for name in () if quick else STRIDED_NETS:
+        model, plan = net_of(name, "float32", device)
+        model.to(memory_format=torch.channels_last)
+        yield f"{name}, channels_last", model, plan
+
+
+def time_choice(
+    plan: inmerge_fast.MergePlan, choice: Mapping[str, int], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Device and host time of a call in which all pairs pass."""
+    launcher, settings = plan.paths.triton.launcher(plan.weights()), Settings(REGIMES["all pass"])
     numbers = {"prob": settings.prob, "alpha": settings.alpha, "threshold": settings.threshold, "dry_run": False}
-    floor = mean_bytes(plan, range(repeats), settings) / copy_bandwidth(device) * 1e6
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    for per_sm, block, warps in itertools.product(PROGRAMS_PER_SM, BLOCKS, WARPS):
-        choice = {"programs": min(multiprocessors * per_sm, launcher.rows), "BLOCK": block, "num_warps": warps}
-        row = {"net": name, "programs_per_sm": per_sm, "block": block, "warps": warps, "floor_us": round(floor, 2)}
-        with file.attempt(**row):
-            row |= device_times(
-                lambda step, choice=choice: launcher.run(SEED, step, **numbers, **choice), device, repeats
-            )
+    overrides = {name: value for name, value in choice.items() if name != "per_sm"}
+    if "per_sm" in choice:
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        overrides["programs"] = min(multiprocessors * choice["per_sm"], launcher.rows)
+    return device_times(lambda step: launcher.run(SEED, step, **numbers, **overrides), device, repeats)
+
+
+def time_work(
+    name: str, plan: inmerge_fast.MergePlan, options: argparse.Namespace, file: ResultFile
+) -> list[dict[str, object]]:
+    """Add the rows of all choices on one work; returns them."""
+    floor = mean_bytes(plan, range(options.repeats), Settings(REGIMES["all pass"])) / copy_bandwidth(options.device)
+    about = {"work": name, "filters": sum(plan.filters), "floor_us": round(floor * 1e6, 2)}
+    rows = []
+    for choice in choices(strided="channels_last" in name, quick=options.quick):
+        with file.attempt(work=name, **choice):
+            row = about | choice | time_choice(plan, choice, options.device, options.repeats)
             file.add(row)
+            rows.append(row)
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,12 +101,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device.type != "cuda":
         print("bench_tuning needs a CUDA device: nothing was measured")
         return 0
-    file = open_file(options, "tuning", {})
-    for name in CHOSEN:
-        with file.attempt(net=name):
-            time_net(name, options, file)
-    for row in sorted(file.rows, key=lambda row: (row["net"], row["device_us"])):
-        print_row(row, COLUMNS, ("device_us", "floor_us"), header=row is file.rows[0])
+    if options.quick:
+        options.repeats = 4
+    file = open_file(options, "tuning", {"prob": Settings.prob, "alpha": Settings.alpha, "dtype": "float32"})
+    header = True
+    for name, _kept, plan in work(options.device, quick=options.quick):
+        with file.attempt(work=name):
+            own, *others = time_work(name, plan, options, file)
+            for row in [own, *sorted(others, key=lambda row: row["device_us"])[:4]]:  # the rest is in the file
+                shown = {key: row.get(key, "") for key in CHOICE} | row
+                print_row(shown, COLUMNS, ("device_us", "floor_us"), header=header)
+                header = False
     return file.finish()
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ceilings import copy_bandwidth
 from benchmarks.result_files import ROOT
-from benchmarks.timing import CYCLES_PER_SECOND, copy_bandwidth, synchronize
+from benchmarks.timing import CYCLES_PER_SECOND, synchronize
 
 
 def environment(device: torch.device) -> dict[str, object]:

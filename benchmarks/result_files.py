@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +37,8 @@ class ResultFile:
         self.rows: list[dict[str, object]] = []
         self.failures: list[dict[str, object]] = []
         self._about = {"environment": dict(environment), "settings": dict(settings)}
-        device = str(environment["device"]).replace("(R)", "").replace("(TM)", "").replace("/", " ")
-        self.path = root / "-".join(device.split()) / f"{name}.json"
+        device = re.sub(r"\((R|TM)\)", "", str(environment["device"]))
+        self.path = root / re.sub(r"[^\w.]+", "-", device).strip("-") / f"{name}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: dict[str, object]) -> None:

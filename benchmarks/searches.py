@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
 import inmerge_fast
+from benchmarks.ceilings import tf32
 from benchmarks.compiled import start_afresh
 from benchmarks.providers import MIN_NORM, rows_of
 from benchmarks.work import SEED
@@ -18,17 +18,6 @@ from inmerge_fast.paths.pairs import filters_of
 # Two similarities this close are the same to a search: float32 sums in any order, and one TF32 product.
 CLOSE = 1e-5
 Search = Callable[[], list[torch.Tensor]]  # the nearest other filter of every filter, by layer
-
-
-@contextlib.contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    """Float32 matrix products in TF32 on a GPU, or not."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if enabled else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _nearest(rows: torch.Tensor) -> torch.Tensor:

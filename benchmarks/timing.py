@@ -1,4 +1,4 @@
-"""How time is measured, in one place: wall time with nothing in cache, and the copy bandwidth that floors are made of.
+"""How time is measured, in one place: wall time with nothing in cache, providers interleaved.
 
 *Wall time* is from the call until its work is done, synchronised on a GPU. Before each sample the caches are filled
 with other memory, because in a training step a forward and a backward pass lie between two merges.
@@ -15,8 +15,6 @@ import numpy as np
 import torch
 
 COLD_BYTES = {"cpu": 1 << 27, "cuda": 1 << 28}  # 4 times the L3 of an EPYC's 8 cores and the L2 of an H200 (60 MB)
-COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
-COPIES = 12  # of which the first two fault pages in
 WARM_UP = 2  # calls before the first sample: they compile, allocate and fault pages in
 CYCLES_PER_SECOND = 1.98e9  # of an H200; only how long the device is kept busy depends on it
 
@@ -40,33 +38,6 @@ def cold_cache(device: torch.device) -> Callable[[], None]:
         torch.sum(other, 0, out=total)
 
     return fill
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by ``copy_`` of much more than the caches hold; the best of 10.
-
-    On a CPU with as many threads as PyTorch may use now. On a GPU by events: the wait for the end of a copy is not its.
-    """
-    return _copy_bandwidth(device, torch.get_num_threads() if device.type == "cpu" else 1)
-
-
-@functools.cache
-def _copy_bandwidth(device: torch.device, _threads: int) -> float:
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    if device.type == "cpu":
-        seconds = [wall_seconds(lambda: target.copy_(source), device) for _ in range(COPIES)]
-    else:
-        events = []
-        for _ in range(COPIES):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            target.copy_(source)
-            end.record()
-            events.append((start, end))
-        synchronize(device)
-        seconds = [start.elapsed_time(end) * 1e-3 for start, end in events]
-    return 2 * source.numel() / min(seconds[2:])
 
 
 def wall_seconds(call: Callable[[], object], device: torch.device) -> float:

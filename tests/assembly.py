@@ -27,10 +27,15 @@ def attributed(asm: str, source: Path) -> Iterator[tuple[str, str]]:
     """The lines of an assembly text, each with the function of ``source`` that it comes from, or ""."""
     functions = functions_of(source)
     names = {number: re.findall(r'"([^"]*)"', rest)[-1] for number, rest in re.findall(r"\.file\s+(\d+)(.*)", asm)}
-    function = ""
+    function, inline, placed = "", False, False
     for line in asm.splitlines():
+        if "inline asm" in line:
+            inline, placed = "begin" in line, False
         place = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line)
+        if place and inline and placed:
+            continue  # since Triton 3.8, one for each line of assembly, counted on from the source's
         if place:
+            placed = True
             in_source = Path(names[place[1]]).name == source.name
             function = functions.get(int(place[2]), "") if in_source else ""
         elif not line.lstrip().startswith(("//", ";")):

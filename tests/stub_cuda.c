@@ -2,13 +2,14 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { RECORDS = 64, PARAMETERS = 32 };
+enum { RECORDS = 64, PARAMETERS = 32, FUNCTIONS = 16 };
 typedef int result;
 struct config { unsigned grid[3], block[3], shared; void *stream; void *attributes; unsigned attribute_count; };
 struct record { unsigned grid[3]; void *function; uint64_t parameters[PARAMETERS]; };
 
 int stub_launches = 0;
-int stub_parameters[16]; /* of each function, numbered from 1: how many to remember, for past the last one is a crash */
+/* Of each function, numbered from 1: how many to remember, for past the last one is a crash; of others none. */
+int stub_parameters[FUNCTIONS];
 struct record stub_records[RECORDS];
 static int modules = 0;
 
@@ -58,7 +59,7 @@ result cuLaunchKernelEx(const struct config *c, void *f, void **p, void **e) {
   memset(r, 0, sizeof *r);
   memcpy(r->grid, c->grid, sizeof r->grid);
   r->function = f;
-  for (int i = 0; i < stub_parameters[(intptr_t)f]; i++)
+  for (int i = 0; (intptr_t)f < FUNCTIONS && i < stub_parameters[(intptr_t)f]; i++)
     memcpy(&r->parameters[i], p[i], sizeof(uint64_t));
   return 0;
 }

@@ -13,7 +13,9 @@ from benchmarks import (
     bench_merge,
     bench_scaling,
     bench_training,
+    ceilings,
     compiled,
+    device_time,
     providers,
     report,
     result_files,
@@ -149,15 +151,81 @@ def test_a_call_that_fails_is_left_out_and_the_rest_go_on():
 
 def test_copies_are_timed_with_the_threads_of_the_moment(monkeypatch):
     seen = []
-    monkeypatch.setattr(timing, "_copy_bandwidth", lambda device, threads: seen.append(threads))
+    monkeypatch.setattr(ceilings, "_copy_bandwidth", lambda device, threads: seen.append(threads))
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            timing.copy_bandwidth(torch.device("cpu"))
+            ceilings.copy_bandwidth(torch.device("cpu"))
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 2]
+
+
+class Device:
+    """A GPU with a queue of 1024 launches of 3 us each, which a host fills at 4 us a launch, on a clock of its own."""
+
+    LAUNCH, QUEUE, LENGTH = 3e-6, 4e-6, 1024
+
+    def __init__(self):
+        self.now, self.ends, self.busy = 0.0, [], 0.0
+
+    def queue(self, seconds):
+        self.ends = [end for end in self.ends if end > self.now]
+        if len(self.ends) >= self.LENGTH:
+            self.now = self.ends[-self.LENGTH]  # until there is room
+        self.now += self.QUEUE
+        self.busy = max(self.busy, self.now) + seconds
+        self.ends.append(self.busy)
+        return self.busy
+
+    def pretend(self, monkeypatch):
+        device = self
+
+        class Event:
+            def __init__(self, **_):
+                pass
+
+            def record(self):
+                self.at = device.queue(0.0)
+
+            def query(self):
+                return device.now >= self.at
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: setattr(device, "now", max(device.now, device.busy)))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: device.queue(cycles / timing.CYCLES_PER_SECOND))
+        monkeypatch.setattr(device_time, "cold_cache", lambda _: lambda: device.queue(100e-6))
+        monkeypatch.setattr(device_time.time, "perf_counter", lambda: device.now)
+
+
+@pytest.mark.parametrize(("launches", "queued"), [(2, 12), (80, 12), (200, 4), (1000, 1)])
+def test_device_times_are_those_of_the_launches_whatever_the_queue_holds(launches, queued, monkeypatch):
+    device, seen = Device(), []
+    device.pretend(monkeypatch)
+    kept = device_time._queued
+    monkeypatch.setattr(device_time, "_queued", lambda *arguments: seen.append(arguments[-1]) or kept(*arguments))
+
+    def call(_):
+        for _ in range(launches):
+            device.queue(device.LAUNCH)
+
+    times = device_time.device_times(call, torch.device("cuda"), repeats=24)
+    assert seen[-1] == queued
+    assert times["device_us"] == pytest.approx(launches * 3.0, rel=1e-3)
+    assert times["host_us"] == pytest.approx(launches * 4.0, rel=1e-3)
+
+
+def test_a_call_that_does_not_fit_the_queue_has_no_device_time(monkeypatch):
+    device = Device()
+    device.pretend(monkeypatch)
+    with pytest.raises(device_time.QueueOverflowError):
+        device_time.device_times(
+            lambda _: [device.queue(device.LAUNCH) for _ in range(1100)], torch.device("cuda"), repeats=8
+        )
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ CONVS = {
     3: (nn.Conv3d, nn.ConvTranspose3d),
 }
 # 10,000 configurations over the tests below, on the CPU and on a GPU; interpreted kernels take milliseconds a program.
-MODULE_EXAMPLES, TENSOR_EXAMPLES, MODEL_EXAMPLES = 6000, 3000, 1000
+# A GPU run has minutes (benchmarks/run_gpu.sh), and almost each configuration a kernel of its own to compile.
+EXAMPLES_SHARE = int(os.environ.get("INMERGE_EXAMPLES_SHARE", "1"))
+MODULE_EXAMPLES, TENSOR_EXAMPLES, MODEL_EXAMPLES = (count // EXAMPLES_SHARE for count in (6000, 3000, 1000))
 INTERPRETED_SHARE = 50
 
 

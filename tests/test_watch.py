@@ -138,6 +138,16 @@ def test_a_change_is_seen(name):
     assert both(plan) is None
 
 
+def test_a_layer_that_gets_a_weight_is_seen():
+    """As when a parametrization is removed: it may be one to merge."""
+    model = net()
+    weight = model[1]["b"].weight
+    del model[1]["b"].weight
+    plan = planned(model)
+    model[1]["b"].weight = weight
+    assert both(plan) is None
+
+
 @pytest.mark.parametrize("name", unchanged(net()))
 def test_what_training_does_is_none(name):
     model = net()

@@ -17,8 +17,9 @@ from torch import nn
 
 from ..merge import several_ranks
 from ..merge_plan import MergePlan
-from ..paths.eager import EagerPairs, merge_drawn_
-from ..paths.path import Call
+from ..paths.choice import Paths
+from ..paths.eager import EagerPairs, EagerPath
+from ..paths.path import Call, Outcome, Path
 from ..plan.candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
 from ..plan.filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
 from ..plan.plan import DEFAULT_SKIP_FIRST
@@ -195,7 +196,10 @@ def gathered(weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 class ShardedPath:
-    """Gathers one weight after the other, merges it as a whole in eager PyTorch, and keeps this rank's filters.
+    """Gathers one weight after the other, merges it as a whole as one rank would, and keeps this rank's filters.
+
+    On a CPU that gives the same bits as on one rank. On a GPU eager PyTorch merges: tables of addresses would have to
+    be made anew for every weight that is gathered.
 
     Args:
         rows: the plan's filters.
@@ -211,14 +215,11 @@ class ShardedPath:
     def merge(self, weights: Sequence[torch.Tensor], call: Call) -> EagerPairs:
         """See :class:`inmerge_fast.paths.path.Path`; all ranks must call it."""
         rows = self._rows
-        coin, partner = rows.draw(call.seed, call.step, call.prob)
         thresholds = call.threshold_of_each(len(weights))
         merged = []
-        for layer, weight, full, threshold, place in zip(
-            rows.layers, weights, gathered(weights), thresholds, rows.of_layers(), strict=True
-        ):
-            this = call._replace(thresholds=threshold)
-            merged.append(merge_drawn_(Rows([layer]), [full], coin[place], partner[place], this))
+        for layer, weight, full, threshold in zip(rows.layers, weights, gathered(weights), thresholds, strict=True):
+            outcome = _path_of(Rows([layer])).merge([full], call._replace(thresholds=threshold))
+            merged.append(_as_tensors(outcome))
             if full is not weight:
                 _keep_own(weight, full)
         return EagerPairs(
@@ -226,6 +227,18 @@ class ShardedPath:
             torch.cat([one.similarity for one in merged]),
             torch.cat([one.passed for one in merged]),
         )
+
+
+def _path_of(rows: Rows) -> Path:
+    path = Paths(rows).choose()
+    return EagerPath(rows, ShardedPath.reason) if path.name == "triton" else path
+
+
+def _as_tensors(outcome: Outcome) -> EagerPairs:
+    if isinstance(outcome, EagerPairs):
+        return outcome
+    pairs = outcome()
+    return EagerPairs(pairs.counts, torch.from_numpy(pairs.similarity), torch.from_numpy(pairs.passed))
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ class Launcher:
             threshold: similarity that a pair must exceed, or one for each layer.
             dry_run: only measure.
             partner: the rule; other than "random" it takes three launches or more between draw and merge.
-            **overrides: constants of the merge kernel, for tests; those of the match kernel are in ``match``.
+            **overrides: constants and compiler options of the merge kernel, for tests and tuning; constants of the
+                match kernel are in ``match``.
         """
         coin = coin_threshold(prob)
         with self.lock, self._on_device():
@@ -365,8 +366,7 @@ class Launcher:
             target = "hip" if torch.version.hip else "cuda"
             constants = self._constants | overrides
             options = merge_options(constants, target)
-            if "num_warps" in overrides:
-                options["num_warps"] = constants.pop("num_warps")
+            options |= {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in overrides}
             self._merges[key] = Handle(_merge_kernel, constants, options)
         return self._merges[key]
 
