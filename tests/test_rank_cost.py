@@ -14,7 +14,7 @@ KINDS = {
     "more elements than filters": lambda: nn.Conv2d(16, 24, 3),
     "fewer elements than filters": lambda: nn.Conv2d(16, 24, 1),
     "groups": lambda: nn.Conv2d(24, 24, 3, groups=2),
-    "groups of few elements": lambda: nn.Conv2d(8, 32, 1, groups=2),
+    "groups of few elements": lambda: nn.Conv2d(16, 32, 1, groups=2),
     "transposed": lambda: nn.ConvTranspose2d(12, 24, 3),
     "bfloat16": lambda: nn.Conv2d(16, 24, 3, dtype=torch.bfloat16),
 }
@@ -58,9 +58,8 @@ def test_the_price_of_one_pair_is_half_of_what_merging_it_costs(kind, partner):
     """Both of its filters move."""
     module = KINDS[kind]()
     last = module.out_channels - 1
-    make_alike(module, last - 2, last, 0.95)  # in the last group, if there are groups
-    cost, before = cost_of(module), rank_of(module)
-    threshold = (0.95 + float(cost.threshold_for(0.1, "random"))) / 2
+    make_alike(module, last - 2, last, 0.97)  # in the last group, if there are groups
+    cost, before, threshold = cost_of(module), rank_of(module), 0.96
     kept = module.weight.detach().clone()
     price = cost.price(threshold, partner, 0.7)
     assert torch.equal(kept, module.weight), "nothing is written"
@@ -92,7 +91,7 @@ def test_the_price_is_the_mean_of_all_that_can_merge():
 def test_a_threshold_for_a_share_is_the_lowest_that_keeps_it(partner):
     cost = cost_of(nn.Conv2d(16, 40, 3, groups=2))
     assert cost.pairs == 2 * 20 * 19
-    for share in (0.02, 0.1, 0.5):
+    for share in (0.1, 0.25, 0.5):
         threshold = cost.threshold_for(share, partner)
         below = math.nextafter(threshold, -1)
         assert cost.share_above(threshold, partner) <= share < cost.share_above(below, partner)
@@ -113,7 +112,7 @@ def test_filters_that_are_not_finite_have_no_part_in_it(size):
     nothing = cost_of(torch.full(size, math.nan))
     assert math.isnan(nothing.rank)
     assert (nothing.pairs, nothing.price(-1.0, "random", 0.8), nothing.share_above(-1.0, "nearest")) == (0, None, 0.0)
-    assert nothing.threshold_for(1.0, "random") == -1.0
+    assert nothing.threshold_for(1.0, "random") == NEVER
 
 
 def test_a_price_is_none_where_nothing_can_merge_and_nothing_where_merging_does_nothing():
@@ -134,7 +133,7 @@ def test_of_large_layers_a_part_stands_for_the_rest(monkeypatch):
             part = cost_of(weight)
             assert part.pairs == kept * (kept - 1)
             assert part.share_above(0.25, "random") == pytest.approx(share, rel=0.1)
-            assert part.price(0.25, "random", 0.8) == pytest.approx(price, rel=0.15)
+            assert price < part.price(0.25, "random", 0.8) < 1.25 * price  # it errs on the dear side
 
 
 def test_a_ledger_charges_merges_with_the_mean_price():

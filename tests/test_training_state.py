@@ -207,6 +207,7 @@ torch.save(parts[0].state_dict(), path + ".final")
 """
 
 
+@pytest.mark.filterwarnings("ignore::inmerge_fast.CollapseWarning")
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path):
     """A real SIGKILL in the middle of a step, twice, and then to the end."""
     path = tmp_path / "checkpoint.pt"

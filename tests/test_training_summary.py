@@ -22,18 +22,22 @@ from inmerge_fast import (
 def totals(steps):
     """Sampled and merged by layer, from what every step has returned."""
     found = {}
-    for stats in steps:
-        for layer in stats.layers if stats is not None else ():
-            before = found.get(layer.name, (0, 0))
-            found[layer.name] = (before[0] + layer.sampled, before[1] + layer.merged)
+    for layer in (layer for layers in steps for layer in layers):
+        before = found.get(layer.name, (0, 0))
+        found[layer.name] = (before[0] + layer.sampled, before[1] + layer.merged)
     return found
+
+
+def stepped(merger, steps):
+    """The numbers of so many steps, read before others take their place."""
+    return [() if (stats := merger.step()) is None else stats.layers for _ in range(steps)]
 
 
 def test_totals_are_of_every_step_not_of_those_that_are_logged(device):
     log = DictLogger()
     model = deep().to(device)
     merger = InMerge(model, threshold=0.1, skip_first=0, loggers=[log], observe_every=10, start=3, stop=60, every=2)
-    steps = [merger.step() for _ in range(70)]
+    steps = stepped(merger, 70)
     expected = totals(steps)
     summary = merger.summary()
     assert {layer.name: (layer.sampled, layer.merged) for layer in summary.layers} == expected
@@ -45,23 +49,23 @@ def test_totals_are_of_every_step_not_of_those_that_are_logged(device):
 def test_totals_go_on_over_new_plans_and_checkpoints():
     model = deep()
     merger = InMerge(model, threshold=0.1, skip_first=0, guard=None)
-    steps = [merger.step() for _ in range(10)]
+    steps = stepped(merger, 10)
     model[1].weight.requires_grad_(False)
-    steps += [merger.step() for _ in range(10)]
+    steps += stepped(merger, 10)
     gone = merger.summary()
     assert [layer.name for layer in gone.layers] == ["0", "2"]
     assert gone.left == {"1": totals(steps)["1"]}
     assert "1, merged before: " in str(gone)
     assert gone.merged == sum(merged for _, merged in totals(steps).values())
     model[1].weight.requires_grad_(True)
-    steps += [merger.step() for _ in range(10)]
+    steps += stepped(merger, 10)
     other = deep()
     other.load_state_dict(model.state_dict())
     resumed = InMerge(other, threshold=0.1, skip_first=0, guard=None)
     resumed.step()  # what it had done before it was loaded does not count
     resumed.load_state_dict(merger.state_dict())
     other.load_state_dict(model.state_dict())
-    steps += [resumed.step() for _ in range(10)]
+    steps += stepped(resumed, 10)
     summary = resumed.summary()
     assert {layer.name: (layer.sampled, layer.merged) for layer in summary.layers} == totals(steps)
 
