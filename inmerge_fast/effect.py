@@ -197,15 +197,13 @@ class EffectMonitor:
     def totals(self) -> torch.Tensor:
         """Pairs sampled and merged in each layer by all calls, int64 ``(layers, 2)``, where they are; nothing waits."""
         self._sum()
-        found = self._before if self._running is None else self._running.by_layer()
-        if self._running is not None and self._before is not None:
-            found = found + self._before.to(found.device)  # type: ignore[union-attr]
-        there = self._take_there()
-        if there is not None:
-            found = there if found is None else found.to(there.device) + there
-        if found is None or self._sampled.any():  # not without need: it would be copied to the device
-            here = torch.from_numpy(np.stack([self._sampled, self._merged], 1))
-            found = here if found is None else found + here.to(found.device)
+        parts = [] if self._running is None else [self._running.by_layer()]
+        parts += [part for part in (self._before, self._take_there()) if part is not None]
+        if not parts or self._sampled.any():  # not without need: it would be copied to the device
+            parts.append(torch.from_numpy(np.stack([self._sampled, self._merged], 1)))
+        found = parts[0]
+        for part in parts[1:]:
+            found = found + part.to(found.device)
         return found
 
     def _take_there(self) -> torch.Tensor | None:

@@ -147,7 +147,7 @@ def similarity(
 
 
 def _weights_of(
-    state: Mapping[str, object], skip_first: float, exclude: str | Sequence[str], dims: int
+    state: Mapping[str, object], skip_first: object, exclude: str | Sequence[str], dims: int
 ) -> dict[str, torch.Tensor]:
     if skip_first != 0 or exclude not in ((), ""):
         raise ValueError("skip_first and exclude choose among the layers of a model; leave entries out of the dict")
