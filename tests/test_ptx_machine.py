@@ -36,7 +36,8 @@ def test_lanes_part_and_meet_again():
         mul.lo.s32 %r1, %r1, 3; add.s32 %r1, %r1, 1; bra.uni $NEXT;
         $EVEN: shr.u32 %r1, %r1, 1;
         $NEXT: add.s32 %r2, %r2, 1; bra $LOOP;
-        $DONE: st.global.b32 [%rd1], %r2;""", warps=2)  # fmt: skip
+        $DONE: bar.sync 0; shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; shfl.sync.bfly.b32 %r2, %r3, 1, 31, -1;
+        st.global.b32 [%rd1], %r2;""", warps=2)  # fmt: skip
     assert got.tolist() == [steps(n + 1) for n in range(64)]
 
 
@@ -178,6 +179,7 @@ def test_every_cta_runs_once_and_a_seed_repeats_itself(how):
         assert max(peaks) == (7 if how == "turns" else 0)
     else:
         assert len(orders) > 5
+        assert len({tuple(sign_in(seed=seed, how=how, resident=1)[0]) for seed in range(9)}) > 5, "random at the start"
         assert max(peaks) > (0 if how == "priorities" else 2)  # which change once in fifty steps
 
 
@@ -220,6 +222,7 @@ def test_sectors_and_passes():
     assert passes(lanes * np.uint64(8), 8) == 2
     assert passes(lanes * np.uint64(144), 16) == 4, "rows of 128 bytes, padded by 16"
     assert passes(lanes * np.uint64(128), 16) == 32
+    assert passes(np.where(lanes < 8, lanes * np.uint64(128), 0), 16) == 11, "eight lanes at a time"
 
 
 def aligned(words):

@@ -225,6 +225,19 @@ def test_a_load_never_goes_back_in_time():
     assert last == {6}, "stores to one place stay in order"
 
 
+def test_stores_to_one_place_stay_in_order_across_a_barrier():
+    """The second one may leave its warp's buffer before the first one leaves the CTA's."""
+    program = kernel(
+        """setp.eq.s32 %p1, %t, 0; mov.b32 %r1, 1; mov.b32 %r2, 2; @%p1 st.global.b32 [%a], %r1;
+        bar.sync 0; @%p1 st.global.b32 [%a], %r2; ld.global.b32 %r3, [%b]; ld.global.b32 %r3, [%b+4];""",
+        ["a", "b"],
+    )
+    for seed in range(80):
+        a = np.zeros(1, "u4")
+        run(program, {"a": a, "b": np.zeros(2, "u4")}, seed=seed, weak=(0.5, 0.5))
+        assert a[0] == 2
+
+
 def test_stores_to_different_places_may_arrive_in_any_order():
     program = kernel("""
         setp.ne.s32 %p1, %c, 0; setp.eq.s32 %p2, %t, 0; mov.b32 %r1, 1; @%p1 bra $READ;
@@ -319,4 +332,5 @@ def test_compilers_may_store_copies_of_a_value_from_several_warps():
     setup = "and.b32 %r3, %t, 31; setp.eq.s32 %p4, %r3, 0;"
     assert race_kinds(f"{setup} {same} bar.sync 0; ld.shared.b32 %r4, [smem];") == (set(), 0)
     assert race_kinds(f"{setup} @%p4 st.shared.b32 [smem], %t;")[0] == {"W-W"}
+    assert race_kinds("@%p1 st.shared.b32 [smem], %r1; @%p2 st.shared.b32 [smem], %r1;")[0] == {"W-W"}
     assert race_kinds(f"{setup} {same} ld.shared.b32 %r4, [smem];", seeds=30)[0] >= {"R-W"}
