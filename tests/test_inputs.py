@@ -298,7 +298,7 @@ def test_groups_that_do_not_divide_the_weight(groups):
         inmerge_fast.merge_(conv, **SAMPLE_ALL)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
 def test_freed_storage_and_forward_mode_duals_raise_before_any_layer_is_written():
     good = torch.randn(4, 9)
     before = good.clone()

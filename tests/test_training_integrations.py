@@ -15,7 +15,6 @@ STEPS, ACCUMULATE = 6, 2
 DATA = batches(STEPS * ACCUMULATE)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
 ]
 
 
