@@ -13,6 +13,7 @@ virtual environment of its own, which borrows the third-party packages.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -156,10 +157,23 @@ class Install:
     elsewhere: Path
 
 
+def require_pip() -> None:
+    """Skip without pip, without importing it: setuptools would take this for a process of pip, and compiling fails."""
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs pip")
+
+
+def test_torch_still_compiles_after_the_look_for_pip():
+    require_pip()
+    assert "pip" not in sys.modules, "torch.compile fails in processes that have imported it"
+
+
 @pytest.fixture(scope="module")
 def installs(tmp_path_factory, wheel):
     """Makes the install of a mode, once for all tests."""
-    pytest.importorskip("pip")
+    require_pip()
     made: dict[str, Install] = {}
 
     def get(mode: str) -> Install:
@@ -292,7 +306,7 @@ def test_installed_cpu_kernel_can_be_used(installs, mode):
 
 
 def test_install_without_a_compiler_works(tmp_path):
-    pytest.importorskip("pip")
+    require_pip()
     python, source = make_python(tmp_path), copy_checkout(tmp_path / "checkout")
     pip = ["-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-compile"]
     run(python, *pip, source, cwd=tmp_path, CC="/bin/false")
