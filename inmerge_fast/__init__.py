@@ -1,17 +1,19 @@
 """In-model merging (InMerge) of convolution filters as a fast in-place PyTorch operation.
 
-``merge_`` does one merging step, ``InMerge`` those of a whole training run. ``MergePlan`` shows which layers they work
-on, ``MergeStats`` what a call did and ``similarity`` how alike the filters are; ``draw``, ``reference_partners`` and
-``reference_merge`` define the decisions and the arithmetic. See the README for where to call them.
+``merge_`` does one merging step, ``merged`` one that lasts for a forward and backward pass only, ``InMerge`` those of a
+whole training run. ``MergePlan`` shows which layers they work on, ``MergeStats`` what a call did and ``similarity`` how
+alike the filters are; ``draw`` and the ``reference_`` functions define the decisions and the arithmetic. See the README
+for where to call them.
 """
 
 from .draw import draw
+from .forward_only import merged
 from .inspection.merge_plot import plot_merges
 from .inspection.similarity import Similarity, similarity
 from .layer_similarity import LayerSimilarity
 from .merge import merge_
 from .merge_plan import MergePlan
-from .reference import ReferenceResult, reference_merge, reference_partners
+from .reference import ReferenceResult, reference_forward_only, reference_merge, reference_partners
 from .stats import CollapseWarning, LayerStats, MergeStats, NoEffectWarning
 from .thresholds import NoiseThreshold, QuantileThreshold, RankBudget
 from .training.guard import CollapseGuard
@@ -39,7 +41,9 @@ __all__ = [
     "draw",
     "linear",
     "merge_",
+    "merged",
     "plot_merges",
+    "reference_forward_only",
     "reference_merge",
     "reference_partners",
     "similarity",

@@ -108,13 +108,13 @@ def merge_(
         name, flag = ("dry_run", dry_run) if isinstance(include_linear, bool) else ("include_linear", include_linear)
         raise TypeError(f"{name} must be a bool, got {flag!r}")
     check_word("layer", layer, MAX_LAYER)
-    _check_randomness(seed, step, generator)
-    plan, weights = _plan_for(target, skip_first, exclude, include_linear, layer)
+    check_randomness(seed, step, generator)
+    plan, weights = plan_for(target, skip_first, exclude, include_linear, layer)
     if seed is None or step is None:
-        seed, step = _draw_seed(generator), 0
+        seed, step = drawn_seed(generator), 0
     elif not dry_run:
         plan.history.notice_draw(seed, step)
-    thresholds = _thresholds(threshold, plan, weights, partner)
+    thresholds = thresholds_of(threshold, plan, weights, partner)
     call = Call(int(seed), int(step), float(prob), float(alpha), thresholds, partner, dry_run)
     stats = merge_plan_(plan, weights, call)
     if plan.effect.calls >= plan.history.next_look and not dry_run:
@@ -130,16 +130,7 @@ def merge_plan_(plan: MergePlan, weights: list[torch.Tensor], call: Call) -> Mer
         if coin_threshold(call.prob) > 0:
             outcome.count_in(plan.effect)
         mark_written(weights)
-    return MergeStats(
-        outcome,
-        plan.names,
-        plan.filters,
-        skipped=plan.skipped,
-        seed=call.seed,
-        step=call.step,
-        dry_run=call.dry_run,
-        path=path.name,
-    )
+    return plan.stats(outcome, call, path.name)
 
 
 def several_ranks(group: Any = None) -> bool:
@@ -151,7 +142,7 @@ def several_ranks(group: Any = None) -> bool:
     )
 
 
-def _thresholds(
+def thresholds_of(
     threshold: Threshold, plan: MergePlan, weights: Sequence[torch.Tensor], partner: str
 ) -> float | list[float]:
     """One for all layers, or one for each."""
@@ -174,7 +165,13 @@ def _thresholds(
     ]
 
 
-def _check_randomness(seed: object, step: object, generator: object) -> None:
+def check_randomness(seed: object, step: object, generator: object) -> None:
+    """Check what the draw comes from: seed and step, or a generator on a single rank.
+
+    Raises:
+        TypeError: one of them has the wrong type.
+        ValueError: they do not go together, or ranks would draw differently.
+    """
     if (seed is None) != (step is None):
         missing = "step" if step is None else "seed"
         raise ValueError(
@@ -199,7 +196,8 @@ def _check_randomness(seed: object, step: object, generator: object) -> None:
             raise ValueError(f"generator must be a CPU generator (decisions are drawn there), got {generator.device}")
 
 
-def _draw_seed(generator: torch.Generator | None) -> int:
+def drawn_seed(generator: torch.Generator | None) -> int:
+    """A seed of 64 bits."""
     high, low = torch.randint(0, 2**32, (2,), generator=generator, device="cpu").tolist()
     return (high << 32) | low
 
@@ -211,14 +209,24 @@ _plans: OrderedDict[tuple[Any, ...], tuple[MergePlan, tuple[weakref.ref[Any], ..
 MAX_CACHED_PLANS = 512
 
 
-def _plan_for(
+def plan_for(
     target: Target | MergePlan, skip: float | str | Sequence[str], exclude: str | Sequence[str], include_linear: bool,
-    layer: int,
+    layer: int, *, unset: float = DEFAULT_SKIP_FIRST, kind: str = "lasting",
 ) -> tuple[MergePlan, list[torch.Tensor]]:  # fmt: skip
-    """The plan of a target, an older one if it still holds, and its weights."""
+    """The plan of a target, an older one if it still holds, and its weights.
+
+    Args:
+        target: the target, as are skip, exclude, include_linear and layer.
+        skip: the argument ``skip_first``.
+        exclude: name patterns.
+        include_linear: whether ``Linear`` layers take part.
+        layer: id of a single layer.
+        unset: what ``skip`` is where the user has said nothing.
+        kind: plans of another kind are others, as they count what was done with them.
+    """
     skip_first, patterns = check_selection(skip, exclude)
     if isinstance(target, MergePlan):
-        if (skip_first, patterns, include_linear, layer) != (DEFAULT_SKIP_FIRST, (), False, 0):
+        if (skip_first, patterns, include_linear, layer) != (unset, (), False, 0):
             raise ValueError("skip_first, exclude, include_linear and layer are set where a MergePlan is built")
         weights = target.current_weights()
         if weights is None:
@@ -233,7 +241,7 @@ def _plan_for(
         target = owners = tuple(target)  # an iterator could be read only once
     else:
         owners = ()
-    key = (type(target), tuple(map(id, owners)), type(skip_first), skip_first, patterns, include_linear, layer)
+    key = (kind, type(target), tuple(map(id, owners)), type(skip_first), skip_first, patterns, include_linear, layer)
     entry = _plans.get(key)
     if entry is not None:
         weights = entry[0].current_weights()

@@ -7,7 +7,9 @@ import torch
 from .effect import EffectMonitor
 from .history import CallHistory
 from .paths.choice import Paths
+from .paths.path import Call, Outcome
 from .plan.plan import LayerPlan
+from .stats import MergeStats
 
 
 class MergePlan(LayerPlan):
@@ -49,6 +51,19 @@ class MergePlan(LayerPlan):
         """Pairs sampled and merged in each layer by all calls that may write, int64 ``(layers, 2)``; nothing waits."""
         self.paths.follow()
         return self.effect.totals()
+
+    def stats(self, outcome: Outcome, call: Call, path: str) -> MergeStats:
+        """What a call on the path of this name has done, as users see it."""
+        return MergeStats(
+            outcome,
+            self.names,
+            self.filters,
+            skipped=self.skipped,
+            seed=call.seed,
+            step=call.step,
+            dry_run=call.dry_run,
+            path=path,
+        )
 
     @property
     def path(self) -> str:

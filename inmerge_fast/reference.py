@@ -13,7 +13,9 @@ read as they were before the call, as in the published code.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +107,31 @@ def reference_merge(
             filter_of(new, i, groups=groups, transposed=transposed).copy_(blend)
             merged[i] = True
     return ReferenceResult(new, similarity, merged)
+
+
+def reference_forward_only(
+    weight: torch.Tensor,
+    coin: npt.NDArray,
+    partner: npt.NDArray,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    **arguments: Any,
+) -> tuple[torch.Tensor, ReferenceResult]:
+    """One step of forward-only merging: the gradient at the merged weight. ``weight`` itself never changes.
+
+    Args:
+        weight: see :func:`reference_merge`, as are coin, partner and the other arguments.
+        coin: which filters look at their partner.
+        partner: the partners.
+        loss: the loss of a weight, a scalar.
+        **arguments: of :func:`reference_merge`.
+
+    Returns:
+        The gradient, like ``weight``, that an optimizer applies to ``weight`` as it is; and the merge.
+    """
+    result = reference_merge(weight, coin, partner, **arguments)
+    merged = result.weight.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(merged), merged)
+    return gradient, result
 
 
 @torch.no_grad()

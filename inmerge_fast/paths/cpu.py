@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,7 @@ class CpuPath:
         self._rows = rows
         self._unavailable: str | None = None
         self._merge: tuple[CpuMerge, tuple[list[int], list[int]]] | None = None
+        self._spare = bytearray()
 
     @property
     def reason(self) -> str:
@@ -116,9 +118,19 @@ class CpuPath:
         Raises:
             ValueError: another thread has just moved a weight; nothing has been written.
         """
+        held = list(map(torch.Tensor.untyped_storage, weights))
+        try:
+            return self._run(self._kernel_for(weights, held), weights, call, None)
+        finally:
+            del held  # until here
+
+    def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> CpuForNow:
+        """See :class:`inmerge_fast.paths.path.Path`."""
+        return CpuForNow(self, weights, call)
+
+    def _kernel_for(self, weights: Sequence[torch.Tensor], held: Sequence[torch.UntypedStorage]) -> CpuMerge:
         # The kernel writes to addresses while other threads run. One of them may give a weight other memory, as
         # model.half() does, and would free what is written to. 17 us for 110 layers.
-        held = list(map(torch.Tensor.untyped_storage, weights))
         memory = list(map(torch.UntypedStorage.data_ptr, held)), list(map(torch.UntypedStorage.nbytes, held))
         found = self._merge
         if found is None or found[1] != memory:
@@ -126,7 +138,9 @@ class CpuPath:
             if not (kernel.lies_in(*memory) and all(layer.is_current() for layer in self._rows.layers)):
                 raise ValueError("a weight was moved or replaced by another thread while this call of merge_ began")
             found = self._merge = kernel, memory
-        kernel, _ = found
+        return found[0]
+
+    def _run(self, kernel: CpuMerge, weights: Sequence[torch.Tensor], call: Call, kept: list[Any] | None) -> CpuPairs:
         given = None
         if call.partner != "random":
             coin, _ = self._rows.draw(call.seed, call.step, call.prob)
@@ -137,14 +151,61 @@ class CpuPath:
         try:
             return kernel.run(
                 call.seed, call.step, prob=call.prob, alpha=call.alpha, thresholds=call.thresholds,
-                dry_run=call.dry_run, given=given,
+                dry_run=call.dry_run, given=given, kept=kept,
             )  # fmt: skip
         except BaseException:  # an interrupt, which comes after the call: autograd has to know of its writes
             if not call.dry_run:
                 mark_written(weights)
             raise
-        finally:
-            del held  # until here
+
+
+class CpuForNow:
+    """See :class:`inmerge_fast.paths.path.ForNow`. It holds the weights' memory, and lends that for old filters."""
+
+    def __init__(self, path: CpuPath, weights: Sequence[torch.Tensor], call: Call) -> None:
+        self._path, self._weights, self._call = path, weights, call
+        self._held = list(map(torch.Tensor.untyped_storage, weights))
+        self._kernel = path._kernel_for(weights, self._held)
+        self._kept: list[Any] = []
+
+    def merge(self) -> CpuPairs:
+        """Merge, see there."""
+        # Large memory that is new costs the system's time for each of its pages: it is used again.
+        spare, self._path._spare = self._path._spare, bytearray()
+        self._kept = kept = [spare]
+        return self._path._run(self._kernel, self._weights, self._call, kept)
+
+    def restore(self, changed: Collection[int] = ()) -> None:
+        """Put back, see there."""
+        if len(self._kept) < 2:  # it did not come to a write
+            return
+        counts, rows, passed, old = self._kept[1]
+        if changed:
+            start = np.concatenate([[0], np.cumsum(np.frombuffer(counts, np.int64))])
+            passed = bytearray(passed)
+            for place in changed:
+                passed[start[place] : start[place + 1]] = bytes(int(start[place + 1] - start[place]))
+        self._kernel.restore(counts, rows, passed, old)
+        self._path._spare = old
+
+    def old(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What filters were, see there."""
+        counts, rows, passed, old = self._kept[1]
+        sampled = np.frombuffer(counts, np.int64)
+        layers = self._path._rows.layers
+        first = int(sampled[:place].sum())
+        skipped = sum(
+            int(count) * layer.layout.elements * layer.dtype.itemsize
+            for count, layer in zip(sampled[:place], layers[:place], strict=True)
+        )
+        chosen = slice(first, first + int(sampled[place]))
+        merged = np.frombuffer(passed, np.bool_)[chosen].nonzero()[0]
+        elements, dtype = layers[place].layout.elements, layers[place].dtype
+        if not len(merged):
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, elements, dtype=dtype)
+        found = torch.frombuffer(old, dtype=dtype, count=int(sampled[place]) * elements, offset=skipped)
+        index = np.frombuffer(rows, np.int32)[chosen][merged].astype(np.int64)
+        return torch.from_numpy(index), found.view(-1, elements)[torch.from_numpy(merged)]
 
 
 def unavailable() -> str:
@@ -207,6 +268,7 @@ class CpuMerge:
         thresholds: float | Sequence[float],
         dry_run: bool,
         given: tuple[npt.NDArray[np.bool_], npt.NDArray[np.integer]] | None = None,
+        kept: list[Any] | None = None,
     ) -> CpuPairs:
         """Merge the layers in place, on at most ``torch.get_num_threads()`` threads.
 
@@ -223,6 +285,8 @@ class CpuMerge:
             dry_run: write nothing.
             given: coins and partners of all filters instead of the draw, bool and int ``(rows,)``; partners are indices
                 in the layer, -1 for a filter that found none.
+            kept: a list with a bytearray, which is used again if it has room: before anything is written, what
+                :meth:`restore` takes is appended.
 
         Raises:
             MemoryError: there is no memory for the call; nothing has been written.
@@ -235,9 +299,13 @@ class CpuMerge:
         return CpuPairs(
             *self._kernel.merge(
                 self._table, self._limits(thresholds), coin, partner, seed, step, coin_threshold(prob), alpha,
-                not dry_run, torch.get_num_threads(), self._code,
+                not dry_run, torch.get_num_threads(), self._code, kept,
             )
         )  # fmt: skip
+
+    def restore(self, counts: bytearray, rows: bytes, passed: bytearray, old: bytearray) -> None:
+        """Put the filters back that :meth:`run` has merged, to the bit, with what it has appended to ``kept``."""
+        self._kernel.restore(self._table, counts, rows, passed, old, torch.get_num_threads())
 
     def _limits(self, thresholds: float | Sequence[float]) -> bytes:
         if isinstance(thresholds, (float, int)):

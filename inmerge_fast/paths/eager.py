@@ -6,7 +6,7 @@ one scatter per layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,41 @@ class EagerPath:
         """See :class:`inmerge_fast.paths.path.Path`."""
         coin, partner = self._rows.draw(call.seed, call.step, call.prob)
         return merge_drawn_(self._rows, weights, coin, partner, call)
+
+    def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> EagerForNow:
+        """See :class:`inmerge_fast.paths.path.Path`."""
+        return EagerForNow(self._rows, weights, call)
+
+
+class EagerForNow:
+    """See :class:`inmerge_fast.paths.path.ForNow`. All sampled filters are kept: to ask which merge is to wait."""
+
+    def __init__(self, rows: Rows, weights: Sequence[torch.Tensor], call: Call) -> None:
+        self._rows, self._weights, self._call = rows, weights, call
+        self._old: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def merge(self) -> EagerPairs:
+        """Merge, see there."""
+        coin, partner = self._rows.draw(self._call.seed, self._call.step, self._call.prob)
+        old = []
+        for layer, weight, place in zip(self._rows.layers, self._weights, self._rows.of_layers(), strict=True):
+            sampled = torch.from_numpy(coin[place].nonzero()[0]).to(weight.device)
+            old.append((sampled, layer.layout.gather(layer.layout.rows(weight), sampled)))
+        self._old = old
+        return merge_drawn_(self._rows, self._weights, coin, partner, self._call)
+
+    @torch.no_grad()
+    def restore(self, changed: Collection[int] = ()) -> None:
+        """Put back, see there."""
+        for place, (sampled, values) in enumerate(self._old):
+            if place not in changed:
+                layout = self._rows.layers[place].layout
+                layout.scatter_(layout.rows(self._weights[place]), sampled, values)
+
+    def old(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What filters were, see there."""
+        return self._old[place]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,6 +47,29 @@ class Outcome(Protocol):
         """Tell the monitor, without waiting."""
 
 
+class ForNow(Protocol):
+    """A merge of a plan's weights that is undone again. Made before anything is written, so that nothing can be lost.
+
+    ``merge`` may be interrupted anywhere: ``restore`` puts back what was written until then.
+    """
+
+    def merge(self) -> Outcome:
+        """Merge the weights in place, keeping what the filters were."""
+
+    def restore(self, changed: Collection[int] = ()) -> None:
+        """Put every filter back as it was, to the bit; again and again does no harm.
+
+        Args:
+            changed: places of layers that are left alone.
+        """
+
+    def old(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What filters of the layer at ``place`` were: their indices, int64 ``(A,)``, and themselves, ``(A, D)``.
+
+        At least those that were written to.
+        """
+
+
 class Path(Protocol):
     """One way of merging a plan's layers."""
 
@@ -68,3 +91,6 @@ class Path(Protocol):
         Returns:
             What was measured.
         """
+
+    def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> ForNow:
+        """The same, to be undone; nothing is written yet. The weights must stay where they are until then."""

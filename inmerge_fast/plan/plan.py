@@ -101,6 +101,8 @@ class LayerPlan:
         if not layers:
             raise ValueError(self._why_nothing(target, candidates, include_linear))
 
+        self._root_references = [weakref.ref(root) for root in roots]
+        self._holding: list[weakref.ref[nn.Module]] | None = None
         self._structure = Structure(roots)
         weights = self.weights()
         self._storage = Storage(self.layers, weights)
@@ -153,6 +155,23 @@ class LayerPlan:
                 raise ValueError(f"{layer.name}: its weight is gone; keep a reference to the target of a plan")
             weights.append(weight)
         return weights
+
+    def holders(self) -> list[nn.Module]:
+        """Every module of the target that holds one of the weights, also those that share it with another."""
+        if self._holding is None:
+            wanted = set(map(id, self.weights()))
+            roots = [
+                root for root in (reference() for reference in self._root_references) if isinstance(root, nn.Module)
+            ]
+            found = {
+                id(module): module
+                for root in roots
+                if isinstance(root, nn.Module)
+                for module in root.modules()
+                if any(id(parameter) in wanted for parameter in module._parameters.values())
+            }
+            self._holding = [weakref.ref(module) for module in found.values()]
+        return [module for module in (holder() for holder in self._holding) if module is not None]
 
     def is_current(self) -> bool:
         """Whether every layer is still the same module with the same weight at the same place, and no other came."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -226,6 +226,17 @@ class ShardedPath:
             np.concatenate([one.counts for one in merged]),
             torch.cat([one.similarity for one in merged]),
             torch.cat([one.passed for one in merged]),
+        )
+
+    def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> NoReturn:
+        """Sharded weights are not merged for a forward pass.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "weights that are sharded (FSDP2) cannot be merged for a forward pass only: their filters are gathered anew "
+            "for each; use DistributedDataParallel, or lasting merging"
         )
 
 

@@ -35,6 +35,18 @@ static int64_t this_process(void) {
 
 void remember_process(void) { home_process = this_process(); }
 
+int threads_for(int64_t bytes, int threads) {
+#ifdef _OPENMP
+  const int64_t most = bytes / THREAD_BYTES;
+  if (threads > most) threads = (int)most;
+  /* OpenMP's threads do not survive a fork, and the child would wait for them for ever. */
+  return threads < 1 || this_process() != home_process ? 1 : threads;
+#else
+  (void)bytes, (void)threads;
+  return 1;
+#endif
+}
+
 /* --- before the first write */
 
 static int check_layers(const struct merge *merge, int64_t *filters, int64_t *widest) {
@@ -86,6 +98,23 @@ static void cut_parts(struct merge *merge) {
   }
 }
 
+/* Which filters are sampled, and where each of them is kept. */
+static int place_old(struct merge *merge, const uint8_t *coin) {
+  merge->rows = malloc((size_t)(merge->sampled + 1) * sizeof *merge->rows);
+  merge->old_start = malloc((size_t)(merge->layer_count + 1) * sizeof *merge->old_start);
+  if (!merge->rows || !merge->old_start) return 0;
+  int64_t rank = 0, place = 0;
+  for (int64_t l = 0; l < merge->layer_count; coin += merge->layers[l++].filters) {
+    const int64_t bytes = bytes_of_filter(&merge->layers[l]);
+    merge->old_start[l] = place - rank * bytes;
+    place += merge->counts[l] * bytes;
+    for (int32_t i = 0; i < merge->layers[l].filters; i++)
+      if (coin[i]) merge->rows[rank++] = i;
+  }
+  merge->old_bytes = place;
+  return 1;
+}
+
 static int64_t bytes_of_pairs(const struct merge *merge) {
   double bytes = 0; /* of many pairs of long filters that are read again and again more than an int64_t */
   for (int64_t l = 0; l < merge->layer_count; l++)
@@ -94,14 +123,7 @@ static int64_t bytes_of_pairs(const struct merge *merge) {
 }
 
 static void choose_threads(struct merge *merge) {
-  const int64_t most = bytes_of_pairs(merge) / THREAD_BYTES;
-  if (merge->threads > most) merge->threads = (int)most;
-#ifdef _OPENMP
-  /* OpenMP's threads do not survive a fork, and the child would wait for them for ever. */
-  if (merge->threads < 1 || this_process() != home_process) merge->threads = 1;
-#else
-  merge->threads = 1;
-#endif
+  merge->threads = threads_for(bytes_of_pairs(merge), merge->threads);
 }
 
 /* Room for a filter that is kept, and for two that are gathered, for every thread. */
@@ -142,7 +164,7 @@ enum status prepare_merge(struct merge *merge) {
   int64_t filters, widest;
   uint8_t *coin = NULL;
   int32_t *partner = NULL;
-  merge->pairs = NULL, merge->parts = NULL, merge->scratch = NULL;
+  merge->pairs = NULL, merge->parts = NULL, merge->scratch = NULL, merge->rows = NULL, merge->old_start = NULL;
   if (!check_layers(merge, &filters, &widest)) return MERGE_HAS_BAD_LAYER;
   if (merge->given_coin) {
     if (merge->given_count != filters || !are_in_layers(merge)) return MERGE_HAS_BAD_PARTNER;
@@ -160,12 +182,15 @@ enum status prepare_merge(struct merge *merge) {
   const int32_t *all_partners = partner ? partner : merge->given_partner;
   count_sampled(merge, all_coins);
   choose_threads(merge);
-  const int has_memory = allocate_scratch(merge) && order_pairs(merge, widest, all_coins, all_partners);
+  const int has_memory = allocate_scratch(merge) && order_pairs(merge, widest, all_coins, all_partners) &&
+                         (!merge->keeps_old || place_old(merge, all_coins));
   free(coin), free(partner);
   return has_memory ? MERGE_IS_READY : MERGE_HAS_NO_MEMORY;
 }
 
-void free_merge(struct merge *merge) { free(merge->pairs), free(merge->parts), free(merge->scratch); }
+void free_merge(struct merge *merge) {
+  free(merge->pairs), free(merge->parts), free(merge->scratch), free(merge->rows), free(merge->old_start);
+}
 
 /* --- measure, decide, blend */
 
@@ -224,6 +249,7 @@ static void run_part(const struct merge *merge, struct part part, char *scratch)
     merge->passed[pair->rank] = (uint8_t)passed;
     if (pair->opens_circle) is_kept = 0; /* a filter that does not merge can be read where it lies */
     if (!passed || !merge->write) continue;
+    if (merge->keeps_old) memcpy(merge->old + merge->old_start[layer_index] + pair->rank * bytes, own, (size_t)bytes);
     if (pair->opens_circle) memcpy(kept, own, (size_t)bytes), is_kept = 1;
     code->blend[layer->type](own, partner, layer->elements, keep, take);
     if (!dense) scatter(layer, own, pair->own);

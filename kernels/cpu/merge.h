@@ -18,6 +18,7 @@ struct merge {
   const double *thresholds; /* of each layer: above it pairs pass; exactly -1: all finite pairs */
   double alpha;             /* what a filter keeps of itself */
   int write;                /* whether pairs that pass are blended */
+  int keeps_old;            /* whether filters that are blended are kept as they were, for restore.h */
   int threads;              /* at most; fewer where there is little to do, and one in a forked child */
   const struct code *code;
 
@@ -36,6 +37,12 @@ struct merge {
   char *scratch; /* of each thread: room for three filters */
   int64_t room;
   int32_t next_part;
+  int32_t *rows;      /* of every sampled filter, by layer and filter: which one of its layer; with keeps_old */
+  int64_t *old_start; /* of each layer: offset in `old` that a filter of rank 0 would have; with keeps_old */
+  int64_t old_bytes;  /* of all sampled filters */
+
+  /* The caller's memory, old_bytes; with keeps_old. */
+  char *old; /* sampled filters one after another, as they were; set where they are blended */
 
   /* Set by run_merge: of every sampled filter, by layer and filter; the caller's memory. */
   double *similarity; /* NaN if the pair has a filter that is not finite, or without a partner */
@@ -52,5 +59,8 @@ void free_merge(struct merge *merge); /* also where prepare_merge failed */
 
 /* To be called once per process, before it can fork. */
 void remember_process(void);
+
+/* How many threads work on so many bytes of filters, of at most so many; 1 in a forked child. */
+int threads_for(int64_t bytes, int threads);
 
 #endif

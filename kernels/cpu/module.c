@@ -2,10 +2,11 @@
 #include "python.h"
 
 #include "merge.h"
+#include "restore.h"
 
 /* To be raised together with VERSION in inmerge_fast/native.py whenever anything in this folder changes what a call
    takes, returns or does, so that an older build left in a checkout is not used. */
-#define VERSION 3
+#define VERSION 4
 
 /* The struct code of this name, the best one for None. */
 static const struct code *find_code(PyObject *name) {
@@ -29,7 +30,7 @@ static const void *contents(const char *what, PyObject *bytes, int64_t count, in
 }
 
 PyDoc_STRVAR(merge_doc,
-             "merge(layers, thresholds, coin, partner, seed, step, coin_threshold, alpha, write, threads, code)\n--\n\n"
+             "merge(layers, thresholds, coin, partner, seed, step, coin_threshold, alpha, write, threads, code, kept)\n--\n\n"
              "In-model merging of all layers at once, in place: draw or take partners, measure, decide, blend.\n\n"
              "Args:\n"
              "    layers: bytes of int64 (layers, 11), see layer.h. The weights must outlive the call.\n"
@@ -40,7 +41,10 @@ PyDoc_STRVAR(merge_doc,
              "    alpha: share of itself that a merged filter keeps.\n"
              "    write: False for a dry run.\n"
              "    threads: at most.\n"
-             "    code: one of code_names, None for the first.\n\n"
+             "    code: one of code_names, None for the first.\n"
+             "    kept: None; or a list with a bytearray, which is used again if it is large enough, so that the filters\n"
+             "        that are merged can be restored. What restore takes is appended before the first write: counts,\n"
+             "        bytes of int32 with which filter of its layer each sampled one is, passed, and a bytearray.\n\n"
              "Returns:\n"
              "    Bytearrays: the number of sampled filters, int64 (layers,); of each of them the similarity, float64\n"
              "    and whether it passed, bool; how many passed, and the largest similarity, float64 (2,).\n\n"
@@ -48,14 +52,34 @@ PyDoc_STRVAR(merge_doc,
              "    MemoryError: there is no memory; nothing has been written.\n"
              "    ValueError: an argument has the wrong size, or a partner is no other filter of the layer.\n");
 
+/* Append to `kept` what restore takes, with the bytearray in it if that has room. Returns where filters are kept. */
+static char *append_kept(PyObject *kept, const struct merge *merge, PyObject *counts, PyObject *passed) {
+  PyObject *old = PyList_GetItem(kept, 0);
+  if (PyByteArray_Size(old) < merge->old_bytes)
+    old = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)merge->old_bytes);
+  else
+    Py_INCREF(old);
+  const Py_ssize_t bytes = (Py_ssize_t)(merge->sampled * (int64_t)sizeof(int32_t));
+  PyObject *rows = old ? PyBytes_FromStringAndSize((const char *)merge->rows, bytes) : NULL;
+  PyObject *all = rows ? PyTuple_Pack(4, counts, rows, passed, old) : NULL;
+  const int failed = !all || PyList_Append(kept, all);
+  Py_XDECREF(old), Py_XDECREF(rows), Py_XDECREF(all); /* the list has them now */
+  return failed ? NULL : PyByteArray_AsString(old);
+}
+
 static PyObject *merge_all(PyObject *module, PyObject *arguments) {
   (void)module;
-  PyObject *layers, *thresholds, *coin, *partner, *code_name;
+  PyObject *layers, *thresholds, *coin, *partner, *code_name, *kept;
   struct merge merge = {0};
   unsigned long long seed, step;
-  if (!PyArg_ParseTuple(arguments, "SSOOKKIdpiO:merge", &layers, &thresholds, &coin, &partner, &seed, &step,
-                        &merge.draw.coin_threshold, &merge.alpha, &merge.write, &merge.threads, &code_name))
+  if (!PyArg_ParseTuple(arguments, "SSOOKKIdpiOO:merge", &layers, &thresholds, &coin, &partner, &seed, &step,
+                        &merge.draw.coin_threshold, &merge.alpha, &merge.write, &merge.threads, &code_name, &kept))
     return NULL;
+  merge.keeps_old = kept != Py_None;
+  if (merge.keeps_old && !(PyList_Check(kept) && PyList_Size(kept) == 1 && PyByteArray_Check(PyList_GetItem(kept, 0)))) {
+    PyErr_SetString(PyExc_TypeError, "kept must be a list with a bytearray, or None");
+    return NULL;
+  }
   merge.draw.seed = seed, merge.draw.step = step;
   merge.layer_count = PyBytes_Size(layers) / (Py_ssize_t)sizeof(struct layer);
   merge.layers = contents("layers", layers, merge.layer_count, sizeof(struct layer));
@@ -88,6 +112,10 @@ static PyObject *merge_all(PyObject *module, PyObject *arguments) {
     totals = passed ? PyByteArray_FromStringAndSize(NULL, 2 * sizeof(double)) : NULL;
     results = totals ? PyTuple_Pack(4, counts, similarity, passed, totals) : NULL;
   }
+  if (results && merge.keeps_old && !(merge.old = append_kept(kept, &merge, counts, passed))) {
+    Py_DECREF(results);
+    results = NULL;
+  }
   if (results) {
     merge.similarity = (double *)PyByteArray_AsString(similarity);
     merge.passed = (uint8_t *)PyByteArray_AsString(passed);
@@ -100,6 +128,40 @@ static PyObject *merge_all(PyObject *module, PyObject *arguments) {
   free_merge(&merge);
   Py_DECREF(counts), Py_XDECREF(similarity), Py_XDECREF(passed), Py_XDECREF(totals);
   return results;
+}
+
+PyDoc_STRVAR(restore_doc,
+             "restore(layers, counts, rows, passed, old, threads)\n--\n\n"
+             "Put the filters back that a merge has blended: as they were, to the bit.\n\n"
+             "Args:\n"
+             "    layers: bytes of int64 (layers, 11), see layer.h. The weights must outlive the call.\n"
+             "    counts: what merge has appended to its list, as are rows, passed and old.\n"
+             "    threads: at most.\n\n"
+             "Raises:\n"
+             "    ValueError: the arguments do not fit each other; nothing has been written.\n");
+
+static PyObject *restore_all(PyObject *module, PyObject *arguments) {
+  (void)module;
+  PyObject *layers, *counts, *rows, *passed, *old;
+  struct restore restore = {0};
+  if (!PyArg_ParseTuple(arguments, "SYSYYi:restore", &layers, &counts, &rows, &passed, &old, &restore.threads))
+    return NULL;
+  restore.layer_count = PyBytes_Size(layers) / (Py_ssize_t)sizeof(struct layer);
+  restore.sampled = PyByteArray_Size(passed);
+  restore.layers = contents("layers", layers, restore.layer_count, sizeof(struct layer));
+  restore.rows = restore.layers ? contents("rows", rows, restore.sampled, sizeof(int32_t)) : NULL;
+  if (!restore.rows) return NULL;
+  restore.counts = (const int64_t *)PyByteArray_AsString(counts);
+  restore.passed = (const uint8_t *)PyByteArray_AsString(passed);
+  restore.old = PyByteArray_AsString(old), restore.old_bytes = PyByteArray_Size(old);
+  if (PyByteArray_Size(counts) != restore.layer_count * (Py_ssize_t)sizeof(int64_t) || !restore_fits(&restore)) {
+    PyErr_SetString(PyExc_ValueError, "counts, rows, passed and old do not fit the layers");
+    return NULL;
+  }
+  Py_BEGIN_ALLOW_THREADS
+  run_restore(&restore);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
 }
 
 static int execute(PyObject *module) {
@@ -122,7 +184,11 @@ static int execute(PyObject *module) {
   return failed ? -1 : 0;
 }
 
-static PyMethodDef methods[] = {{"merge", merge_all, METH_VARARGS, merge_doc}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {
+  {"merge", merge_all, METH_VARARGS, merge_doc},
+  {"restore", restore_all, METH_VARARGS, restore_doc},
+  {NULL, NULL, 0, NULL},
+};
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
 static struct PyModuleDef definition = {
   PyModuleDef_HEAD_INIT, "_cpu", "The CPU merge in C: kernels/cpu/.", 0, methods, slots, NULL, NULL, NULL,

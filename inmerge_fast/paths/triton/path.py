@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...plan.rows import Rows
-from ..path import Call
+from ..eager import EagerForNow
+from ..path import Call, ForNow
 
 if TYPE_CHECKING:
     from .launch import Launcher  # imports Triton
@@ -74,3 +75,7 @@ class TritonPath:
             call.seed, call.step, prob=call.prob, alpha=call.alpha, threshold=call.thresholds, partner=call.partner,
             dry_run=call.dry_run,
         )  # fmt: skip
+
+    def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> ForNow:
+        """See :class:`inmerge_fast.paths.path.Path`. There are no kernels for it yet: PyTorch's operators do it."""
+        return EagerForNow(self._rows, weights, call)
