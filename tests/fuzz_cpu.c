@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include "../kernels/cpu/merge.h"
+#include "../kernels/cpu/restore.h"
 
 #define BAND 1e-6
 
@@ -200,6 +201,19 @@ static int64_t check(const struct merge *m, const struct weight *w, int64_t inde
   return rank;
 }
 
+/* Put back what was merged: everything must be as it was before the call. */
+static void check_restore(const struct merge *m, const struct weight *weights, int64_t round) {
+  struct restore restore = {.layers = m->layers, .layer_count = m->layer_count, .counts = m->counts,
+                            .sampled = m->sampled, .rows = m->rows, .passed = m->passed, .old = m->old,
+                            .old_bytes = m->old_bytes, .threads = 1 + (int)(round / 2 % 4)};
+  require(restore_fits(&restore), "does not fit", round, -1, -1);
+  run_restore(&restore);
+  for (int64_t l = 0; l < m->layer_count; l++)
+    require(memcmp(weights[l].old, weights[l].memory, weights[l].size) == 0, "not restored", round, l, -1);
+  restore.old_bytes--;
+  require(m->sampled == 0 || !restore_fits(&restore), "too little was kept", round, -1, -1);
+}
+
 static void run_round(int64_t round) {
   enum { LAYERS = 4 };
   struct weight weights[LAYERS] = {0};
@@ -233,7 +247,9 @@ static void run_round(int64_t round) {
   }
   if (given) m.given_coin = coin, m.given_partner = partner, m.given_count = filters;
 
+  m.keeps_old = m.write && round % 2;
   require(prepare_merge(&m) == MERGE_IS_READY, "not ready", round, -1, -1);
+  if (m.keeps_old) m.old = malloc((size_t)m.old_bytes);
   m.similarity = malloc((size_t)m.sampled * sizeof(double)), m.passed = malloc((size_t)m.sampled);
   run_merge(&m);
   int64_t rank = 0, row = 0, passed = 0;
@@ -245,11 +261,12 @@ static void run_round(int64_t round) {
   for (int64_t s = 0; s < rank; s++)
     if (!isnan(m.similarity[s])) add_to_checksum(&m.similarity[s], sizeof(double));
   add_to_checksum(m.passed, (size_t)m.sampled);
+  for (int64_t l = 0; l < m.layer_count; l++) add_to_checksum(weights[l].memory, weights[l].size);
+  if (m.keeps_old) check_restore(&m, weights, round);
   for (int64_t l = 0; l < m.layer_count; l++) {
-    add_to_checksum(weights[l].memory, weights[l].size);
     free(weights[l].memory), free(weights[l].old);
   }
-  free_merge(&m), free(m.similarity), free(m.passed), free(coin), free(partner);
+  free_merge(&m), free(m.old), free(m.similarity), free(m.passed), free(coin), free(partner);
 }
 
 int main(int count, char **arguments) {

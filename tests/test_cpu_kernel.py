@@ -368,7 +368,7 @@ def test_a_layer_that_cannot_be_is_refused(kernel):
         with pytest.raises(ValueError, match="layers"):
             run(([weight], [layer]))
     with pytest.raises(ValueError, match="bytes"):
-        kernel.merge(bytes(87), bytes(8), None, None, 0, 0, 0, 0.5, False, 1, None)
+        kernel.merge(bytes(87), bytes(8), None, None, 0, 0, 0, 0.5, False, 1, None, None)
     with pytest.raises(ValueError, match="no code 'neon512'"):
         run(weight, code="neon512")
 

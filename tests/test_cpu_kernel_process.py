@@ -259,17 +259,18 @@ print(os.waitpid(child, 0)[1])
 def test_without_memory_nothing_is_written():
     """Every allocation fails once, those of the kernel and those of Python."""
     code = """
-import ctypes
+import ctypes, itertools
 before = [similar_filters(60, 100, seed=1), similar_filters(80, 50, seed=2)]
 expected = [weight.clone() for weight in before]
 run(expected, thresholds=-1.0)
 plan_of = lambda weights: [layer_of(weight, layer_id=index) for index, weight in enumerate(weights)]
 hook = ctypes.CDLL(os.environ["HOOK"])
 failures = 0
-for nth in range(1, 1000):
+for nth, keep in itertools.product(range(1, 1000), [False, True]):
     weights = [weight.clone() for weight in before]
     merger = cpu.CpuMerge(plan_of(weights), weights, [0, 60, 140])
-    call = (merger._table, merger._limits(-1.0), None, None, 5, 3, 2**23, 0.8, True, 1, None)
+    kept = [bytearray()] if keep else None
+    call = (merger._table, merger._limits(-1.0), None, None, 5, 3, 2**23, 0.8, True, 1, None, kept)
     hook.fail_malloc(nth)
     try:
         kernel.merge(*call)
@@ -281,7 +282,7 @@ for nth in range(1, 1000):
         assert hook.stop_failing() == 0, nth
         same = expected
     assert all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(weights, same)), nth
-    if same is expected:
+    if same is expected and keep:
         break
 print(failures)
 """

@@ -235,8 +235,8 @@ class ShardedPath:
             ValueError: always.
         """
         raise ValueError(
-            "weights that are sharded (FSDP2) cannot be merged for a forward pass only: their filters are gathered anew "
-            "for each; use DistributedDataParallel, or lasting merging"
+            "weights that are sharded (FSDP2) cannot be merged for a forward pass only; use "
+            "DistributedDataParallel, or lasting merging"
         )
 
 

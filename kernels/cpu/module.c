@@ -75,7 +75,7 @@ static PyObject *merge_all(PyObject *module, PyObject *arguments) {
   if (!PyArg_ParseTuple(arguments, "SSOOKKIdpiOO:merge", &layers, &thresholds, &coin, &partner, &seed, &step,
                         &merge.draw.coin_threshold, &merge.alpha, &merge.write, &merge.threads, &code_name, &kept))
     return NULL;
-  merge.keeps_old = kept != Py_None;
+  merge.keeps_old = kept != Py_None && merge.write; /* where nothing is written there is nothing to restore */
   if (merge.keeps_old && !(PyList_Check(kept) && PyList_Size(kept) == 1 && PyByteArray_Check(PyList_GetItem(kept, 0)))) {
     PyErr_SetString(PyExc_TypeError, "kept must be a list with a bytearray, or None");
     return NULL;
