@@ -51,15 +51,19 @@ class Lease:
         self._written: list[tuple[int, int]] | None = None  # version and address of each weight
         self._hooks: list[Any] = []
 
-    def merge(self) -> MergeStats:
-        """Merge the weights; if that is interrupted, they are restored."""
+    def merge(self, *, count: bool = True) -> MergeStats:
+        """Merge the weights; if that is interrupted, they are restored.
+
+        Args:
+            count: whether the plan's running counts take it in; not if the same draw is merged again.
+        """
         _leases.update((id(weight), self) for weight in self._weights)
         try:
             # Before the write: from then on there is something that must not be saved.
             for holder in self._plan.holders():
                 self._hooks.append(holder.register_state_dict_post_hook(_SavesAsItWas(self, holder)))
             outcome = self._merge.merge()
-            if coin_threshold(self._call.prob) > 0:
+            if count and coin_threshold(self._call.prob) > 0:
                 outcome.count_in(self._plan.effect)
             mark_written(self._weights)
             self._written = [(_version(weight), weight.data_ptr()) for weight in self._weights]
