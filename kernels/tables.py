@@ -18,9 +18,8 @@ FILTER_STRIDE = tl.constexpr(7)
 RUN = tl.constexpr(8)
 OUTER_STRIDE = tl.constexpr(9)
 INNER_STRIDE = tl.constexpr(10)
-SCRATCH_UNITS = tl.constexpr(11)  # scratch of one filter, in units of 16 bytes
-THRESHOLD = tl.constexpr(12)  # the layer's own threshold, the bits of a float32
-COLUMNS = tl.constexpr(13)
+THRESHOLD = tl.constexpr(11)  # the layer's own threshold, the bits of a float32
+COLUMNS = tl.constexpr(12)
 
 # Thresholds with a meaning of their own; all others are similarities, in [-1, 1].
 ALWAYS = tl.constexpr(-2.0)  # every sampled pair of finite filters passes: what -1 means to the user
@@ -61,7 +60,7 @@ STATE_WORDS = tl.constexpr(4)
 
 # Running totals, int32, never reset by a kernel.
 PASSED_TOTAL = tl.constexpr(0)
-LARGEST_KEY = tl.constexpr(1)  # largest similarity, as an integer that sorts like the float
+LARGEST_KEY = tl.constexpr(1)  # largest similarity that did not pass, as an integer that sorts like the float
 
 # Outcome of a row, int8.
 NOT_SAMPLED = tl.constexpr(0)

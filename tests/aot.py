@@ -208,7 +208,7 @@ def compile_kernel(launches: Launches, kernel: Any, launch: dict[str, Any]) -> d
         )  # fmt: skip
     accesses: dict[str, Counter[str]] = {}
     maths: dict[str, Counter[str]] = {}
-    for function, line in attributed(asm, Path(inspect.getsourcefile(kernel.fn))):
+    for function, line in attributed(asm, Path(inspect.getsourcefile(kernel.fn)).parent):
         if found := access(line):
             accesses.setdefault(function, Counter())[f"{found[0]} {found[1]}"] += 1
         if found := arithmetic(line):

@@ -224,7 +224,7 @@ def test_lines_are_attributed_to_functions(tmp_path):
     source.write_text("def f():\n    pass\n\n\n@g\ndef h():\n    pass\n")
     places = ["\t.loc\t1 7 3", "a", "\t.loc 1 2 0 // other.py:6", "b", "\t.loc 2 7 1", "c", "\t.loc 1 0 0", "d"]
     asm = "\n".join([*places, '\t.file\t1 "/x/some.py"', '\t.file 2 "/x" "other.py"'])
-    assert list(attributed(asm, source))[:4] == [("h", "a"), ("f", "b"), ("", "c"), ("", "d")]
+    assert list(attributed(asm, tmp_path))[:4] == [("h", "a"), ("f", "b"), ("", "c"), ("", "d")]
 
 
 def test_lines_of_inline_assembly_are_attributed_to_where_it_begins(tmp_path):
@@ -232,5 +232,5 @@ def test_lines_of_inline_assembly_are_attributed_to_where_it_begins(tmp_path):
     source.write_text("def f():\n    pass\n\n\n@g\ndef h():\n    pass\n")
     inline = ["// begin inline asm", ".loc 1 2 7", "a", ".loc 1 3 7", "b", ".loc 1 7 7", "c", "// end inline asm"]
     asm = "\n".join([*inline, ".loc 1 7 1", "d", *inline, '.file 1 "/x/some.py"'])
-    found = ["".join(line) for line in attributed(asm, source)]
+    found = ["".join(line) for line in attributed(asm, tmp_path)]
     assert found[:-1] == ["fa", "fb", "fc", "hd", "fa", "fb", "fc"]

@@ -355,7 +355,7 @@ def test_a_handle_looks_its_kernel_up_once():
 # ------------------------------------------------------------------------------------------------------ running totals
 
 
-def test_totals_count_what_was_written_and_the_largest_finite_similarity():
+def test_totals_count_what_was_written_and_the_largest_finite_similarity_that_was_not():
     weights = [alike(9, 20)]
     weights[0][4, 3] = torch.nan
     launcher = launcher_of(weights)
@@ -365,6 +365,7 @@ def test_totals_count_what_was_written_and_the_largest_finite_similarity():
     assert np.isnan(dry.similarity).any()
     assert launcher.slots.totals.tolist() == untouched
     pairs = launcher.run(1, 0, **call, dry_run=False).fetch()
-    largest = np.float32(np.nanmax(pairs.similarity))
-    assert largest > 0
-    assert launcher.slots.totals.tolist() == [int(pairs.passed.sum()), int(largest.view(np.int32))]
+    largest = np.float32(np.nanmax(pairs.similarity[~pairs.passed]))
+    assert -1 < largest < 0.2 < np.nanmax(pairs.similarity)
+    key = int(largest.view(np.int32))
+    assert launcher.slots.totals.tolist() == [int(pairs.passed.sum()), key if key >= 0 else key ^ 0x7FFFFFFF]

@@ -129,7 +129,8 @@ def test_any_table_merges_simultaneously_whatever_the_scratch(table, capacity):
     for repeat in range(3):
         with permuted(repeat):
             partners = [table(len(weight), rng) for weight in weights]
-            expected = merge_with_table(launcher, weights, partners, BLOCK=16, programs=5, **overrides)
+            shape = {"BLOCK": 16, "SPAN": (1, 2, 5)[repeat], "programs": 5}
+            expected = merge_with_table(launcher, weights, partners, **shape, **overrides)
         assert_merged_and_clean(launcher, weights, expected)
 
 
@@ -147,7 +148,8 @@ def test_no_interleaving_races(table, capacity):
         with interleaved(seed, tensors=tensors_of(launcher, weights), resident=[None, 3][seed % 2]) as schedule:
             for _ in range(2):
                 partners = [table(len(weight), rng) for weight in weights]
-                expected = merge_with_table(launcher, weights, partners, BLOCK=8, programs=7, capacity=capacity)
+                shape = {"BLOCK": 8, "SPAN": 1 + seed // 2, "programs": 7}  # two blocks: read again, or kept
+                expected = merge_with_table(launcher, weights, partners, **shape, capacity=capacity)
                 assert_merged_and_clean(launcher, weights, expected)
         assert not schedule.races, schedule.races[:3]
 
@@ -159,7 +161,8 @@ def test_no_interleaving_races_between_layers_and_at_a_threshold(seed):
     launcher = launcher_of(weights)
     with interleaved(seed, tensors=tensors_of(launcher, weights)) as schedule:
         partners = [anyhow(len(weight), rng) for weight in weights]
-        expected = merge_with_table(launcher, weights, partners, threshold=0.3, BLOCK=8, programs=4, capacity=2)
+        shape = {"BLOCK": 8, "SPAN": 1 + seed % 2, "programs": 4}
+        expected = merge_with_table(launcher, weights, partners, threshold=0.3, **shape, capacity=2)
     assert_merged_and_clean(launcher, weights, expected)
     assert not schedule.races, schedule.races[:3]
 
@@ -197,7 +200,8 @@ def races_of(breakage, *, barrier_before_release=False):
         tensors = tensors_of(launcher, weights)
         with interleaved(seed, tensors=tensors, barrier_before_release=barrier_before_release) as schedule:
             partners = [cycle(8, None) if seed % 2 else star(8, None)]
-            expected = merge_with_table(launcher, weights, partners, BLOCK=8, programs=8, **breakage)
+            shape = {"BLOCK": 8, "SPAN": 1 + seed // 5, "programs": 8}
+            expected = merge_with_table(launcher, weights, partners, **shape, **breakage)
         races += len(schedule.races)
         wrong += not torch.equal(bits(weights[0]), bits(expected[0]))
     return races, wrong
@@ -213,7 +217,11 @@ def test_negative_controls_are_noticed():
     assert races_of({"BARRIER": False}, barrier_before_release=True)[0] == 0
 
 
-@pytest.mark.parametrize("overrides", [{"BLOCK": b, "programs": p} for b in (8, 64) for p in (1, 3, 40)])
+@pytest.mark.parametrize(
+    "overrides",
+    [{"BLOCK": b, "SPAN": s, "programs": p} for b, s in ((8, 1), (8, 4), (64, 2)) for p in (1, 3, 40)],
+    ids=str,
+)
 def test_results_do_not_depend_on_blocks_programs_or_order(overrides):
     results = []
     for order in range(2):
@@ -257,23 +265,27 @@ def test_every_access_is_in_bounds(capacity):
     launcher.reserve_scratch(1.0)
     held = [weight if isinstance(weight, torch.Tensor) else weight.weight.detach() for weight in weights]
     with bounds(*tensors_of(launcher, held).values()):
-        for step in range(3):
-            launcher.run(1, step, prob=1.0, alpha=ALPHA, threshold=-1.0, dry_run=False, **overrides)
+        for step, shape in enumerate(({}, {"BLOCK": 8, "SPAN": 4}, {"BLOCK": 16, "SPAN": 1})):
+            launcher.run(1, step, prob=1.0, alpha=ALPHA, threshold=-1.0, dry_run=False, **shape, **overrides)
 
 
+@pytest.mark.parametrize(
+    "shape", [{}, {"BLOCK": 8, "SPAN": 1}, {"BLOCK": 8, "SPAN": 4}, {"BLOCK": 16, "SPAN": 3}], ids=str
+)
 @pytest.mark.parametrize("threshold", [-1.0, 1.0], ids=["all pass", "none passes"])
-def test_traffic_is_what_the_docstring_says(threshold):
+def test_traffic_is_what_the_docstring_says(threshold, shape):
     filters, elements = 64, 48
     weight = alike(filters, elements)
     launcher = launcher_of([weight])
     launcher.reserve_scratch(0.3)
     coin, partner = draw(2, 3, 0, filters, 0.3)
     with traffic(weight=[weight], scratch=[launcher.scratch]) as moved:
-        launcher.run(2, 3, prob=0.3, alpha=ALPHA, threshold=threshold, dry_run=False, programs=10)
+        launcher.run(2, 3, prob=0.3, alpha=ALPHA, threshold=threshold, dry_run=False, programs=10, **shape)
     row = 4 * elements
+    again = 4 * max(0, elements - shape.get("BLOCK", 128) * shape.get("SPAN", 3))  # what the first span leaves
     active, merged = int(coin.sum()), int(coin.sum()) if threshold == -1 else 0
     through_scratch = moved["scratch"].bytes_stored // row
-    assert moved["weight"].bytes_loaded == 2 * row * (active + merged)  # similarity, then blend
+    assert moved["weight"].bytes_loaded == 2 * (row * active + again * merged)  # similarity, then blend
     assert moved["weight"].bytes_stored == row * merged
     assert moved["scratch"].bytes_loaded == moved["scratch"].bytes_stored == row * through_scratch
     merged_with_readers = len(set(partner[coin]) & set(np.flatnonzero(coin)))

@@ -79,11 +79,36 @@ class Handle:
         self._fixed = (compiled.function, compiled.packed_metadata, None, None, None)
 
 
+# How the merge kernel takes its rows, by the mean length of a filter up to so many elements: BLOCK elements of float32
+# together, four by each thread, and SPAN blocks of both rows in registers. What a row costs whatever its length is paid
+# by every warp, so short rows get one each. All numbers are from counts (NOTES.md); bench_tuning tries others on a GPU.
+MERGE_SHAPES = (
+    (256, {"BLOCK": 128, "SPAN": 3}),
+    (2048, {"BLOCK": 256, "SPAN": 4}),
+    (float("inf"), {"BLOCK": 512, "SPAN": 3}),
+)
+STRIDED_BLOCK = 256  # elements of strided filters, whose addresses take registers
+# Twice what is resident: where a program comes to an end another begins, which spreads rows of different lengths.
+WARPS_PER_SM, PROGRAMS_PER_SM = 64, 32
+
+
+def merge_shape(elements: float, target: str) -> dict[str, int]:
+    """BLOCK, SPAN and STRIDED_BLOCK of the merge kernel for filters of so many ``elements`` on average."""
+    shape = next(shape for limit, shape in MERGE_SHAPES if elements <= limit)
+    # AMD's warps have 64 threads: the shortest block would leave each 8 bytes.
+    return shape | {"BLOCK": max(shape["BLOCK"], 256 if target == "hip" else 0), "STRIDED_BLOCK": STRIDED_BLOCK}
+
+
+def merge_programs(constants: Mapping[str, Any], target: str) -> int:
+    """Programs of the merge kernel with these constants, for each multiprocessor."""
+    return min(PROGRAMS_PER_SM, WARPS_PER_SM // int(merge_options(constants, target)["num_warps"]))
+
+
 def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
     """Compiler options of the merge kernel with these constants for ``target`` ("cuda" or "hip")."""
-    options: dict[str, Any] = {}
-    if target == "cuda":
-        # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
-        dtypes = sum(constants[name] for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16"))
-        options["maxnreg"] = 128 if constants["HAS_STRIDED"] else 88 if constants["IN_MEMORY"] or dtypes > 1 else 80
-    return options
+    if target == "hip":
+        return {"num_warps": max(1, constants["BLOCK"] // 256)}
+    # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
+    dtypes = sum(constants[name] for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16"))
+    registers = 128 if constants["HAS_STRIDED"] else 88 if constants["IN_MEMORY"] or dtypes > 1 else 80
+    return {"num_warps": max(1, constants["BLOCK"] // 128), "maxnreg": registers}
