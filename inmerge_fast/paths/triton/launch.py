@@ -361,7 +361,7 @@ class Launcher:
         key = tuple(sorted(overrides.items())) if overrides else ()
         if key not in self._merges:
             constants = self._constants | overrides
-            options = merge_options(constants, target)
+            options = merge_options(constants, self._target)
             options |= {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in overrides}
             self._merges[key] = Handle(_merge_kernel, constants, options)
         return self._merges[key]
