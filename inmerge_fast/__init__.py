@@ -12,12 +12,12 @@ from .layer_similarity import LayerSimilarity
 from .merge import merge_
 from .merge_plan import MergePlan
 from .reference import ReferenceResult, reference_merge, reference_partners
-from .stats import LayerStats, MergeStats, NoEffectWarning
-from .training.guard import CollapseGuard, CollapseWarning
+from .stats import CollapseWarning, LayerStats, MergeStats, NoEffectWarning
+from .thresholds import NoiseThreshold, QuantileThreshold, RankBudget
+from .training.guard import CollapseGuard
 from .training.inmerge import InMerge
 from .training.monitor import DictLogger, TensorBoardLogger
 from .training.schedules import cosine, linear
-from .training.thresholds import NoiseThreshold, QuantileThreshold
 
 __all__ = [
     "CollapseGuard",
@@ -31,6 +31,7 @@ __all__ = [
     "NoEffectWarning",
     "NoiseThreshold",
     "QuantileThreshold",
+    "RankBudget",
     "ReferenceResult",
     "Similarity",
     "TensorBoardLogger",

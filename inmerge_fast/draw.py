@@ -160,6 +160,19 @@ def draw(
     return draw_filters(int(seed), int(step), layer, np.arange(filters), filters // groups, float(prob))
 
 
+def check_share(name: str, value: object, *, low: float = 0.0) -> None:
+    """Check a number that must lie in ``[low, 1]``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range, or NaN.
+    """
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not low <= value <= 1.0:  # type: ignore[operator]  # NaN fails too
+        raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
+
+
 def check_word(name: str, value: object, top: int) -> None:
     """Check an unsigned integer argument.
 

@@ -163,6 +163,11 @@ def _effective_rank(units: torch.Tensor) -> float:
     transposed = units.transpose(1, 2)
     # The singular values are the roots of the eigenvalues of either Gram matrix; the smaller one takes less time.
     gram = units @ transposed if units.shape[1] <= units.shape[2] else transposed @ units
+    return rank_of_gram(gram)
+
+
+def rank_of_gram(gram: torch.Tensor) -> float:
+    """Effective rank of filters of norm 1 from their Gram matrices by group, ``(groups, n, n)``; NaN if all are 0."""
     values = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flatten()
     share = values / values.sum()
     return float(torch.special.entr(share).sum().exp())

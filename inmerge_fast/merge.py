@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_word, coin_threshold
+from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_share, check_word, coin_threshold
 from .dynamo import outside_dynamo
 from .merge_plan import MergePlan
 from .paths.match import check_partner_rule
@@ -19,6 +18,7 @@ from .paths.path import Call
 from .plan.filters import check_outside_transforms, mark_written
 from .plan.plan import DEFAULT_SKIP_FIRST, Target, check_selection
 from .stats import MergeStats
+from .thresholds import NoiseThreshold, QuantileThreshold, Threshold, by_layer, check_for_one_call, quantile_threshold
 
 
 @outside_dynamo
@@ -27,9 +27,9 @@ def merge_(
     *,
     alpha: float = 0.8,
     prob: float = 0.3,
-    threshold: float = 0.3,
+    threshold: Threshold = 0.3,
     partner: str = "random",
-    skip_first: float = DEFAULT_SKIP_FIRST,
+    skip_first: float | str | Sequence[str] = DEFAULT_SKIP_FIRST,
     exclude: str | Sequence[str] = (),
     include_linear: bool = False,
     seed: int | None = None,
@@ -56,19 +56,23 @@ def merge_(
         alpha: share of itself that a merged filter keeps, in [0, 1].
         prob: probability that a filter looks at a partner, in [0, 1].
         threshold: cosine similarity that a pair must exceed, in [-1, 1]; at exactly -1 every sampled pair of finite
-            filters merges. Filters with NaN or Inf never merge and are never read.
+            filters merges. Filters with NaN or Inf never merge and are never read. Or one for each layer: a dict by
+            name (:meth:`inmerge_fast.Similarity.threshold_for_rate`), :class:`inmerge_fast.NoiseThreshold` or
+            :class:`inmerge_fast.QuantileThreshold`. The paper's 0.3 merges nothing in most networks and collapses
+            others: both are noticed, with a warning.
         partner: which other filter of its group a filter looks at: ``"random"``, any, as published; ``"similar"``, a
             random one among those above ``threshold``; ``"nearest"``, the most similar one (the lowest index on ties).
             The last two compare all pairs first. Similarities closer than 5e-6 to each other or to the threshold
             may be told apart differently on different devices.
         skip_first: how many of a model's first candidate layers (depthwise ones included) to leave out: an int that
             many, a float in [0, 1) that share of them, but never all. 0.6 is 10 of VGG19's 16, as in the paper; 10
-            reproduces the paper elsewhere.
+            reproduces the paper elsewhere. Or name patterns of the layers to leave out, and no others.
         exclude: name pattern or patterns (``fnmatch``, e.g. ``"*.downsample.0"``) of a model's layers to leave out.
         include_linear: whether a model's ``Linear`` layers take part too.
         seed: seed of the draw, ``0 <= seed < 2**64``; given together with ``step``. The same pair gives the same
             decisions on every device, dtype and rank. Without it a seed is drawn from ``generator``.
-        step: counter of the draw, ``0 <= step < 2**63``: the training step.
+        step: counter of the draw, ``0 <= step < 2**63``: the optimizer steps of the whole run. One that starts anew
+            with every epoch repeats its draws in each, of which a warning tells.
         layer: for a single layer with ``seed`` and ``step``: its id in the draw, ``0 <= layer < 2**31``. Layers merged
             one by one need different ids, or same-shaped ones share their draw::
 
@@ -88,15 +92,17 @@ def merge_(
 
     Example::
 
-        for step, (x, y) in enumerate(loader):
-            inmerge_fast.merge_(model, threshold=0.1, seed=0, step=step)
-            loss(model(x), y).backward()
-            ...
+        for epoch in range(epochs):
+            for x, y in loader:
+                inmerge_fast.merge_(model, threshold=0.1, seed=0, step=step)
+                loss(model(x), y).backward()
+                optimizer.step()
+                step += 1
     """
     check_outside_transforms()
     check_share("alpha", alpha)
     check_share("prob", prob)
-    check_share("threshold", threshold, low=-1.0)
+    check_for_one_call(threshold)
     check_partner_rule(partner)
     if not (isinstance(include_linear, bool) and isinstance(dry_run, bool)):
         name, flag = ("dry_run", dry_run) if isinstance(include_linear, bool) else ("include_linear", include_linear)
@@ -106,9 +112,14 @@ def merge_(
     plan, weights = _plan_for(target, skip_first, exclude, include_linear, layer)
     if seed is None or step is None:
         seed, step = _draw_seed(generator), 0
-
-    call = Call(int(seed), int(step), float(prob), float(alpha), float(threshold), partner, dry_run)
-    return merge_plan_(plan, weights, call)
+    elif not dry_run:
+        plan.history.notice_draw(seed, step)
+    thresholds = _thresholds(threshold, plan, weights, partner)
+    call = Call(int(seed), int(step), float(prob), float(alpha), thresholds, partner, dry_run)
+    stats = merge_plan_(plan, weights, call)
+    if plan.effect.calls >= plan.history.next_look and not dry_run:
+        plan.history.look(plan.layers, weights, call, plan.effect.calls, plan.totals)
+    return stats
 
 
 def merge_plan_(plan: MergePlan, weights: list[torch.Tensor], call: Call) -> MergeStats:
@@ -131,19 +142,6 @@ def merge_plan_(plan: MergePlan, weights: list[torch.Tensor], call: Call) -> Mer
     )
 
 
-def check_share(name: str, value: object, *, low: float = 0.0) -> None:
-    """Check a number that must lie in ``[low, 1]``.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: out of range, or NaN.
-    """
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not low <= value <= 1.0:  # type: ignore[operator]  # NaN fails too
-        raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
-
-
 def several_ranks(group: Any = None) -> bool:
     """Whether this process is one of several in ``group``."""
     return (
@@ -151,6 +149,29 @@ def several_ranks(group: Any = None) -> bool:
         and torch.distributed.is_initialized()
         and torch.distributed.get_world_size(group) > 1
     )
+
+
+def _thresholds(
+    threshold: Threshold, plan: MergePlan, weights: Sequence[torch.Tensor], partner: str
+) -> float | list[float]:
+    """One for all layers, or one for each."""
+    if isinstance(threshold, Mapping):
+        return by_layer(threshold, plan)
+    if isinstance(threshold, NoiseThreshold):
+        return [threshold.of(layer.layout.elements) for layer in plan.layers]
+    if not isinstance(threshold, QuantileThreshold):
+        return float(threshold)  # type: ignore[arg-type]  # a budget was refused
+    if several_ranks():
+        raise ValueError(
+            "threshold=QuantileThreshold() measures the weights, and with more than one torch.distributed rank all "
+            "must agree about what was measured: use InMerge, which sees to it, or give all ranks the dict that one "
+            f"of them gets from similarity(model).threshold_for_rate({threshold.rate})"
+        )
+    rate = threshold.rate
+    return [
+        quantile_threshold(layer.name, weight, layer, rate, partner)
+        for layer, weight in zip(plan.layers, weights, strict=True)
+    ]
 
 
 def _check_randomness(seed: object, step: object, generator: object) -> None:
@@ -191,10 +212,11 @@ MAX_CACHED_PLANS = 512
 
 
 def _plan_for(
-    target: Target | MergePlan, skip_first: float, exclude: str | Sequence[str], include_linear: bool, layer: int
-) -> tuple[MergePlan, list[torch.Tensor]]:
+    target: Target | MergePlan, skip: float | str | Sequence[str], exclude: str | Sequence[str], include_linear: bool,
+    layer: int,
+) -> tuple[MergePlan, list[torch.Tensor]]:  # fmt: skip
     """The plan of a target, an older one if it still holds, and its weights."""
-    patterns = check_selection(skip_first, exclude)
+    skip_first, patterns = check_selection(skip, exclude)
     if isinstance(target, MergePlan):
         if (skip_first, patterns, include_linear, layer) != (DEFAULT_SKIP_FIRST, (), False, 0):
             raise ValueError("skip_first, exclude, include_linear and layer are set where a MergePlan is built")

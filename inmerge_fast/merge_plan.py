@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from .effect import EffectMonitor
+from .history import CallHistory
 from .paths.choice import Paths
 from .plan.plan import LayerPlan
 
@@ -28,7 +31,8 @@ class MergePlan(LayerPlan):
         layers: the layers that are merged, in module order.
         skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
         paths: the ways to merge them.
-        effect: what watches whether merging does anything.
+        effect: what counts the calls, and watches whether merging does anything.
+        history: what watches whether calls of ``merge_`` do too much.
 
     Raises:
         TypeError: the target or one of its weights has the wrong type.
@@ -38,7 +42,13 @@ class MergePlan(LayerPlan):
     def _tabulate(self) -> None:
         super()._tabulate()
         self.paths = Paths(self.rows)
-        self.effect = EffectMonitor()
+        self.effect = EffectMonitor(len(self.layers))
+        self.history = CallHistory()
+
+    def totals(self) -> torch.Tensor:
+        """Pairs sampled and merged in each layer by all calls that may write, int64 ``(layers, 2)``; nothing waits."""
+        self.paths.follow()
+        return self.effect.totals()
 
     @property
     def path(self) -> str:

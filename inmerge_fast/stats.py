@@ -11,7 +11,11 @@ import numpy.typing as npt
 
 
 class NoEffectWarning(UserWarning):
-    """Merging has sampled filter pairs for many calls and merged none of them."""
+    """Merging has sampled filter pairs for many calls and merged none of them, or next to none."""
+
+
+class CollapseWarning(UserWarning):
+    """Merging has cost a layer so much of its effective rank that its filters are becoming alike."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tables import ACTIVE_ROWS, FURTHEST_ROW, NO_PAIR
+from .tables import ACTIVE_ROWS, FURTHEST_ROW, NO_PAIR, ROW_COUNTS, TIMES_SAMPLED
 
 
 @triton.jit
@@ -21,16 +21,18 @@ def count_rows(i_row, partner, readers_ptr, active_ptr, state_ptr):
     tl.store(active_ptr + start + place - 1, i_row, mask=m_active)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "write"])
 def _count_kernel(
-    partner_ptr, readers_ptr, active_ptr, state_ptr, best_ptr, rows, BLOCK: tl.constexpr, MATCHED: tl.constexpr
-):
+    partner_ptr, readers_ptr, active_ptr, state_ptr, best_ptr, times_ptr, rows, write,
+    BLOCK: tl.constexpr, MATCHED: tl.constexpr,
+):  # fmt: skip
     """Count the active readers of every row and compact the active rows into a list, where the draw has not done it.
 
     ``readers`` must be zero (a draw before it zeroes it), as must the list's length in ``state``.
 
     With MATCHED, the partners of sampled rows are first replaced by those that ``kernels/match.py`` left in ``best``
-    (int64, ``(rows,)``), -1 where it found none. Without, ``best`` is not looked at.
+    (int64, ``(rows,)``), -1 where it found none. Such a row is sampled all the same, which no merge will count, so it
+    is counted here in ``times`` unless ``write`` is 0. Without MATCHED, ``best`` and ``times`` are not looked at.
 
     Grid: ``(cdiv(rows, BLOCK),)``. Loads 4 bytes per row; stores 4 and adds 4 per active row; MATCHED, 8 more in
     per sampled row and 4 out per row. Hazards: see :func:`count_rows`.
@@ -39,6 +41,8 @@ def _count_kernel(
     partner = tl.load(partner_ptr + i_row, mask=i_row < rows, other=-1)
     if MATCHED:
         best = tl.load(best_ptr + i_row, mask=partner >= 0, other=NO_PAIR)
+        m_alone = (partner >= 0) & (best == NO_PAIR) & (write != 0)
+        tl.atomic_add(times_ptr + i_row.to(tl.int64) * ROW_COUNTS + TIMES_SAMPLED, 1, mask=m_alone, sem="relaxed")
         partner = tl.where(best == NO_PAIR, -1, (best & FURTHEST_ROW).to(tl.int32) ^ FURTHEST_ROW)
         tl.store(partner_ptr + i_row, partner, mask=i_row < rows)
     count_rows(i_row, partner, readers_ptr, active_ptr, state_ptr)

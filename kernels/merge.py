@@ -56,12 +56,12 @@ from .tables import (
     FINISHED,
     FIRST_ROW,
     KIND,
-    LARGEST_KEY,
     PASSED,
-    PASSED_TOTAL,
+    ROW_COUNTS,
     SAMPLED,
     SCRATCH_USED,
     STRIDED,
+    TIMES_PASSED,
     WRITE,
 )
 
@@ -215,7 +215,8 @@ def _float_in_memory(pointer):
 @triton.jit(do_not_specialize=["capacity", "write", "programs"])
 def _merge_kernel(
     layer_ptr, row_layer_ptr, partner_ptr, readers_ptr, active_ptr, counter_ptr, slot_ptr, deferred_ptr, state_ptr,
-    scratch_ptr, similarity_ptr, outcome_ptr, totals_ptr, call_ptr, capacity, alpha, beta, threshold, write, programs,
+    scratch_ptr, similarity_ptr, outcome_ptr, times_ptr, largest_ptr, call_ptr, capacity, alpha, beta, threshold, write,
+    programs,
     HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, IN_MEMORY: tl.constexpr,
     BLOCK: tl.constexpr, SPAN: tl.constexpr, STRIDED_BLOCK: tl.constexpr,
@@ -224,7 +225,9 @@ def _merge_kernel(
     """Merge all active rows of all layers.
 
     ``write`` is 0 in a dry run; ``capacity`` is the size of scratch in units of 16 bytes. With IN_MEMORY alpha, beta
-    and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own.
+    and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own. ``times``
+    are the rows' running counts, and ``largest`` is the largest similarity so far, as an integer that sorts like it:
+    both grow in calls that may write.
     BARRIER, SEM and NAIVE exist for the tests, which break the protocol and watch the race detector notice.
 
     Grid: ``(programs,)``, any number; each takes every ``programs``-th entry of the list of active rows.
@@ -239,7 +242,6 @@ def _merge_kernel(
         beta = _float_in_memory(call_ptr + BETA)
         write = tl.load(call_ptr + WRITE).to(tl.int32)
     pid = tl.program_id(0)
-    passed_here = pid * 0
     largest_here = pid * 0 - 2147483647 - 1
     active_rows = tl.load(state_ptr + ACTIVE_ROWS)
     tables = partner_ptr, counter_ptr, slot_ptr
@@ -267,16 +269,16 @@ def _merge_kernel(
                         deferred_ptr, state_ptr, similarity_ptr, outcome_ptr,
                         CODE < STRIDED, block_of(CODE, BLOCK, STRIDED_BLOCK), span_of(CODE, SPAN), BARRIER, SEM, NAIVE,
                     )  # fmt: skip
-        passed_here += passed.to(tl.int32)
+        if write != 0:  # both counts in one addition, behind the releases: nothing reads its result or waits for it
+            p_times = (times_ptr + i_row.to(tl.int64) * ROW_COUNTS).to(tl.pointer_type(tl.int64))
+            times = 1 + (passed.to(tl.int64) << 32 * TIMES_PASSED)  # TIMES_SAMPLED, 0, is the lower half
+            tl.atomic_add(p_times, times, sem="relaxed", scope="gpu")
         bits = similarity.to(tl.int32, bitcast=True)
         key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # sorts like the float
-        largest_here = tl.where(finite & (not passed), tl.maximum(largest_here, key), largest_here)
+        largest_here = tl.where(finite, tl.maximum(largest_here, key), largest_here)
     if write != 0:
-        # All programs meet at these two words: where all rows pass or none does, one of them is left alone.
-        if passed_here > 0:
-            tl.atomic_add(totals_ptr + PASSED_TOTAL, passed_here, sem="relaxed", scope="gpu")
-        if largest_here > -2147483647 - 1:
-            tl.atomic_max(totals_ptr + LARGEST_KEY, largest_here, sem="relaxed", scope="gpu")
+        if largest_here > -2147483647 - 1:  # all programs meet at this word: those without a row leave it alone
+            tl.atomic_max(largest_ptr, largest_here, sem="relaxed", scope="gpu")
 
     tl.debug_barrier()
     if tl.atomic_add(state_ptr + FINISHED, 1, sem="acq_rel", scope="gpu") == programs - 1:

@@ -58,9 +58,11 @@ FINISHED = tl.constexpr(2)  # programs of the merge launch that are through
 DEFERRED_ROWS = tl.constexpr(3)  # length of the list of rows that found no scratch
 STATE_WORDS = tl.constexpr(4)
 
-# Running totals, int32, never reset by a kernel.
-PASSED_TOTAL = tl.constexpr(0)
-LARGEST_KEY = tl.constexpr(1)  # largest similarity that did not pass, as an integer that sorts like the float
+# Running counts of each row, int32 ``(rows, ROW_COUNTS)``, over all calls that may write; never reset by a kernel. The
+# merge adds to both at once, as the halves of 64 bits.
+TIMES_SAMPLED = tl.constexpr(0)
+TIMES_PASSED = tl.constexpr(1)
+ROW_COUNTS = tl.constexpr(2)
 
 # Outcome of a row, int8.
 NOT_SAMPLED = tl.constexpr(0)

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from inmerge_fast import effect
 from inmerge_fast.paths import cpu
 
 try:
@@ -47,6 +48,10 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup(item):
     if "gpu" in item.keywords and HAS_GPU and INTERPRETING:
         pytest.fail("TRITON_INTERPRET=1 is set: a GPU test would run interpreted kernels or none; unset it", False)
+
+
+def pytest_unconfigure():
+    effect._without_a_word.clear()  # most tests merge next to nothing, which is no news at the end of the process
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -15,7 +15,7 @@ from torch import nn
 from inmerge_fast import MergePlan, draw, native, reference_merge
 from inmerge_fast.draw import MAX_LAYER, MAX_SEED, MAX_STEP
 from inmerge_fast.paths import cpu
-from inmerge_fast.training.thresholds import NEVER
+from inmerge_fast.rank_cost import NEVER
 
 CALL = {"seed": 5, "step": 3}
 # The blends of the fast paths, which compute in float32 below float64.

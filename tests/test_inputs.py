@@ -59,7 +59,8 @@ def test_shares_of_the_wrong_type(name, value):
         ({"skip_first": -1}, ValueError, "skip_first must not be negative, got -1"),
         ({"skip_first": 1.0}, ValueError, r"skip_first as a share must be in \[0, 1\), got 1.0"),
         ({"skip_first": math.nan}, ValueError, "skip_first as a share"),
-        ({"skip_first": "2"}, TypeError, "skip_first must be an int"),
+        ({"skip_first": "2x"}, ValueError, "pattern '2x' matches no candidate layer"),
+        ({"skip_first": ["0", 3]}, TypeError, "skip_first must be a name pattern or an iterable of them"),
         ({"exclude": 3}, TypeError, "exclude must be a name pattern or an iterable of them, got 3"),
         ({"exclude": ["0", 3]}, TypeError, "exclude must be a name pattern"),
         ({"exclude": ["0", "layer9.*"]}, ValueError, "'layer9.*' matches no candidate layer; the candidates are: 0, 1"),
@@ -297,7 +298,7 @@ def test_groups_that_do_not_divide_the_weight(groups):
         inmerge_fast.merge_(conv, **SAMPLE_ALL)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
 def test_freed_storage_and_forward_mode_duals_raise_before_any_layer_is_written():
     good = torch.randn(4, 9)
     before = good.clone()

@@ -9,6 +9,7 @@ from oracle import bits
 from torch import nn
 
 from inmerge_fast import MergePlan, draw, reference_merge
+from inmerge_fast.effect import similarity_of
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
@@ -223,7 +224,7 @@ def test_buffers_outlive_the_inference_mode_that_they_were_made_in():
         launcher = launcher_of(weights)
         launcher.run(1, 0, prob=1.0, **CALL, dry_run=True)
     held = tensors_of(launcher, [])
-    assert {"scratch", "call", "totals"} <= held.keys()
+    assert {"scratch", "call", "times"} <= held.keys()
     assert not [name for name, tensor in held.items() if tensor.is_inference()]
 
 
@@ -355,17 +356,27 @@ def test_a_handle_looks_its_kernel_up_once():
 # ------------------------------------------------------------------------------------------------------ running totals
 
 
-def test_totals_count_what_was_written_and_the_largest_finite_similarity_that_was_not():
-    weights = [alike(9, 20)]
+@pytest.mark.parametrize("partner", ["random", "similar"])
+def test_running_counts_are_of_the_calls_that_may_write(partner):
+    """Also of filters that found no partner, which no merge sees."""
+    weights = [alike(9, 20), torch.randn(40, 30)]
     weights[0][4, 3] = torch.nan
     launcher = launcher_of(weights)
-    untouched = launcher.slots.totals.tolist()
-    call = {"prob": 1.0, "alpha": ALPHA, "threshold": 0.2}
+    untouched = launcher.running.largest.tolist()
+    call = {"prob": 0.9, "alpha": ALPHA, "threshold": 0.2, "partner": partner}
     dry = launcher.run(1, 0, **call, dry_run=True).fetch()
     assert np.isnan(dry.similarity).any()
-    assert launcher.slots.totals.tolist() == untouched
-    pairs = launcher.run(1, 0, **call, dry_run=False).fetch()
-    largest = np.float32(np.nanmax(pairs.similarity[~pairs.passed]))
-    assert -1 < largest < 0.2 < np.nanmax(pairs.similarity)
-    key = int(largest.view(np.int32))
-    assert launcher.slots.totals.tolist() == [int(pairs.passed.sum()), key if key >= 0 else key ^ 0x7FFFFFFF]
+    assert launcher.running.largest.tolist() == untouched
+    assert not launcher.running.times.any()
+    counts, largest = np.zeros((2, 2), int), -np.inf
+    for step in range(5):
+        pairs = launcher.run(1, step, **call, dry_run=False).fetch()
+        largest = np.fmax(largest, np.float32(np.nanmax(pairs.similarity)))
+        passed = np.split(pairs.passed, [pairs.counts[0]])
+        counts += np.stack([pairs.counts, [p.sum() for p in passed]], 1)
+    assert similarity_of(int(launcher.running.largest)) == largest > 0
+    assert launcher.running.by_layer().tolist() == counts.tolist()
+    assert (counts[:, 1] > 0).all()
+    assert (counts[:, 1] < counts[:, 0]).all()
+    launcher.running.reset()
+    assert (int(launcher.running.largest), int(launcher.running.times.sum())) == (untouched[0], 0)

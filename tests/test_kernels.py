@@ -35,7 +35,7 @@ def launcher_of(weights):
 
 
 def tensors_of(launcher, weights):
-    holders = {**vars(launcher), **vars(launcher.slots)}
+    holders = {**vars(launcher), **vars(launcher.slots), **vars(launcher.running)}
     held = {name: value for name, value in holders.items() if isinstance(value, torch.Tensor) and value.numel()}
     return held | {f"weight{index}": weight for index, weight in enumerate(weights)}
 

@@ -22,7 +22,7 @@ from test_kernels import (  # noqa: E402
     tensors_of,
 )
 
-from inmerge_fast.effect import _largest_similarity  # noqa: E402
+from inmerge_fast.effect import similarity_of  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
 from inmerge_fast.paths.triton import launch  # noqa: E402
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD  # noqa: E402
@@ -349,7 +349,7 @@ def test_the_largest_similarity_of_all_may_be_negative():
     weights = [torch.tensor([[1.0, 0.0], [-0.6, 0.8]]), torch.tensor([[1.0, 0.0], [-0.28, 0.96]])]
     launcher = launcher_of(weights)
     launcher.run(1, 0, prob=1.0, alpha=ALPHA, threshold=0.5, dry_run=False)
-    assert _largest_similarity(launcher.slots.totals) == pytest.approx(-0.28)
+    assert similarity_of(int(launcher.running.largest)) == pytest.approx(-0.28)
 
 
 def test_more_than_1024_filters_and_the_largest_words():

@@ -1,5 +1,6 @@
 """What the launcher must survive without a GPU to try it on: CUDA graphs that are captured and replayed."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,28 +64,32 @@ def test_nothing_is_built_compiled_or_allocated_in_a_capture(monkeypatch):
     assert (kernel.warmups, kernel.runs) == (0, [])
 
 
-class _CudaTotals:
-    """Stands in for the running totals of a plan on a GPU."""
+class _Numbers:
+    """Stands in for the three numbers that a look is taken at, on a GPU."""
 
-    is_cuda, device, dtype = True, CUDA, torch.int32
+    is_cuda, device = True, CUDA
+
+
+class _Running:
+    """Stands in for a plan's running counts on a GPU."""
+
+    largest = _Numbers()
 
 
 class _Host:
-    dtype = torch.int32
-
     def __init__(self):
         self.copies = []
 
     def copy_(self, source, *, non_blocking):
         self.copies.append((source, non_blocking))
 
-    def __getitem__(self, index):
-        return 0 if index == 0 else 5
+    def numpy(self):
+        return np.array([40_000, 3, 5])
 
 
 def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_for_nobody(monkeypatch):
     """Its copy would become part of a graph, and its event could not be asked."""
-    host, allocations, events = _Host(), [], []
+    host, allocations, events, numbers = _Host(), [], [], _Numbers()
 
     class Event:
         done = False
@@ -98,28 +103,34 @@ def test_the_no_effect_warning_allocates_once_stays_out_of_captures_and_waits_fo
         def query(self):
             return self.done
 
+        def synchronize(self):
+            assert self.done, "it was waited for"
+
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"current stream of {device}")
-    monkeypatch.setattr(torch, "empty", lambda size, **options: allocations.append(options) or host)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, **options: allocations.append((size, options)) or host)
     monkeypatch.setattr(torch, "Event", Event)
-    monitor, totals = EffectMonitor(), _CudaTotals()
+    monkeypatch.setattr(EffectMonitor, "_numbers", lambda self: numbers)
+    monitor, running = EffectMonitor(1), _Running()
 
     def count(calls, capturing=False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
         for _ in range(calls):
-            monitor.count_call(totals)
+            monitor.count_running(running)
 
     count(1, capturing=True)
     assert allocations == [], "page-locking memory is forbidden there"
     count(1)
-    assert [(options["device"], options["pin_memory"]) for options in allocations] == [("cpu", True)]
+    [(size, options)] = allocations
+    assert (size, options["device"], options["pin_memory"]) == ((3,), "cpu", True)
     count(NO_EFFECT_CALLS - 3)
     count(3, capturing=True)
     assert host.copies == events == []
     count(3)
-    assert host.copies == [(totals, True)]
+    assert host.copies == [(numbers, True)]
     assert len(events) == len(allocations) == 1
     Event.done = True
-    with pytest.warns(NoEffectWarning):
+    with pytest.warns(NoEffectWarning, match="103 calls of merge_ sampled 40,000 filter pairs and merged 3, which is"):
         count(1)
     count(3)
     assert len(host.copies) == 1

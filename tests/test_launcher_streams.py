@@ -34,7 +34,7 @@ def test_a_call_on_another_stream_waits_for_the_last_one_and_keeps_the_buffers(o
     assert first.waited_for == [7]
     assert all(tensor.streams == [0, 7, 0] for tensor in launcher.matcher.tensors())
     tensors = tensors_of(launcher, [])
-    for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "totals"):
+    for name in ("partner", "readers", "active", "counter", "state", "scratch", "similarity", "outcome", "times"):
         assert tensors[name].streams == [0, 7, 0], f"{name} would be reused while a call uses it"
 
 

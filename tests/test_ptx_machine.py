@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from ptx.handwritten import kernel, kinds, run
-from ptx.machine import Schedule, StuckError
+from ptx.machine import Machine, Schedule, StuckError
+from ptx.memory import Memory
 from ptx.parse import parse
 from ptx.profile import Profile, passes, sectors
+from ptx.program import Program
 
 OWN = "mad.wide.u32 %rd1, %t, 4, %a;"
 WAYS = ["even", "speeds", "priorities", "turns", "serial"]
@@ -36,7 +38,8 @@ def test_lanes_part_and_meet_again():
         mul.lo.s32 %r1, %r1, 3; add.s32 %r1, %r1, 1; bra.uni $NEXT;
         $EVEN: shr.u32 %r1, %r1, 1;
         $NEXT: add.s32 %r2, %r2, 1; bra $LOOP;
-        $DONE: st.global.b32 [%rd1], %r2;""", warps=2)  # fmt: skip
+        $DONE: bar.sync 0; shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; shfl.sync.bfly.b32 %r2, %r3, 1, 31, -1;
+        st.global.b32 [%rd1], %r2;""", warps=2)  # fmt: skip
     assert got.tolist() == [steps(n + 1) for n in range(64)]
 
 
@@ -61,6 +64,23 @@ def test_registers_begin_with_anything_and_names_end_with_their_braces():
     seen = {tuple(out(f"{OWN} st.global.b32 [%rd1], %r9;", seed=seed).tolist()) for seed in range(3)}
     assert len(seen) == 3
     assert (out(f"{OWN} mov.b32 %r1, 1; {{ .reg .b32 %r1; mov.b32 %r1, 2; }} st.global.b32 [%rd1], %r1;") == 1).all()
+
+
+def test_parameters_are_what_was_passed():
+    text = """.visible .entry k(.param .u64 a, .param .u32 b, .param .f32 c, .param .u64 d) .reqntid 32 {
+        .reg .b32 %r<4>; .reg .b64 %rd<6>; .reg .pred %p<2>; mov.u32 %r0, %tid.x; setp.eq.s32 %p0, %r0, 0;
+        ld.param.b64 %rd0, [a]; ld.param.s32 %rd1, [b]; ld.param.b32 %r1, [b]; ld.param.b32 %r2, [c];
+        ld.param.b64 %rd2, [d]; ld.param.b32 %r3, [d+4]; @%p0 st.global.b64 [%rd0], %rd1;
+        @%p0 st.global.v2.b32 [%rd0+8], {%r1, %r2}; @%p0 st.global.b64 [%rd0+16], %rd2;
+        @%p0 st.global.b32 [%rd0+24], %r3; ret; }"""
+    array = np.zeros(4, "u8")
+    memory = Memory([("a", array.ctypes.data, array.ctypes.data + 32, True)])
+    Machine(Program(text), memory, [array.ctypes.data, -5, 0.1, 2**64 - 3], (1, 1), Schedule()).run()
+    memory.write_back()
+    assert array[0] == 2**64 - 5
+    assert array.view("u4")[2] == 2**32 - 5
+    assert array.view("f4")[3] == np.float32(0.1)
+    assert (array[2], array[3]) == (2**64 - 3, 2**32 - 1)
 
 
 def test_where_instructions_come_from_is_remembered():
@@ -178,6 +198,7 @@ def test_every_cta_runs_once_and_a_seed_repeats_itself(how):
         assert max(peaks) == (7 if how == "turns" else 0)
     else:
         assert len(orders) > 5
+        assert len({tuple(sign_in(seed=seed, how=how, resident=1)[0]) for seed in range(9)}) > 5, "random at the start"
         assert max(peaks) > (0 if how == "priorities" else 2)  # which change once in fifty steps
 
 
@@ -220,6 +241,7 @@ def test_sectors_and_passes():
     assert passes(lanes * np.uint64(8), 8) == 2
     assert passes(lanes * np.uint64(144), 16) == 4, "rows of 128 bytes, padded by 16"
     assert passes(lanes * np.uint64(128), 16) == 32
+    assert passes(np.where(lanes < 8, lanes * np.uint64(128), 0), 16) == 11, "eight lanes at a time"
 
 
 def aligned(words):
@@ -241,6 +263,15 @@ def test_profiles_count_what_was_executed():
     assert vars(profile.memory("ld.global")) == {"requests": 30, "lanes": 960, "bytes": 3840, "parts": 120}
     assert vars(profile.memory("st.global")) == {"requests": 5, "lanes": 20, "bytes": 80, "parts": 5}
     assert profile.memory("atom").requests == 0
+
+
+def test_a_chain_of_loads_goes_through_barriers():
+    """One warp goes on with what it has loaded, and the other waits for it."""
+    program = kernel("""setp.ge.s32 %p1, %t, 32; @%p1 bra $MEET; ld.global.b32 %r1, [%a]; setp.eq.s32 %p2, %r1, 7;
+        @%p2 bra $MEET; $MEET: bar.sync 0; @%p1 ld.global.b32 %r1, [%a];""", ["a"], warps=2)  # fmt: skip
+    profile = Profile(program)
+    run(program, {"a": np.zeros(8, "u8")}, profile=profile)
+    assert profile.chain == 2
 
 
 @pytest.mark.parametrize(("body", "loads"), [

@@ -19,14 +19,14 @@ def at(name, size, register="%rd1"):
 # ------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize(("kind", "dtype", "register"), [
-    ("b8", "u1", "rs"), ("b16", "u2", "rs"), ("b32", "u4", "r"), ("b64", "u8", "rd")])  # fmt: skip
-@pytest.mark.parametrize("vector", [1, 2, 4])
+WIDTHS = [("b8", "u1", "rs"), ("b16", "u2", "rs"), ("b32", "u4", "r"), ("b64", "u8", "rd")]
+WIDTHS = [(*width, vector) for width in WIDTHS for vector in (1, 2, 4) if int(width[0][1:]) * vector <= 128]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "register", "vector"), WIDTHS)
 @pytest.mark.parametrize("space", ["global", "shared"])
 def test_loads_and_stores_of_every_width(kind, dtype, register, vector, space):
     size = np.dtype(dtype).itemsize * vector
-    if size > 16:
-        pytest.skip("wider than hardware loads")
     source = np.random.default_rng(0).integers(0, 2**63, 32 * vector, "u8").astype(dtype)
     target = np.zeros_like(source)
     registers = ", ".join(f"%{register}{4 + i}" for i in range(vector))
@@ -144,16 +144,20 @@ def test_what_is_not_allowed_is_raised(body, message):
 # -------------------------------------------------------------------------------------------------------------- order
 
 
-def message(flag_order="acq_rel", barrier="bar.sync 0;", acquire="acquire", store="", warps=2):
+LOOK = "ld.global.gpu.acquire.b32 %r4, [%flag];"
+LOOK_ATOMICALLY = "atom.global.gpu.acquire.add.u32 %r4, [%flag], %r6;"
+
+
+def message(flag_order="acq_rel", barrier="bar.sync 0;", look=LOOK, warps=2):
     """CTA 0 stores 64 words and says so; CTA 1 looks, and copies them if it was told."""
     return kernel(f"""
         {at('data', 4)} setp.ne.s32 %p1, %c, 0; @%p1 bra $READ;
-        add.s32 %r1, %t, 100; st.global.b32 [%rd1], %r1; {store}
+        add.s32 %r1, %t, 100; st.global.b32 [%rd1], %r1;
         {barrier} setp.ne.s32 %p2, %t, 0; mov.b32 %r2, 1;
         @!%p2 atom.global.gpu.{flag_order}.add.u32 %r3, [%flag], %r2;
         bra $END;
         $READ: setp.eq.s32 %p2, %t, 0; mov.b32 %r4, 0;
-        @%p2 {f'ld.global.gpu.{acquire}.b32' if acquire else 'ld.global.b32'} %r4, [%flag];
+        mov.b32 %r6, 0; @%p2 {look}
         @%p2 st.shared.b32 [smem], %r4; bar.sync 0; ld.shared.b32 %r4, [smem]; setp.eq.s32 %p3, %r4, 0; @%p3 bra $END;
         ld.global.b32 %r5, [%rd1]; {at('out', 4, '%rd2')} st.global.b32 [%rd2], %r5;
         $END:""", ["data", "flag", "out"], warps=warps, shared_bytes=16)  # fmt: skip
@@ -176,14 +180,18 @@ def test_a_release_and_an_acquire_pass_a_message_on():
     came, wrong, found = messages(message())
     assert 10 < came < 60
     assert (wrong, found) == (0, set())
-    came, wrong, found = messages(message("release"))
-    assert 10 < came < 60
-    assert (wrong, found) == (0, set())
+    for other in (message("release"), message(look=LOOK_ATOMICALLY)):
+        came, wrong, found = messages(other)
+        assert 10 < came < 60
+        assert (wrong, found) == (0, set())
+
+
+RELAXED = [look.replace("acquire", "relaxed") for look in (LOOK, LOOK_ATOMICALLY)]
 
 
 @pytest.mark.parametrize("broken", [
-    {"flag_order": "relaxed"}, {"flag_order": "acquire"}, {"acquire": "relaxed"}, {"acquire": ""},
-    {"barrier": ""}], ids=str)  # fmt: skip
+    {"flag_order": "relaxed"}, {"flag_order": "acquire"}, {"barrier": ""}, {"look": RELAXED[0]}, {"look": RELAXED[1]},
+    {"look": LOOK.replace("gpu.acquire.", "")}], ids=str)  # fmt: skip
 def test_a_message_without_them_races_and_comes_out_wrong(broken):
     came, wrong, found = messages(message(**broken), 100)
     assert came > 5
@@ -223,6 +231,41 @@ def test_a_load_never_goes_back_in_time():
         assert not bad.any()
         last.add(int(word[0]))
     assert last == {6}, "stores to one place stay in order"
+
+
+def test_a_plain_load_is_no_older_than_an_ordered_one_before_it():
+    program = kernel("""setp.eq.s32 %p1, %t, 0; mov.b32 %r1, 1; setp.ne.s32 %p2, %c, 0; @%p2 bra $READ;
+        @%p1 red.global.gpu.relaxed.add.u32 [%a], %r1; bra $END;
+        $READ: @%p1 ld.global.gpu.relaxed.b32 %r2, [%a]; @%p1 ld.global.b32 %r3, [%a];
+        @%p1 st.global.v2.b32 [%out], {%r2, %r3}; $END:""", ["a", "out"])  # fmt: skip
+    seen = set()
+    for seed in range(80):
+        a, out = np.zeros(1, "u4"), np.zeros(2, "u4")
+        run(program, {"a": a, "out": out}, ctas=2, seed=seed, weak=(0.5, 1.0))
+        seen.add(tuple(out.tolist()))
+    assert seen == {(0, 0), (1, 1)}
+
+
+def test_an_atomic_sees_what_its_own_thread_has_stored():
+    program = kernel("""setp.eq.s32 %p1, %t, 0; mov.b32 %r1, 5; @%p1 st.global.b32 [%a], %r1;
+        @%p1 atom.global.gpu.relaxed.add.u32 %r2, [%a], %r1; @%p1 st.global.b32 [%b], %r2;""", ["a", "b"])  # fmt: skip
+    for seed in range(20):
+        a, b = np.zeros(1, "u4"), np.zeros(1, "u4")
+        run(program, {"a": a, "b": b}, seed=seed, weak=(0.0, 1.0))
+        assert (a[0], b[0]) == (10, 5)
+
+
+def test_stores_to_one_place_stay_in_order_across_a_barrier():
+    """The second one may leave its warp's buffer before the first one leaves the CTA's."""
+    program = kernel(
+        """setp.eq.s32 %p1, %t, 0; mov.b32 %r1, 1; mov.b32 %r2, 2; @%p1 st.global.b32 [%a], %r1;
+        bar.sync 0; @%p1 st.global.b32 [%a], %r2; ld.global.b32 %r3, [%b]; ld.global.b32 %r3, [%b+4];""",
+        ["a", "b"],
+    )
+    for seed in range(80):
+        a = np.zeros(1, "u4")
+        run(program, {"a": a, "b": np.zeros(2, "u4")}, seed=seed, weak=(0.5, 0.5))
+        assert a[0] == 2
 
 
 def test_stores_to_different_places_may_arrive_in_any_order():
@@ -319,4 +362,5 @@ def test_compilers_may_store_copies_of_a_value_from_several_warps():
     setup = "and.b32 %r3, %t, 31; setp.eq.s32 %p4, %r3, 0;"
     assert race_kinds(f"{setup} {same} bar.sync 0; ld.shared.b32 %r4, [smem];") == (set(), 0)
     assert race_kinds(f"{setup} @%p4 st.shared.b32 [smem], %t;")[0] == {"W-W"}
+    assert race_kinds("@%p1 st.shared.b32 [smem], %r1; @%p2 st.shared.b32 [smem], %r1;")[0] == {"W-W"}
     assert race_kinds(f"{setup} {same} ld.shared.b32 %r4, [smem];", seeds=30)[0] >= {"R-W"}

@@ -1,6 +1,7 @@
 """Every snippet of the README's section on training runs as it stands there."""
 
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def names(tmp_path, monkeypatch):
     return {
         "inmerge_fast": inmerge_fast, "torch": torch, "model": model, "optimizer": optimizer,
         "loader": [(torch.randn(4, 3, 9, 9), torch.arange(4))] * 3, "criterion": nn.CrossEntropyLoss(),
-        "path": tmp_path / "state.pt", "fully_shard": fully_shard,
+        "epochs": 2, "path": tmp_path / "state.pt", "fully_shard": fully_shard,
     }  # fmt: skip
 
 
@@ -48,9 +49,20 @@ def test_there_is_no_snippet_that_no_test_runs():
     assert sorted(map(snippet, marks)) == sorted(SNIPPETS)
 
 
-def test_the_plain_loop(names):
+def test_the_plain_loop(names, capsys):
     exec(snippet(".attach(optimizer)"), names)
-    assert names["merger"].step_count == 3
+    assert names["merger"].step_count == 6
+    shown = capsys.readouterr().out
+    assert "merges expected at step 0" in shown
+    assert "6 optimizer steps: " in shown
+
+
+def test_the_first_snippet_counts_the_steps_of_all_epochs(names):
+    text = re.search(r"^```python\n(import inmerge_fast\n.*?)^```$", README, re.MULTILINE | re.DOTALL)[1]
+    seen = []
+    names["inmerge_fast"] = types.SimpleNamespace(merge_=lambda model, **how: seen.append(how["step"]))
+    exec(text.replace("import inmerge_fast\n", ""), names)
+    assert seen == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("mark", ["steps_per_epoch", "QuantileThreshold"])

@@ -81,7 +81,7 @@ def test_no_effect_warns_once_with_a_threshold_that_would_act(device):
     assert caught[0].filename == __file__, "the warning points at the caller"
     message = str(caught[0].message)
     assert message.startswith(
-        "100 calls of merge_ sampled filter pairs and merged none: the largest similarity seen was"
+        "100 calls of merge_ sampled 200 filter pairs and merged none: the largest similarity seen was"
     )
     assert "was -0.6000. A threshold of -0.66" in message
     acting = float(message.split("A threshold of ")[1].split()[0])

@@ -35,9 +35,9 @@ def test_nothing_is_recompiled_and_the_merge_is_seen(what):
     else:
         model.compile(backend="aot_eager")
     optimizer = optimizer_of("sgd", model)
-    merger = InMerge(compiled, **SETTINGS).attach(optimizer)
+    merger = InMerge(compiled, **SETTINGS, guard=None).attach(optimizer)
     assert merger.plan.names == names, "without _orig_mod."
-    plain_optimizer, plain = optimizer_of("sgd", twin), InMerge(twin, **SETTINGS)
+    plain_optimizer, plain = optimizer_of("sgd", twin), InMerge(twin, **SETTINGS, guard=None)
     data = batches(14)  # more than Dynamo's limit of 8 recompilations
 
     def step(x):

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from inmerge_fast import CollapseGuard, InMerge, QuantileThreshold
+from inmerge_fast import CollapseGuard, InMerge, MergePlan, QuantileThreshold, RankBudget
+from inmerge_fast.training import rank_watch
 from inmerge_fast.training.distributed import ShardedPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -39,8 +40,7 @@ def _replicas_stay_bit_equal(rank, world):
     model = DistributedDataParallel(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     merger = InMerge(
-        model, threshold=QuantileThreshold(0.1, every=100), prob=0.5, skip_first=1, observe_every=2,
-        guard=CollapseGuard(mean_similarity=0.2, merge_rate=1.0, action="stop"),
+        model, threshold=QuantileThreshold(0.1, every=100), prob=0.5, skip_first=1, guard=CollapseGuard(0.2),
     ).attach(optimizer)  # fmt: skip
     torch.manual_seed(rank + 1)  # different data and a different global generator on each rank
     for _ in range(1000):
@@ -52,6 +52,34 @@ def _replicas_stay_bit_equal(rank, world):
     states = [None] * world
     dist.all_gather_object(states, merger.state_dict())
     assert all(state == states[0] for state in states)
+
+
+def _what_one_rank_alone_sees_decides_nothing(rank):
+    """Unlike machines may measure and count differently: the others take what the first rank has found."""
+    original = rank_watch.RankCost.price, rank_watch.LayerLedger.is_due, MergePlan.totals
+    if rank > 0:
+        rank_watch.RankCost.price = lambda self, *a: 100.0
+        MergePlan.totals = lambda self: original[2](self) + 1000 * rank
+    try:
+        for settings in (
+            {"threshold": RankBudget(0.3), "stop": 100},
+            {"threshold": -0.5, "guard": CollapseGuard(0.1)},
+        ):
+            torch.manual_seed(0)
+            model = net()
+            merger = InMerge(model, prob=0.5, skip_first=0, **settings)
+            for _ in range(100):
+                merger.step()
+            assert_equal_on_all_ranks(model)
+            seen = [None] * dist.get_world_size()
+            watch = merger._run.watch
+            dist.all_gather_object(
+                seen, (sorted(merger.stopped), {name: vars(ledger) for name, ledger in watch.ledgers.items()})
+            )
+            assert all(other == seen[0] for other in seen)
+            assert merger.stopped or "stop" in settings, "the guard must have acted, or this tests nothing"
+    finally:
+        rank_watch.RankCost.price, rank_watch.LayerLedger.is_due, MergePlan.totals = original
 
 
 def _ranks_that_disagree_raise(rank):
@@ -95,6 +123,7 @@ def _sharded_weights_merge_as_on_one_rank(rank, world):
     for settings in (
         {"threshold": 0.0, "prob": 0.5},
         {"threshold": QuantileThreshold(0.3, every=3), "prob": 0.8, "partner": "nearest"},
+        {"threshold": RankBudget(0.3, every=3), "prob": 0.8, "stop": 30},
     ):
         whole = net()
         model = net()
@@ -114,6 +143,8 @@ def _sharded_weights_merge_as_on_one_rank(rank, world):
             assert isinstance(other, DTensor)
             assert torch.equal(own, other.full_tensor())
         assert merger.effective_rank() == single.effective_rank()
+        assert merger.summary().rows() == single.summary().rows()
+        assert str(merger.preview()) == str(single.preview())
         if world > 2:
             continue  # the mean of more than two equal gradients need not be that gradient, after rounding
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (whole, model)]
@@ -140,7 +171,7 @@ def _gathers_one_layer_at_a_time(model, merger):
         merger.step()
     finally:
         DTensor.full_tensor = original
-    assert len(gathered) in (4, 8)  # 8 where the quantiles are measured anew
+    assert len(gathered) in (4, 8)  # 8 where all layers are measured anew
     gc.collect()
 
 
@@ -177,6 +208,7 @@ def _all(rank, world, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     _replicas_stay_bit_equal(rank, world)
+    _what_one_rank_alone_sees_decides_nothing(rank)
     _ranks_that_disagree_raise(rank)
     _sharded_weights_merge_as_on_one_rank(rank, world)
     dist.barrier()

@@ -8,14 +8,13 @@ from oracle import assert_same_bits
 from test_training import batches, loss_of, net
 from torch import nn
 
-from inmerge_fast import DictLogger, InMerge, NoiseThreshold
+from inmerge_fast import DictLogger, InMerge, NoiseThreshold, RankBudget
 
 RECIPE = {"threshold": NoiseThreshold(0.5), "prob": 0.5, "skip_first": 1, "start": 2, "seed": 4}
 STEPS, ACCUMULATE = 6, 2
 DATA = batches(STEPS * ACCUMULATE)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
 ]
 
 
@@ -112,6 +111,23 @@ def test_lightning_resumes_bit_identically(tmp_path):
         assert_same_bits(module.state_dict()[name], value, name)
 
 
+BUDGET = {"threshold": RankBudget(0.3), "prob": 0.5, "skip_first": 1}
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_lightning_tells_a_budget_its_steps_and_knows_its_epochs(tmp_path):
+    module_class, fit = lightning_parts()
+    from inmerge_fast.integrations.lightning import InMergeCallback
+
+    callback = InMergeCallback(**BUDGET, start=2)
+    fit(module_class(), callback, tmp_path, max_epochs=2)
+    assert callback.merger._run.recipe.merging_steps == 2 * STEPS - 2
+    with pytest.warns(UserWarning, match=r"steps_per_epoch=12, but this trainer makes 6 optimizer steps per epoch"):
+        fit(module_class(), InMergeCallback(steps_per_epoch=len(DATA), stop=2), tmp_path, max_epochs=2)
+    with pytest.raises(ValueError, match=r"has to know how many they are: pass stop="):
+        fit(module_class(), InMergeCallback(**BUDGET, start=50), tmp_path)
+
+
 class Classifier(nn.Module):
     """As Hugging Face's Trainer wants a model: a dict with the loss."""
 
@@ -167,6 +183,19 @@ def test_huggingface_gives_the_same_weights_and_resumes(plain, tmp_path):
     trainer = huggingface_trainer(Classifier(), InMergeCallback(**RECIPE), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"resumes at step 3, but there is no .*inmerge.pt"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_huggingface_tells_a_budget_its_steps_and_knows_its_epochs(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from inmerge_fast.integrations.huggingface import InMergeCallback
+
+    callback = InMergeCallback(**BUDGET, start=2)
+    huggingface_trainer(Classifier(), callback, tmp_path, num_train_epochs=3).train()
+    assert callback.merger._run.recipe.merging_steps == 3 * STEPS - 2
+    with pytest.warns(UserWarning, match=r"steps_per_epoch=12, but this trainer makes 6 optimizer steps per epoch"):
+        huggingface_trainer(Classifier(), InMergeCallback(steps_per_epoch=len(DATA), stop=2), tmp_path).train()
 
 
 def test_timm_gives_the_same_weights_as_a_plain_loop():

@@ -11,7 +11,16 @@ import torch
 from oracle import assert_same_bits
 from test_training import batches, loss_of, net, optimizer_of
 
-from inmerge_fast import CollapseGuard, DictLogger, InMerge, NoiseThreshold, QuantileThreshold, cosine, linear
+from inmerge_fast import (
+    CollapseGuard,
+    DictLogger,
+    InMerge,
+    NoiseThreshold,
+    QuantileThreshold,
+    RankBudget,
+    cosine,
+    linear,
+)
 
 HERE = Path(__file__).parent
 STEPS = 60
@@ -22,10 +31,10 @@ RECIPES = {
     },
     "noise": {"threshold": NoiseThreshold(0.5), "every": 2, "start": 3},
     "quantile": {"threshold": QuantileThreshold(0.2, every=7), "partner": "nearest", "seed": 2**64 - 1},
-    "guard": {
-        "threshold": -0.2, "prob": 0.8, "observe_every": 3, "alpha": 0.6,
-        "guard": CollapseGuard(mean_similarity=0.3, merge_rate=1.0, pairs=20, action="stop"),
-    },
+    "guard": {"threshold": -0.2, "prob": 0.8, "alpha": 0.6, "guard": CollapseGuard(0.15)},
+    "budget": {"threshold": RankBudget(0.3, every=7), "stop": STEPS, "prob": 0.8, "guard": None},
+    "budget of a few steps": {"threshold": RankBudget(0.3, steps=40), "prob": 0.9, "partner": "similar", "every": 2},
+    "by layer": {"threshold": {"3": 0.1, "5": -0.2}, "guard": None},
 }  # fmt: skip
 
 
@@ -34,7 +43,7 @@ def build(name):
     model = net()
     recipe = dict(RECIPES[name])
     if isinstance(guard := recipe.get("guard"), CollapseGuard):  # a guard remembers; each run needs its own
-        recipe["guard"] = CollapseGuard(guard.mean_similarity, guard.merge_rate, guard.pairs, guard.action)
+        recipe["guard"] = CollapseGuard(guard.loss, guard.action)
     return model, optimizer_of("adam", model), InMerge(model, skip_first=1, **recipe)
 
 
@@ -54,10 +63,10 @@ def snapshot(model, optimizer, merger):
 @pytest.mark.filterwarnings("ignore::inmerge_fast.CollapseWarning")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_resumed_run_is_bit_identical(name, tmp_path):
-    """With checkpoints at odd moments: between refreshes of the quantiles, with observations under way."""
+    """With checkpoints at odd moments: between refreshes, with observations and counts of merges under way."""
     whole = build(name)
     run(*whole, range(STEPS))
-    for cut in (8, 31):
+    for cut in (9, 33):
         first = build(name)
         run(*first, range(cut))
         torch.save(snapshot(*first), tmp_path / "state.pt")
@@ -72,15 +81,66 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path):
             for key, value in whole[0].state_dict().items():
                 assert_same_bits(value, other[0].state_dict()[key], key)
             assert other[2].state_dict() == whole[2].state_dict()
+        assert resumed[2].summary().rows() == whole[2].summary().rows() or name == "constants"
     if name == "guard":
         assert whole[2].stopped, "the guard must have acted, or this tests nothing"
+    if "budget" in name:
+        assert whole[2].summary().merged > 10
 
 
 def test_seed_and_schedules_come_from_the_state():
     _, _, merger = build("ramps")
     other = InMerge(net(), skip_first=1, seed=77, alpha=0.5)
-    other.load_state_dict(merger.state_dict())
+    with pytest.warns(UserWarning, match=r"alpha=Ramp\(.* and seed=0 replace what .*, alpha=0.5 .* and seed=77;"):
+        other.load_state_dict(merger.state_dict())
     assert other.state_dict() == merger.state_dict()
+
+
+def test_what_a_checkpoint_overrides_is_said_with_the_way_to_keep_it():
+    state = InMerge(net(), threshold=0.2, start=3, stop=50).state_dict()
+    fresh = InMerge(net(), threshold=NoiseThreshold(2), start=3, stop=80, alpha=0.7)
+    with pytest.warns(UserWarning, match=r"keep=\['alpha', 'stop', 'threshold'\]\) keeps the new values") as seen:
+        fresh.load_state_dict(state)
+    assert seen[0].filename == __file__
+    assert fresh.state_dict() == state
+    for given in ("threshold", "thresholds"):
+        with pytest.raises(ValueError, match="keep must name arguments of the recipe, among alpha, prob, threshold"):
+            fresh.load_state_dict(state, keep=given if given == "threshold" else [given])
+    kept = InMerge(net(), threshold=NoiseThreshold(2), start=3, stop=80, alpha=0.7)
+    kept.load_state_dict(state, keep=["threshold", "stop", "alpha"])
+    recipe = kept.state_dict()["recipe"]
+    assert (recipe["threshold"], recipe["stop"], recipe["alpha"]) == ({"kind": "NoiseThreshold", "z": 2}, 80, 0.7)
+    same = InMerge(net(), threshold=0.2, start=3, stop=50)
+    same.load_state_dict(state)  # nothing is said where nothing is overridden
+
+
+def test_a_run_can_go_on_with_another_threshold():
+    """From a plain one to a budget and back: what merging has cost so far goes along."""
+    model = net()
+    first = InMerge(model, threshold=-0.2, prob=0.8, stop=100, skip_first=1, guard=CollapseGuard(0.9))
+    for _ in range(20):
+        first.step()
+    state = first.state_dict()
+    second = InMerge(model, threshold=RankBudget(0.5), prob=0.8, stop=100, skip_first=1, guard=CollapseGuard(0.9))
+    second.load_state_dict(state, keep=["threshold"])
+    before = {name: ledger["spent"] for name, ledger in state["watch"]["ledgers"].items()}
+    assert all(value > 0 for value in before.values())
+    second.step()
+    assert {name: ledger.spent for name, ledger in second._run.watch.ledgers.items()} == before
+    for _ in range(40):
+        second.step()
+    third = InMerge(model, threshold=-1.0, prob=0.8, stop=100, skip_first=1, guard=CollapseGuard(0.9))
+    third.load_state_dict(second.state_dict(), keep=["threshold"])
+    assert third.step().merged > 0
+
+
+def test_functions_can_be_exchanged_for_others():
+    state = InMerge(net(), prob=lambda step: 0.5).state_dict()
+    fresh = InMerge(net(), prob=0.25)
+    with pytest.raises(ValueError, match=r"load_state_dict\(state, keep=\['prob'\]\) for the new one"):
+        fresh.load_state_dict(state)
+    fresh.load_state_dict(state, keep=["prob"])
+    assert fresh.state_dict()["recipe"]["prob"] == 0.25
 
 
 def test_functions_of_the_step_are_not_saved_and_must_be_given_again():
@@ -103,7 +163,7 @@ def test_a_state_of_other_layers_or_versions_is_refused():
     state = InMerge(net(), skip_first=0).state_dict()
     with pytest.raises(ValueError, match=r"other layers, the difference is \['0'\]"):
         InMerge(net(), skip_first=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="version 7, expected 1"):
+    with pytest.raises(ValueError, match="version 7, expected 2"):
         InMerge(net(), skip_first=0).load_state_dict(state | {"version": 7})
 
 
@@ -147,6 +207,7 @@ torch.save(parts[0].state_dict(), path + ".final")
 """
 
 
+@pytest.mark.filterwarnings("ignore::inmerge_fast.CollapseWarning")
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(tmp_path):
     """A real SIGKILL in the middle of a step, twice, and then to the end."""
     path = tmp_path / "checkpoint.pt"

@@ -1,4 +1,4 @@
-"""Schedules, thresholds that follow the layer, the guard, and what is logged."""
+"""Schedules, thresholds that follow the layer, and what is logged."""
 
 import json
 import math
@@ -10,16 +10,16 @@ from torch import nn
 
 import inmerge_fast
 from inmerge_fast import (
-    CollapseGuard,
-    CollapseWarning,
     DictLogger,
     InMerge,
     NoiseThreshold,
     QuantileThreshold,
+    RankBudget,
     TensorBoardLogger,
     cosine,
     linear,
 )
+from inmerge_fast.training.recipe import fitted_to
 
 
 def test_ramps_begin_end_and_bend_where_they_should():
@@ -60,10 +60,6 @@ def test_schedules_reach_the_merge():
         (lambda: QuantileThreshold(1.5), ValueError, "rate must be in"),
         (lambda: QuantileThreshold(0.1, every=0), ValueError, "every must be at least 1"),
         (lambda: QuantileThreshold(0.1, every=2.5), TypeError, "every must be an int"),
-        (lambda: CollapseGuard(mean_similarity=3.0), ValueError, "mean_similarity must be in"),
-        (lambda: CollapseGuard(action="raise"), ValueError, "action must be one of"),
-        (lambda: CollapseGuard(pairs=0), ValueError, "pairs must be at least 1"),
-        (lambda: CollapseGuard(pairs=1.0), TypeError, "pairs must be an int"),
     ],
 )
 def test_bad_schedules_and_thresholds_raise_when_made(make, error, match):
@@ -136,50 +132,8 @@ def test_quantile_threshold_of_a_layer_without_finite_filters_is_never():
     assert [layer.merged > 0 for layer in stats.layers] == [True, False, True]
 
 
-def alike(model, layer):
-    with torch.no_grad():
-        model[layer].weight.copy_(model[layer].weight[:1] + 0.01 * torch.randn_like(model[layer].weight))
-
-
-def test_the_guard_warns_once_of_a_layer_whose_filters_are_alike():
-    model = net()
-    alike(model, 3)
-    merger = InMerge(model, prob=1.0, threshold=0.9, skip_first=0, observe_every=1, guard=CollapseGuard(pairs=16))
-    with pytest.warns(
-        CollapseWarning, match=r"layer 3 is collapsing \(seen at step 1, over 16 sampled pairs\)"
-    ) as seen:
-        [merger.step() for _ in range(10)]
-    assert len(seen) == 1
-    assert not merger.stopped
-
-
-def test_the_guard_can_stop_a_layer_and_only_that():
-    model = net()
-    alike(model, 3)
-    guard = CollapseGuard(pairs=16, action="stop", merge_rate=1.0)
-    merger = InMerge(model, prob=1.0, threshold=-1.0, skip_first=0, observe_every=1, guard=guard, stop=5)
-    with pytest.warns(CollapseWarning, match="it is merged no more"):
-        rows = [{layer.name: layer.merged for layer in merger.step().layers} for _ in range(4)]
-    assert merger.stopped >= {"3"}
-    assert [row["3"] for row in rows] == [8, 8, 0, 0]
-    assert rows[2]["0"] == 6
-
-
-def test_the_guard_sees_a_merge_rate_that_runs_away():
-    guard = CollapseGuard(mean_similarity=1.0, merge_rate=0.5, pairs=10)
-    merger = InMerge(net(), prob=1.0, threshold=-1.0, observe_every=1, guard=guard)
-    with pytest.warns(CollapseWarning, match="100 % of the sampled filters merged"):
-        [merger.step() for _ in range(3)]
-
-
-def test_an_ordinary_layer_does_not_alarm_the_guard():
-    merger = InMerge(net(), prob=1.0, threshold=0.3, skip_first=0, observe_every=1)
-    for _ in range(60):
-        merger.step()
-
-
-def test_without_guard_and_loggers_nothing_is_read():
-    merger = InMerge(net(), guard=None, observe_every=1)
+def test_without_loggers_nothing_is_read():
+    merger = InMerge(net(), observe_every=1)
     merger.step()
     assert not merger._run.monitor.pending
 
@@ -221,6 +175,29 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert found == wanted
 
 
+@pytest.mark.parametrize(
+    ("arguments", "total", "epochs", "steps"),
+    [
+        ({"threshold": RankBudget()}, 90, 3, 90),
+        ({"threshold": RankBudget(), "start": 1, "steps_per_epoch": 30}, 90, 3, 60),
+        ({"threshold": RankBudget(steps=7)}, 90, 3, 7),
+        ({"threshold": RankBudget(), "stop": 40}, 90, 3, None),
+        ({"threshold": RankBudget()}, math.inf, None, None),
+    ],
+)
+def test_a_framework_that_knows_the_length_of_a_run_tells_the_budget(arguments, total, epochs, steps):
+    assert fitted_to(arguments, total, epochs)["threshold"].steps == steps
+    assert arguments["threshold"].steps in (None, 7), "the user's own stays what it is"
+
+
+def test_an_epoch_of_batches_is_no_epoch_of_optimizer_steps():
+    fitted_to({"steps_per_epoch": 25}, 76, 3)  # the last batches of an epoch may be fewer
+    fitted_to({"steps_per_epoch": 100}, 75, None)
+    with pytest.warns(UserWarning, match=r"steps_per_epoch=100, but this trainer makes 25 optimizer steps") as seen:
+        fitted_to({"steps_per_epoch": 100}, 75, 3)
+    assert seen[0].filename == __file__
+
+
 def test_effective_rank_on_demand():
     model = net()
     merger = InMerge(model, skip_first=0)
@@ -248,4 +225,17 @@ def test_a_plot_shows_every_layer_and_step(tmp_path):
     assert above.lines[0].get_xdata().tolist() == [0, 4, 8]
     assert [label.get_text() for label in below.get_yticklabels()] == ["0", "3", "5"]
     assert below.collections[0].get_array().tolist() == [[100.0] * 3] * 3
+    assert not below.texts
     assert inmerge_fast.plot_merges(log.rows[:1]).axes
+
+
+def test_a_plot_of_a_run_that_merged_nothing_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = DictLogger()
+    merger = InMerge(net(), threshold=1.0, skip_first=0, loggers=[log], observe_every=1)
+    for _ in range(8):
+        merger.step()
+    merger.flush()
+    _, below, _ = inmerge_fast.plot_merges(log.rows, str(tmp_path / "merges.png")).axes
+    [text] = below.texts
+    assert text.get_text().startswith("no filter merged at any of the 8 observed steps")

@@ -186,7 +186,7 @@ def test_tensors_and_single_layers():
     assert plan._watch.weights() is None
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
 def test_a_model_with_modules_of_torchscript():
     inner = torch.jit.script(nn.Sequential(nn.ReLU(), nn.ReLU()))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), inner, torch.jit.script(nn.ReLU()), nn.Conv2d(4, 4, 3))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def plot_merges(rows: Sequence[Row], path: str | None = None) -> Figure:
     """Draw merged filters over optimizer steps: by layer as a map, and all together as a line above it.
 
+    Where no filter merged at the observed steps, the picture says so.
+
     Needs matplotlib (``pip install 'inmerge_fast[plots]'``).
 
     Args:
@@ -46,7 +48,13 @@ def plot_merges(rows: Sequence[Row], path: str | None = None) -> Figure:
     above.margins(x=0)
     edges = np.array([*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)], float)
     edges -= 0.5 * np.diff(edges, append=edges[-1] + 1)[0]
-    image = below.pcolormesh(edges, np.arange(len(names) + 1), share, cmap="viridis", vmin=0)
+    merged = sum(row["merged"] for row in rows)
+    image = below.pcolormesh(
+        edges, np.arange(len(names) + 1), share, cmap="viridis", vmin=0, vmax=None if merged else 1
+    )
+    if not merged:
+        said = f"no filter merged at any of the {len(rows)} observed steps\n(InMerge.summary() counts all steps)"
+        below.text(0.5, 0.5, said, transform=below.transAxes, ha="center", va="center", color="white", fontsize=11)
     below.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
     below.invert_yaxis()
     below.set_ylabel("layer")

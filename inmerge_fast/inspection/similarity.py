@@ -94,7 +94,7 @@ class Similarity:
 def similarity(
     target: Target | MergePlan | Mapping[str, object],
     *,
-    skip_first: float = 0,
+    skip_first: float | str | Sequence[str] = 0,
     exclude: str | Sequence[str] = (),
     include_linear: bool = False,
     effective_rank: bool = True,
@@ -147,7 +147,7 @@ def similarity(
 
 
 def _weights_of(
-    state: Mapping[str, object], skip_first: float, exclude: str | Sequence[str], dims: int
+    state: Mapping[str, object], skip_first: object, exclude: str | Sequence[str], dims: int
 ) -> dict[str, torch.Tensor]:
     if skip_first != 0 or exclude not in ((), ""):
         raise ValueError("skip_first and exclude choose among the layers of a model; leave entries out of the dict")

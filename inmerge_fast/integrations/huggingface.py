@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..training.inmerge import InMerge
+from ..training.recipe import fitted_to
 
 FILE_NAME = "inmerge.pt"
 
@@ -39,7 +40,9 @@ class InMergeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Build the InMerge, load its state if training resumes, and attach it."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        self.merger = InMerge(model if self._target is None else self._target(model), **self._recipe)
+        epochs = args.num_train_epochs if args.max_steps <= 0 else None
+        recipe = fitted_to(self._recipe, state.max_steps, epochs)
+        self.merger = InMerge(model if self._target is None else self._target(model), **recipe)
         if state.global_step > 0:
             folder = self._resume_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             path = os.path.join(folder, FILE_NAME)

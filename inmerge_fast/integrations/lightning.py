@@ -14,6 +14,7 @@ except ImportError:  # the same code under its older name
 
 from ..training.inmerge import InMerge
 from ..training.monitor import Row, flat
+from ..training.recipe import fitted_to
 
 
 class InMergeCallback(pl.Callback):
@@ -49,7 +50,10 @@ class InMergeCallback(pl.Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(flat(row), step=row["step"])
 
-            recipe = self._recipe | {"loggers": [*self._recipe.get("loggers", ()), log]}
+            ends_by_epochs = trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps == -1
+            epochs = trainer.max_epochs if ends_by_epochs else None
+            recipe = fitted_to(self._recipe, trainer.estimated_stepping_batches, epochs)
+            recipe |= {"loggers": [*self._recipe.get("loggers", ()), log]}
             self.merger = InMerge(pl_module if self._target is None else self._target(pl_module), **recipe)
         if self._saved is not None:
             self.merger.load_state_dict(self._saved)

@@ -38,6 +38,10 @@ class Paths:
         refusal = fast.refusal
         return self._eager_because(refusal) if refusal else fast
 
+    def follow(self) -> None:
+        """What is queued next comes after all calls so far, which may have been on another stream."""
+        self.triton.follow()
+
     def _eager_because(self, reason: str) -> EagerPath:
         path = self._eager.get(reason)
         if path is None:

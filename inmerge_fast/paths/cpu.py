@@ -76,7 +76,7 @@ class CpuPairs:
 
     def count_in(self, effect: EffectMonitor) -> None:
         """Tell the monitor."""
-        effect.count_numbers(len(self._passed), self.passed_total, self.largest)
+        effect.count(self._counts, self._passed, *_TOTALS.unpack(self._totals))
 
 
 class CpuPath:

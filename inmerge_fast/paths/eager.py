@@ -56,7 +56,7 @@ class EagerPairs:
 
     def count_in(self, effect: EffectMonitor) -> None:
         """Tell the monitor, without waiting."""
-        effect.count_pairs(self.similarity, self.passed)
+        effect.count_pairs(self.counts, self.similarity, self.passed)
 
 
 def merge_drawn_(

@@ -62,13 +62,13 @@ class LayerPlan:
         self,
         target: Target,
         *,
-        skip_first: float = DEFAULT_SKIP_FIRST,
+        skip_first: float | str | Sequence[str] = DEFAULT_SKIP_FIRST,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = True,
         layer: int = 0,
     ) -> None:
-        patterns = check_selection(skip_first, exclude)
+        skip_first, patterns = check_selection(skip_first, exclude)
         check_outside_transforms()
         roots: list[nn.Module | torch.Tensor]
         frozen: list[Candidate] = []
@@ -213,27 +213,39 @@ class LayerPlan:
         return f"{type(self).__name__}(layers={len(self.layers)}, skipped={len(self.skipped)})"
 
 
-def check_selection(skip_first: float, exclude: object) -> tuple[str, ...]:
-    """Check the arguments that choose layers; returns the patterns of ``exclude``.
+def check_selection(skip_first: object, exclude: object) -> tuple[float, tuple[str, ...]]:
+    """Check the arguments that choose layers; returns how many or what share to skip first, and patterns to leave out.
+
+    ``skip_first`` may be patterns of names itself: then no layer is skipped for coming first.
 
     Raises:
         TypeError: wrong types.
         ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
     """
+    patterns = _patterns("exclude", exclude)
+    if isinstance(skip_first, str) or (isinstance(skip_first, Sequence) and not isinstance(skip_first, bytes)):
+        return 0, _patterns("skip_first", skip_first) + patterns
     if type(skip_first) is not float and (isinstance(skip_first, bool) or not isinstance(skip_first, numbers.Real)):
-        raise TypeError(f"skip_first must be an int (layers) or a float in [0, 1) (share of them), got {skip_first!r}")
+        raise TypeError(
+            "skip_first must be an int (layers), a float in [0, 1) (share of them) or name patterns, "
+            f"got {skip_first!r}"
+        )
     whole = type(skip_first) is not float and isinstance(skip_first, numbers.Integral)
     if whole and skip_first < 0:
         raise ValueError(f"skip_first must not be negative, got {skip_first}")
-    if not whole and not 0.0 <= skip_first < 1.0:
+    if not whole and not 0.0 <= skip_first < 1.0:  # type: ignore[operator]
         raise ValueError(f"skip_first as a share must be in [0, 1), got {skip_first}; give an int to skip that many")
-    if isinstance(exclude, str):
-        return (exclude,)
-    if exclude == ():
+    return skip_first, patterns  # type: ignore[return-value]
+
+
+def _patterns(argument: str, given: object) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    if given == ():
         return ()
-    patterns = tuple(exclude) if isinstance(exclude, Iterable) else (exclude,)
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"exclude must be a name pattern or an iterable of them, got {exclude!r}")
+        raise TypeError(f"{argument} must be a name pattern or an iterable of them, got {given!r}")
     return patterns
 
 

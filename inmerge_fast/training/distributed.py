@@ -60,6 +60,27 @@ def broadcast_from_first(value: Any, group: Any) -> Any:
     return box[0]
 
 
+def is_first(group: Any) -> bool:
+    """Whether this process is the first rank of ``group``, or the only one."""
+    return not several_ranks(group) or torch.distributed.get_rank(group) == 0
+
+
+def first_ranks_numbers(numbers: torch.Tensor, group: Any) -> torch.Tensor:
+    """``numbers`` as the first rank of ``group`` has them; all its ranks must call it. On a GPU no host waits.
+
+    Args:
+        numbers: of the same shape and dtype on all ranks.
+        group: the ranks; None for all.
+    """
+    if not several_ranks(group):
+        return numbers
+    if torch.distributed.get_backend(group) == "nccl" and numbers.device.type == "cpu":
+        numbers = numbers.cuda()
+    first = torch.distributed.get_global_rank(group, 0) if group is not None else 0
+    torch.distributed.broadcast(numbers, src=first, group=group)
+    return numbers
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a weight of ``model`` is a DTensor, or a module is one that ``fully_shard`` manages."""
     return any(type(p).__name__ == "DTensor" for p in model.parameters()) or any(
@@ -229,6 +250,9 @@ class OnlyPath:
     def choose(self) -> ShardedPath:
         """The path of a call that is made now."""
         return self.path
+
+    def follow(self) -> None:
+        """There is nothing on its way on other streams."""
 
 
 def _sharded_layer(candidate: Candidate) -> ShardedLayer:

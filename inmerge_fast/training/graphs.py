@@ -8,9 +8,9 @@ import torch
 
 from ..paths.path import Call
 from ..plan.filters import check_outside_transforms, mark_written
+from ..rank_cost import NEVER
 from ..stats import MergeStats
 from .run import MergeRun
-from .thresholds import NEVER
 
 if TYPE_CHECKING:
     from ..paths.triton.launch import Launcher
@@ -47,8 +47,10 @@ class GraphSteps:
         self._take_in_replay(launcher)
         recipe, step = run.recipe, run.step_count
         self._merges = recipe.merges_at(step)
-        if self._merges or self._prepared is None:
-            self._prepared = run.call_at(step if self._merges else max(recipe.start, step))
+        if self._merges:
+            self._prepared = run.call_at(step)
+        elif self._prepared is None:
+            self._prepared = run.idle_call(step)
         now = self._prepared
         if not self._merges:  # the thresholds stay as they are, or they would be copied for nothing
             now = now._replace(alpha=1.0, prob=0.0)
@@ -88,7 +90,7 @@ class GraphSteps:
         plan = run.plan
         results.count_in(plan.effect)
         if run.is_observed(replayed.step):
-            run.take_in_observations()
+            run.monitor.log_due()
             stats = MergeStats(
                 results, plan.names, plan.filters, skipped=plan.skipped, seed=replayed.seed, step=replayed.step,
                 dry_run=False, path="triton",

@@ -19,14 +19,16 @@ from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
 from ..plan.plan import DEFAULT_SKIP_FIRST, Target
 from ..stats import MergeStats, NoEffectWarning
+from ..thresholds import check_count
 from .distributed import check_agreement
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
 from .monitor import Logger, Monitor
-from .recipe import Recipe, Threshold, check_count, in_steps, selection
+from .recipe import Recipe, Threshold, in_steps, selection
 from .run import MergeRun
 from .schedules import Schedule
+from .summary import Preview, RunSummary, preview, summarise
 
 EVAL_STEPS = 100  # steps in evaluation mode, before any in training mode, after which a warning says so
 
@@ -38,7 +40,7 @@ class InMerge:
     optimizer steps, knows when to merge and how much, does nothing while the model is in evaluation mode, and can be
     saved and resumed to the bit::
 
-        merger = inmerge_fast.InMerge(model, threshold=inmerge_fast.NoiseThreshold(4), seed=0)
+        merger = inmerge_fast.InMerge(model, threshold=inmerge_fast.RankBudget(), stop=steps_of_the_run, seed=0)
         for x, y in loader:
             loss(model(x), y).backward()
             optimizer.step()
@@ -51,8 +53,10 @@ class InMerge:
         alpha: share of itself that a merged filter keeps, in [0, 1]: a number, a ramp (:func:`inmerge_fast.linear`,
             :func:`inmerge_fast.cosine`), or a function of the step.
         prob: probability that a filter looks at a partner, in [0, 1]; likewise.
-        threshold: similarity that a pair must exceed, in [-1, 1]; likewise, or a threshold that follows the layer:
-            :class:`inmerge_fast.NoiseThreshold` or :class:`inmerge_fast.QuantileThreshold`.
+        threshold: similarity that a pair must exceed, in [-1, 1]; likewise, or a dict of one for each layer by name
+            (:meth:`inmerge_fast.Similarity.threshold_for_rate`), or what follows the layer:
+            :class:`inmerge_fast.RankBudget`, which is the one to recommend, :class:`inmerge_fast.NoiseThreshold` or
+            :class:`inmerge_fast.QuantileThreshold`.
         partner: the partner rule, see :func:`inmerge_fast.merge_`.
         skip_first: see :func:`inmerge_fast.merge_`; or name patterns of the layers to leave out, and no others.
         exclude: name patterns of layers to leave out as well, see :func:`inmerge_fast.merge_`.
@@ -61,13 +65,15 @@ class InMerge:
         start: first step that merges.
         stop: first step that does not any more; None for no end.
         every: merge at every ``every``-th step from ``start`` on.
-        steps_per_epoch: if given, ``start`` and ``stop`` count epochs of so many optimizer steps. The paper trains 30
-            epochs plainly and 10 with merging: ``start=30, stop=40``.
+        steps_per_epoch: if given, ``start`` and ``stop`` count epochs of so many optimizer steps: with gradient
+            accumulation over k batches that is ``len(loader) // k``. The paper trains 30 epochs plainly and 10 with
+            merging: ``start=30, stop=40``.
         seed: seed of the draw, ``0 <= seed < 2**64``, the same on all ranks.
-        guard: what watches for collapsing layers; None for nothing.
+        guard: what stops layers that merging has cost too much; by default ``CollapseGuard()``. With None nothing is
+            measured but what ``threshold`` needs, and :meth:`summary` cannot say what merging has cost.
         loggers: functions that get a row of numbers for each observed step, see :class:`inmerge_fast.DictLogger`.
-        observe_every: every how many merging steps are observed by guard and loggers. Nothing waits for the numbers:
-            they are passed on when the next ones are taken.
+        observe_every: every how many merging steps are observed by loggers. Nothing waits for the numbers: they are
+            passed on when the next ones are taken.
         process_group: ranks that train this same model, all of which must construct it; None for all ranks.
 
     Raises:
@@ -117,8 +123,7 @@ class InMerge:
         if not isinstance(model, (nn.Module, torch.Tensor)) and isinstance(model, Iterable):
             model = tuple(model)
         if guard == "default":
-            # Rules that look for similar partners find them: what they measure says little about the layer.
-            guard = CollapseGuard() if partner == "random" else CollapseGuard(mean_similarity=0.9, merge_rate=1.0)
+            guard = CollapseGuard()
         self._run = MergeRun(
             unwrap_compiled(model) if isinstance(model, nn.Module) else model,
             selection(skip_first, exclude, include_linear, include_frozen),
@@ -204,8 +209,32 @@ class InMerge:
     # ------------------------------------------------------------------------------------------------------ monitoring
 
     def flush(self) -> None:
-        """Pass to the loggers what has been observed so far, e.g. at the end of the run; waits for the device."""
+        """Pass to the loggers what has been observed so far, at the end of the run; waits for the device.
+
+        Also warns (:class:`inmerge_fast.NoEffectWarning`) of a run that had no effect and was too short to be told yet.
+        """
         self._run.monitor.flush()
+        self._run.plan.paths.follow()
+        self._run.plan.effect.end()
+
+    def preview(self) -> Preview:
+        """What the next step that merges is expected to do to each layer, for the weights as they are now.
+
+        Prints as a table; says which layers cannot act at all. Compares all pairs of each layer and waits for the
+        device; with sharded weights or several ranks all of them must call it. Nothing is changed.
+
+        Raises:
+            ValueError: no step merges any more.
+        """
+        return preview(self._run)
+
+    def summary(self) -> RunSummary:
+        """What merging has done to each layer so far: exact totals of all steps, ranks, and a verdict.
+
+        Prints as a table, and :meth:`RunSummary.to_csv` writes it. Takes an eigenvalue decomposition per layer and
+        waits for the device; with sharded weights or several ranks all of them must call it. Nothing is changed.
+        """
+        return summarise(self._run)
 
     def effective_rank(self) -> dict[str, float]:
         """Effective rank of each layer's filters, now: N if all are orthogonal, 1 if all are alike.
@@ -286,16 +315,21 @@ class InMerge:
         """
         return self._run.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, keep: Sequence[str] = ()) -> None:
         """Go on where :meth:`state_dict` was taken; seed, schedules, ``start``, ``stop`` and ``every`` come from it.
 
-        Call it on all ranks.
+        Where they are not what this InMerge was constructed with, a warning says so. Call it on all ranks.
+
+        Args:
+            state: what :meth:`state_dict` has returned.
+            keep: arguments that stay what they were constructed with, e.g. ``["threshold", "stop"]``; of ``start`` and
+                ``stop`` that is the optimizer step.
 
         Raises:
             ValueError: the state is of other layers or of another version, or a schedule was a function and is none
                 now, or the other way round. Nothing has changed then.
         """
-        self._run.load_state_dict(state)
+        self._run.load_state_dict(state, keep)
 
     def __repr__(self) -> str:
         return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={self._run.recipe.seed})"

@@ -87,11 +87,10 @@ class Monitor:
             observation.stats.prefetch()
         self.pending.append(observation)
 
-    def due(self) -> list[Observation]:
-        """The observations before this one, logged now."""
+    def log_due(self) -> None:
+        """Log the observations before this one."""
         self.flush()
-        due, self.pending = self.pending, []
-        return due
+        self.pending = []
 
     def flush(self) -> None:
         """Log what has not been logged, and wait for it if it must be."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..draw import MAX_SEED, MAX_STEP, check_word
+from ..effect import callers_level
 from ..paths.match import check_partner_rule
 from ..plan.plan import check_selection
-from .schedules import Schedule, check_schedule, from_plain, to_plain, value_at
-from .thresholds import NoiseThreshold, QuantileThreshold
+from ..thresholds import FOLLOWING, NoiseThreshold, QuantileThreshold, RankBudget, check_by_layer, check_count
+from .schedules import Schedule, check_schedule, from_plain, highest_value, to_plain, value_at
 
-Threshold: TypeAlias = "Schedule | NoiseThreshold | QuantileThreshold"
-FOLLOWING = {"NoiseThreshold": NoiseThreshold, "QuantileThreshold": QuantileThreshold}
+Threshold: TypeAlias = "Schedule | Mapping[str, float] | NoiseThreshold | QuantileThreshold | RankBudget"
+BY_LAYER = "by layer"  # kind of a dict of thresholds in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,34 @@ class Recipe:
     def __post_init__(self) -> None:
         check_schedule("alpha", self.alpha)
         check_schedule("prob", self.prob)
-        if not self.threshold_follows_layer:
+        if isinstance(self.threshold, Mapping):
+            object.__setattr__(self, "threshold", check_by_layer(self.threshold))
+        elif not self.threshold_follows_layer:
             check_schedule("threshold", self.threshold, low=-1.0)
         check_partner_rule(self.partner)
         check_count("every", self.every)
         check_word("seed", self.seed, MAX_SEED)
+        if isinstance(self.threshold, RankBudget) and self.merging_steps is None:
+            raise ValueError(
+                "threshold=RankBudget() spends its budget evenly over the steps that merge, and has to know how many "
+                "they are: pass stop=, the number of optimizer steps of the run (or of epochs, with steps_per_epoch), "
+                "or RankBudget(steps=)"
+            )
 
     @property
     def threshold_follows_layer(self) -> bool:
         """Whether each layer has its own threshold."""
-        return isinstance(self.threshold, (NoiseThreshold, QuantileThreshold))
+        return isinstance(self.threshold, (NoiseThreshold, QuantileThreshold, RankBudget, dict))
+
+    @property
+    def merging_steps(self) -> int | None:
+        """How many steps merge in the whole run, or are to share a budget; None if nobody knows."""
+        steps = self.threshold.steps if isinstance(self.threshold, RankBudget) else None
+        if steps is None:
+            if self.stop is None:
+                return None
+            steps = self.stop - self.start
+        return -(-steps // self.every)
 
     def merges_at(self, step: int) -> bool:
         """Whether ``step`` is one that merges."""
@@ -61,6 +82,10 @@ class Recipe:
         """Probability at ``step``."""
         return value_at("prob", self.prob, step)
 
+    def highest_prob(self, first: int, last: int) -> float:
+        """The highest probability from step ``first`` to ``last``, as far as it can be known at ``first``."""
+        return highest_value("prob", self.prob, first, last)
+
     def threshold_at(self, step: int) -> float:
         """Threshold at ``step``, if it is one for all layers."""
         return value_at("threshold", self.threshold, step, low=-1.0)  # type: ignore[arg-type]
@@ -68,29 +93,46 @@ class Recipe:
     def to_plain(self) -> dict[str, Any]:
         """For a checkpoint."""
         threshold: Any = self.threshold
-        if isinstance(threshold, (NoiseThreshold, QuantileThreshold)):
+        if isinstance(threshold, dict):
+            threshold = {"kind": BY_LAYER, "values": dict(threshold)}
+        elif self.threshold_follows_layer:
             threshold = {"kind": type(threshold).__name__, **vars(threshold)}
         else:
             threshold = to_plain(threshold)
         changed = {"alpha": to_plain(self.alpha), "prob": to_plain(self.prob), "threshold": threshold}
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changed
 
-    def restored(self, plain: Mapping[str, Any]) -> Recipe:
+    def restored(self, plain: Mapping[str, Any], keep: Sequence[str] = ()) -> Recipe:
         """The recipe of a checkpoint; functions of the step are not in it and are taken from this recipe.
 
+        Args:
+            plain: what :meth:`to_plain` gave.
+            keep: the arguments that stay what they are in this recipe.
+
         Raises:
-            ValueError: what was a function then is none now, or the other way round.
+            ValueError: what was a function then is none now, or the other way round; or ``keep`` names no argument.
         """
-        saved = plain["threshold"]
-        threshold: Threshold
-        if isinstance(saved, dict) and "kind" in saved:
-            threshold = FOLLOWING[saved["kind"]](**{name: value for name, value in saved.items() if name != "kind"})
-        else:
-            present = 0.0 if self.threshold_follows_layer else self.threshold
-            threshold = from_plain("threshold", saved, present)  # type: ignore[arg-type]
-        alpha = from_plain("alpha", plain["alpha"], self.alpha)
-        prob = from_plain("prob", plain["prob"], self.prob)
-        return Recipe(**dict(plain) | {"alpha": alpha, "prob": prob, "threshold": threshold})
+        names = [field.name for field in dataclasses.fields(self)]
+        if isinstance(keep, str) or not set(keep) <= set(names):
+            raise ValueError(f"keep must name arguments of the recipe, among {', '.join(names)}; got {keep!r}")
+        values = dict(plain)
+        for name in ("alpha", "prob", "threshold"):
+            if name not in keep:
+                values[name] = self._restored_value(name, plain[name])
+        return Recipe(**values | {name: getattr(self, name) for name in keep})
+
+    def _restored_value(self, name: str, saved: Any) -> Any:
+        if name == "threshold" and isinstance(saved, dict) and "kind" in saved:
+            if saved["kind"] == BY_LAYER:
+                return dict(saved["values"])
+            return FOLLOWING[saved["kind"]](**{key: value for key, value in saved.items() if key != "kind"})
+        present = 0.0 if name == "threshold" and self.threshold_follows_layer else getattr(self, name)
+        return from_plain(name, saved, present)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Arguments that are not the same here and in ``other``, with both values."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def described(self) -> dict[str, Any]:
         """What can be compared with another rank's recipe: functions by some of their values."""
@@ -109,17 +151,32 @@ class Recipe:
         }
 
 
-def check_count(name: str, value: object) -> None:
-    """Check a positive integer argument.
+def fitted_to(arguments: Mapping[str, Any], total: float, epochs: float | None) -> dict[str, Any]:
+    """Arguments of :class:`inmerge_fast.InMerge` for a run whose length the training framework knows.
 
-    Raises:
-        TypeError: not an integer.
-        ValueError: less than 1.
+    A :class:`inmerge_fast.RankBudget` that is not told its steps gets those that remain from ``start`` on. Where
+    ``steps_per_epoch`` is not what the framework makes, as where batches were counted instead of optimizer steps, a
+    warning says so.
+
+    Args:
+        arguments: what the user has given.
+        total: optimizer steps of the run; infinite if there is no end.
+        epochs: epochs of the run; None if they are not what ends it.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    fitted, per_epoch = dict(arguments), arguments.get("steps_per_epoch")
+    if per_epoch is not None and epochs and math.isfinite(total) and abs(per_epoch - total / epochs) > 1:
+        warnings.warn(
+            f"steps_per_epoch={per_epoch}, but this trainer makes {total / epochs:.6g} optimizer steps per epoch: "
+            "with gradient accumulation over k batches they are one for k, and with several ranks each has its share",
+            UserWarning,
+            stacklevel=callers_level(),
+        )
+    budget = arguments.get("threshold")
+    if isinstance(budget, RankBudget) and budget.steps is None and arguments.get("stop") is None:
+        first, _ = in_steps(arguments.get("start", 0), None, per_epoch)
+        if math.isfinite(total) and total > first:
+            fitted["threshold"] = dataclasses.replace(budget, steps=int(total) - first)
+    return fitted
 
 
 def in_steps(start: float, stop: float | None, steps_per_epoch: int | None) -> tuple[int, int | None]:
@@ -148,19 +205,15 @@ def in_steps(start: float, stop: float | None, steps_per_epoch: int | None) -> t
 
 
 def selection(skip_first: Any, exclude: Any, include_linear: bool, include_frozen: bool) -> dict[str, Any]:
-    """Arguments that choose layers, checked, as a plan takes them; ``skip_first`` may be patterns of names.
+    """Arguments that choose layers, checked, as a plan takes them.
 
     Raises:
         TypeError: wrong types.
         ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
     """
-    if isinstance(skip_first, str) or (isinstance(skip_first, Sequence) and not isinstance(skip_first, bytes)):
-        patterns = check_selection(0, skip_first) + check_selection(0, exclude)
-        skip_first = 0
-    else:
-        patterns = check_selection(skip_first, exclude)
+    first, patterns = check_selection(skip_first, exclude)
     return {
-        "skip_first": skip_first,
+        "skip_first": first,
         "exclude": patterns,
         "include_linear": include_linear,
         "include_frozen": include_frozen,

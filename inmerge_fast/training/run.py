@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..draw import MAX_STEP, check_word
-from ..layer_similarity import summarise_layer
+from ..effect import callers_level
 from ..merge import merge_plan_
 from ..merge_plan import MergePlan
 from ..paths.path import Call
 from ..plan.candidates import is_mergeable_module
 from ..plan.plan import Target
+from ..rank_cost import NEVER
 from ..stats import MergeStats
+from ..thresholds import NoiseThreshold, QuantileThreshold, RankBudget, by_layer, quantile_threshold
 from .distributed import ShardedPlan, broadcast_from_first, is_sharded
 from .guard import CollapseGuard
 from .monitor import Monitor, Observation
+from .rank_watch import RankWatch
 from .recipe import Recipe
-from .thresholds import NEVER, NoiseThreshold, QuantileThreshold
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+NOTHING_TO_SPEND = (
+    "the RankBudget of every layer was too small for its most similar pair, as it is where layers have few filters or "
+    "runs few steps; InMerge.summary() shows the layers, a larger loss= or include_linear=True may find something to do"
+)
 
 
 class MergeRun:
@@ -41,6 +48,7 @@ class MergeRun:
         plan: the layers that are merged.
         step_count: optimizer steps so far; the number of the next one.
         stopped: names of layers that the guard has stopped.
+        watch: what keeps account of what merging costs; None without guard and budget.
     """
 
     def __init__(
@@ -59,7 +67,14 @@ class MergeRun:
         self._quantiles_of: int | None = None  # the step that they were computed at
         self.stopped: set[str] = set()
         self.step_count = 0
+        self._earlier: dict[str, tuple[int, int]] = {}  # sampled and merged by plans before this one
+        self._before: torch.Tensor | None = None  # the same where the plan's counts are, in its order
+        budget = recipe.threshold if isinstance(recipe.threshold, RankBudget) else None
+        self.watch = None if budget is None and guard is None else RankWatch(budget, group)
         self.plan = self._new_plan()
+        self._fixed = self._fixed_thresholds(self.plan)
+        if budget is not None:
+            self.plan.effect.advise(NOTHING_TO_SPEND)
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -71,7 +86,7 @@ class MergeRun:
             return None
         observed = self.is_observed(step)
         if observed:
-            self.take_in_observations()
+            self.monitor.log_due()
         weights = self.current_weights()
         call = self.call_at(step)
         stats = merge_plan_(self.plan, weights, call)
@@ -83,15 +98,13 @@ class MergeRun:
     def call_at(self, step: int) -> Call:
         """The numbers of a step. Thresholds are one per layer, ``NEVER`` for a layer that is not merged any more."""
         recipe = self.recipe
-        return Call(
-            recipe.seed,
-            step,
-            recipe.prob_at(step),
-            recipe.alpha_at(step),
-            self._thresholds(step),
-            recipe.partner,
-            False,
-        )
+        prob, alpha = recipe.prob_at(step), recipe.alpha_at(step)
+        return Call(recipe.seed, step, prob, alpha, self._thresholds(step), recipe.partner, False)
+
+    def idle_call(self, step: int) -> Call:
+        """The numbers of a step that merges nothing: nothing is measured for it."""
+        recipe, nothing = self.recipe, (NEVER,) * len(self.plan.layers)
+        return Call(recipe.seed, step, 0.0, 1.0, nothing, recipe.partner, False)
 
     # ------------------------------------------------------------------------------------------------------------ plan
 
@@ -107,62 +120,112 @@ class MergeRun:
         """The plan's weights as they are now; a new plan where one was moved, replaced or frozen."""
         weights = self.plan.current_weights()
         if weights is None:
-            effect = self.plan.effect
-            self.plan = self._new_plan()
-            self.plan.effect = effect
-            weights = self.plan.weights()
+            plan, old = self._new_plan(), self.plan
+            self._fixed = self._fixed_thresholds(plan)  # may raise, before anything is different
+            self.plan = plan
+            self._count_from(self._earlier | self._counted_with(old))  # waits, as planning does
+            plan.effect.go_on_from(old.effect)
+            weights = plan.weights()
         return weights
 
-    def layers(self) -> Iterable[tuple[str, torch.Tensor, Any]]:
-        """Name, full weight and layer, one after the other, so that only one sharded weight is gathered at a time."""
-        weights: Iterable[torch.Tensor] = self.current_weights()
+    def layers(self, wanted: Sequence[str] | None = None) -> Iterable[tuple[str, torch.Tensor, Any]]:
+        """Name, full weight and layer, one after the other, so that only one sharded weight is gathered at a time.
+
+        Args:
+            wanted: names of the layers; None for all.
+        """
+        names, weights, layers = self.plan.names, self.current_weights(), self.plan.layers
+        chosen = [place for place, name in enumerate(names) if wanted is None or name in wanted]
+        some: Iterable[torch.Tensor] = [weights[place] for place in chosen]
         if isinstance(self.plan, ShardedPlan):
-            weights = self.plan.gathered(list(weights))
-        return zip(self.plan.names, weights, self.plan.layers, strict=True)
+            some = self.plan.gathered(list(some))
+        return zip([names[place] for place in chosen], some, [layers[place] for place in chosen], strict=True)
+
+    # --------------------------------------------------------------------------------------------------------- counts
+
+    def counted(self) -> torch.Tensor:
+        """Pairs sampled and merged in each layer over the whole run, int64 ``(layers, 2)``; nothing waits."""
+        found, before = self.plan.totals(), self._before
+        return found if before is None else found.to(before.device) + before
+
+    def _count_from(self, earlier: dict[str, tuple[int, int]]) -> None:
+        """Count on from what earlier plans have counted by layer."""
+        self._earlier = earlier
+        own = [earlier.get(name, (0, 0)) for name in self.plan.names]
+        self._before = torch.tensor(own, dtype=torch.int64, device=self.plan.device) if any(map(any, own)) else None
+
+    def counted_by_layer(self) -> dict[str, tuple[int, int]]:
+        """Pairs sampled and merged in each layer that the run has met; waits for the device."""
+        return self._earlier | self._counted_with(self.plan)
+
+    def _counted_with(self, plan: MergePlan) -> dict[str, tuple[int, int]]:
+        found = {}
+        for name, (sampled, merged) in zip(plan.names, plan.totals().tolist(), strict=True):
+            before = self._earlier.get(name, (0, 0))
+            found[name] = (before[0] + sampled, before[1] + merged)
+        return found
 
     # ------------------------------------------------------------------------------------------------------ thresholds
 
-    def _thresholds(self, step: int) -> tuple[float, ...]:
+    def _fixed_thresholds(self, plan: MergePlan) -> list[float] | None:
+        """One for each layer, where they depend on nothing but the layer."""
         chosen = self.recipe.threshold
         if isinstance(chosen, NoiseThreshold):
-            values = [chosen.of(layer.layout.elements) for layer in self.plan.layers]
-        elif isinstance(chosen, QuantileThreshold):
-            names = self.plan.names
-            is_due = self._quantiles_of is None or step - self._quantiles_of >= chosen.every
-            if is_due or not self._quantiles.keys() >= set(names):
-                self._quantiles = broadcast_from_first(self._measure_quantiles(chosen.rate), self._group)
-                self._quantiles_of = step
-            values = [self._quantiles[name] for name in names]
-        else:
-            values = [self.recipe.threshold_at(step)] * len(self.plan.layers)
+            return [chosen.of(layer.layout.elements) for layer in plan.layers]
+        return by_layer(chosen, plan) if isinstance(chosen, dict) else None
+
+    def _thresholds(self, step: int) -> tuple[float, ...]:
+        names, watch = self.plan.names, self.watch
+        values = self.chosen_thresholds(step)
+        if watch is not None:
+            measured = watch.advance(self, step, names, values)
+            if measured and self.guard is not None:
+                self.stopped.update(self.guard.judge(step, {name: watch.ledgers[name] for name in measured}))
+            if values is None:
+                values = watch.thresholds(self.recipe, names)
+        assert values is not None
         if self.stopped:
-            values = [NEVER if name in self.stopped else v for name, v in zip(self.plan.names, values, strict=True)]
+            values = [NEVER if name in self.stopped else v for name, v in zip(names, values, strict=True)]
         return tuple(values)
 
+    def chosen_thresholds(self, step: int) -> list[float] | None:
+        """The threshold of each layer at ``step``, stopped or not; None where a budget sets them."""
+        chosen = self.recipe.threshold
+        if self._fixed is not None:
+            return self._fixed
+        if isinstance(chosen, RankBudget):
+            return None
+        if not isinstance(chosen, QuantileThreshold):
+            return [self.recipe.threshold_at(step)] * len(self.plan.layers)
+        is_due = self._quantiles_of is None or step - self._quantiles_of >= chosen.every
+        if is_due or not self._quantiles.keys() >= set(self.plan.names):
+            self._quantiles = broadcast_from_first(self._measure_quantiles(chosen.rate), self._group)
+            self._quantiles_of = step
+        return [self._quantiles[name] for name in self.plan.names]
+
+    def peek_thresholds(self, step: int) -> dict[str, float] | None:
+        """The thresholds of :meth:`chosen_thresholds` by layer, without measuring anything for the run."""
+        kept = self._quantiles, self._quantiles_of
+        values = self.chosen_thresholds(step)
+        self._quantiles, self._quantiles_of = kept
+        return None if values is None else dict(zip(self.plan.names, values, strict=True))
+
     def _measure_quantiles(self, rate: float) -> dict[str, float]:
-        found = {}
-        for name, weight, layer in self.layers():
-            summary = summarise_layer(name, weight, layer.layout, False)
-            found[name] = summary.threshold_for_rate(rate, self.recipe.partner) if summary.pairs else NEVER
-        return found
+        return {
+            name: quantile_threshold(name, weight, layer, rate, self.recipe.partner)
+            for name, weight, layer in self.layers()
+        }
 
     # ------------------------------------------------------------------------------------------------------ monitoring
 
     def is_observed(self, step: int) -> bool:
-        """Whether guard or loggers look at a step that merges."""
-        wanted = self.guard is not None or bool(self.monitor.loggers)
-        return wanted and self.recipe.occasion(step) % self._observe_every == 0
+        """Whether loggers look at a step that merges."""
+        return bool(self.monitor.loggers) and self.recipe.occasion(step) % self._observe_every == 0
 
     def observe(self, call: Call, stats: MergeStats) -> None:
         """Begin to read what a call did."""
         thresholds = dict(zip(self.plan.names, call.threshold_of_each(len(self.plan.names)), strict=True))
         self.monitor.observe(Observation(call.step, call.alpha, call.prob, thresholds, stats))
-
-    def take_in_observations(self) -> None:
-        """Pass on what has arrived of earlier observations."""
-        for observation in self.monitor.due():
-            if self.guard is not None:
-                self.stopped.update(self.guard.judge(observation.step, observation.layers))
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -176,11 +239,13 @@ class MergeRun:
             "quantiles": dict(self._quantiles),
             "quantiles_of": self._quantiles_of,
             "stopped": sorted(self.stopped),
+            "counted": {name: list(counts) for name, counts in self.counted_by_layer().items()},
+            "watch": None if self.watch is None else self.watch.state_dict(),
             "guard": None if self.guard is None else self.guard.state_dict(),
             "pending": [observation.to_plain() for observation in self.monitor.pending],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], keep: Sequence[str]) -> None:
         """See :meth:`inmerge_fast.InMerge.load_state_dict`."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state has version {state.get('version')!r}, expected {STATE_VERSION}")
@@ -191,13 +256,36 @@ class MergeRun:
                 "same skip_first, exclude, include_linear and include_frozen"
             )
         check_word("step_count", state["step_count"], MAX_STEP)
-        self.recipe = self.recipe.restored(state["recipe"])
+        restored = self.recipe.restored(state["recipe"], keep)
+        self._warn_of_differences(restored)
+        self.recipe, self._fixed = restored, None
+        budget = restored.threshold if isinstance(restored.threshold, RankBudget) else None
+        self.watch = None if budget is None and self.guard is None else RankWatch(budget, self._group)
+        if self.watch is not None and state["watch"] is not None:
+            self.watch.load_state_dict(state["watch"])
+        self._fixed = self._fixed_thresholds(self.plan)
+        self.plan.effect.reset()
+        if budget is not None:
+            self.plan.effect.advise(NOTHING_TO_SPEND)
+        self._count_from({name: (sampled, merged) for name, (sampled, merged) in state["counted"].items()})
         self.step_count = state["step_count"]
         self._quantiles, self._quantiles_of = dict(state["quantiles"]), state["quantiles_of"]
         self.stopped = set(state["stopped"])
         if self.guard is not None and state["guard"] is not None:
             self.guard.load_state_dict(state["guard"])
         self.monitor.pending = [Observation.from_plain(plain) for plain in state["pending"]]
+
+    def _warn_of_differences(self, restored: Recipe) -> None:
+        found = self.recipe.differences(restored)
+        if found:
+            saved = " and ".join(f"{name}={new!r}" for name, (_, new) in found.items())
+            given = " and ".join(f"{name}={old!r}" for name, (old, _) in found.items())
+            warnings.warn(
+                f"the checkpoint's {saved} replace what this InMerge was constructed with, {given}; "
+                f"load_state_dict(state, keep={sorted(found)!r}) keeps the new values",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
 
     def described(self) -> dict[str, Any]:
         """What must be the same on all ranks."""

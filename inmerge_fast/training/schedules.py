@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from ..merge import check_share
+from ..draw import check_share
 
 Schedule: TypeAlias = float | Callable[[int], float]
 SHAPES = ("linear", "cosine")
@@ -100,6 +100,15 @@ def value_at(name: str, schedule: Schedule, step: int, *, low: float = 0.0) -> f
     return float(value)
 
 
+def highest_value(name: str, schedule: Schedule, first: int, last: int, *, low: float = 0.0) -> float:
+    """The highest value of a schedule from step ``first`` to ``last``; a user's function is asked for ``first`` only.
+
+    It may not be defined at steps to come.
+    """
+    now = value_at(name, schedule, first, low=low)
+    return max(now, schedule(last)) if isinstance(schedule, Ramp) else now
+
+
 def to_plain(schedule: object) -> float | dict[str, Any] | None:
     """What a checkpoint keeps of a schedule: a number or a ramp as plain data, None for a function of the user's."""
     if isinstance(schedule, Ramp):
@@ -117,7 +126,8 @@ def from_plain(name: str, plain: float | dict[str, Any] | None, present: Schedul
     if (plain is None) != is_function:
         was = "a function of the step, which a checkpoint cannot hold" if plain is None else f"{plain!r}"
         raise ValueError(
-            f"{name} was {was} when the state was saved, and is {present!r} now; construct with the same {name}"
+            f"{name} was {was} when the state was saved, and is {present!r} now; construct with the same {name}, or "
+            f"load_state_dict(state, keep=[{name!r}]) for the new one"
         )
     if plain is None:
         return present

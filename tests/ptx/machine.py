@@ -127,8 +127,6 @@ class Warp:
             return
         bank, own = getattr(self, reg.bank), UNSIGNED[reg.bank]
         if values.dtype != own:
-            if values.dtype.kind == "i":
-                values = values.astype(own.replace("u", "i"))
             values = values.view(own) if values.itemsize == np.dtype(own).itemsize else values.astype(own)
         if lanes is not None:
             old = bank[reg.index].copy()

@@ -139,8 +139,7 @@ class Translator:
         if kind == "f32x2":
             expression = f"({expression}).view('u8')"
         elif np.dtype(own).itemsize != size_of(kind):  # integers are extended by their sign, if they have one
-            extended = own.replace("u", "i") if dtype[0] == "i" else own
-            expression = f"({expression}).astype({extended!r})" + (f".view({own!r})" if extended != own else "")
+            expression = f"({expression}).astype({own!r})"
         elif dtype != own:
             expression = f"({expression}).view({own!r})"
         return [(f"{o.bank}[{o.index}]", expression)]

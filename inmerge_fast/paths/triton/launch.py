@@ -23,6 +23,7 @@ from .handle import Arguments, Handle, check_not_capturing, merge_options, merge
 from .launch_match import Matcher
 from .layer_table import layer_table
 from .results import Results
+from .running import Running
 from .slots import CAPTURED_CALLS, SLOTS, Slot, Slots
 from .streams import StreamOrder
 
@@ -68,7 +69,8 @@ class Launcher:
         self.call = zeros(tables.CALL_WORDS.value, dtype=torch.int64)
         self._streams = StreamOrder(device, self._tensors)
         self.follow_current_stream = self._streams.follow
-        self.slots = slots = Slots(row_start, zeros, self._streams.follow)
+        self.running = Running(self.row_layer, len(layers), zeros)
+        self.slots = slots = Slots(row_start, self.running, zeros, self._streams.follow)
         self.lock, self.slot_of = slots.lock, slots.of
         self._draw_tables = Arguments(
             self.layer_table, self.row_layer, slots.partner, slots.readers, slots.active, slots.outcome, slots.state,
@@ -140,7 +142,8 @@ class Launcher:
         """Tensor arguments of the merge of the call in ``slot``."""
         return Arguments(
             self.layer_table, self.row_layer, slot.partner, slot.readers, slot.active, self.counter, self.slot,
-            self.deferred, slot.state, self.scratch, slot.similarity, slot.outcome, self.slots.totals, self.call,
+            self.deferred, slot.state, self.scratch, slot.similarity, slot.outcome, self.running.times,
+            self.running.largest, self.call,
         )  # fmt: skip
 
     def _threshold_argument(self, threshold: float | Sequence[float]) -> float:
@@ -211,13 +214,13 @@ class Launcher:
             if self.on_gpu and call >= 0 and not self._may_capture:
                 # What a graph launches, it cannot compile.
                 self._draw_only.compile(self._draw_tables, (seed, step, 0, coin, self.rows, 0, 1))
-                self._count.compile(self._counted(0, False), (self.rows,))
+                self._count.compile(self._counted(0, False), (self.rows, 1))
                 self._may_capture = True
             slot = self.slots.index_of(call)
             if partner != "random" or self._has_captured:
                 self._draw_apart(self._draw_only, stream, call, seed, step, coin)
                 self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
-                self._count_drawn(stream, slot, matched=partner != "random")
+                self._count_drawn(stream, slot, matched=partner != "random", write=not dry_run)
             elif self._drawn is None or not self._drawn.serves(call, seed, step, coin):
                 self._draw_and_count(stream, next_draw(self._drawn, call, seed, step, coin))
             self._merge(slot, stream, alpha, limit, dry_run, overrides)
@@ -280,7 +283,8 @@ class Launcher:
             slot, limit = self.slots.index_of(call), float(tables.FROM_TABLE.value)
             self._draw_apart(self._draw_from_memory, stream, call, 0, 0, 0)
             self._match(partner, stream, slot, None, limit, overrides.pop("match", {}))
-            self._count_drawn(stream, slot, matched=partner != "random")
+            # A replay that must not write samples nobody (prob 0), so whatever is counted was allowed to write.
+            self._count_drawn(stream, slot, matched=partner != "random", write=True)
             overrides |= {"IN_MEMORY": True}
             self._merge(slot, stream, 0.0, limit, False, overrides)
             return Results(self.slots, call)
@@ -332,12 +336,12 @@ class Launcher:
     ) -> None:
         """Count and merge with the partners that are in the slot, whoever chose them; for tests."""
         stream, limit = self.follow_current_stream(), self._threshold_argument(threshold)
-        self._count_drawn(stream, slot, matched=False)
+        self._count_drawn(stream, slot, matched=False, write=not dry_run)
         self._merge(slot, stream, alpha, limit, dry_run, overrides)
 
-    def _count_drawn(self, stream: int, slot: int, *, matched: bool) -> None:
+    def _count_drawn(self, stream: int, slot: int, *, matched: bool, write: bool) -> None:
         count = self._count_matched if matched else self._count
-        count.launch((self._row_blocks, 1), stream, self._counted(slot, matched), (self.rows,))
+        count.launch((self._row_blocks, 1), stream, self._counted(slot, matched), (self.rows, int(write)))
 
     def _merge(
         self, slot: int, stream: int, alpha: float, limit: float, dry_run: bool, overrides: dict[str, Any]
@@ -354,7 +358,7 @@ class Launcher:
         if (slot, matched) not in self._counts:
             partner, readers, active, _, _, state = self.slots[slot]
             best = self.matcher.best if matched else self.call
-            self._counts[slot, matched] = Arguments(partner, readers, active, state, best)
+            self._counts[slot, matched] = Arguments(partner, readers, active, state, best, self.running.times)
         return self._counts[slot, matched]
 
     def _merge_handle(self, overrides: dict[str, Any]) -> Handle:
@@ -373,6 +377,6 @@ class Launcher:
 
     def _tensors(self) -> list[torch.Tensor]:
         """All device memory that the launches use."""
-        own = [self.layer_table, self.row_layer, self.counter, self.slot, self.deferred, self.call, self.slots.totals]
-        own += [self.scratch, *self._captured_scratch, *self.slots.tensors()]
+        own = [self.layer_table, self.row_layer, self.counter, self.slot, self.deferred, self.call]
+        own += [self.running.times, self.running.largest, self.scratch, *self._captured_scratch, *self.slots.tensors()]
         return own + (self._matcher.tensors() if self._matcher else [])

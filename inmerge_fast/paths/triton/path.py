@@ -62,6 +62,12 @@ class TritonPath:
                 self._launcher = Launcher(self._rows.layers, weights, self._rows.start)
             return self._launcher
 
+    def follow(self) -> None:
+        """What is queued next comes after all calls so far, which may have been on another stream."""
+        if self._launcher is not None:
+            with self._launcher.lock:
+                self._launcher.follow_current_stream()
+
     def merge(self, weights: Sequence[torch.Tensor], call: Call) -> Results:
         """Queue the launches of a call; see :class:`inmerge_fast.paths.path.Path`."""
         return self.launcher(weights).run(

@@ -65,8 +65,8 @@ class Results:
         return fetch
 
     def count_in(self, effect: EffectMonitor) -> None:
-        """Tell the monitor the totals of all calls so far, without waiting."""
-        effect.count_call(self.slots.totals)
+        """Tell the monitor where the totals of all calls so far are, without waiting."""
+        effect.count_running(self.slots.running)
 
     def _pairs(self, similarity: torch.Tensor, outcome: torch.Tensor) -> SampledPairs:
         values: npt.NDArray[np.float64] = similarity.double().numpy()

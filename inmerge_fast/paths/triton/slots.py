@@ -15,6 +15,7 @@ import torch
 
 from ...kernels import tables
 from .draw_ahead import DRAW_AHEAD
+from .running import Running
 
 KEPT_CALLS = 8  # whose statistics stay readable
 SLOTS = KEPT_CALLS + DRAW_AHEAD - 1  # that calls take in turns; the others hold what is drawn for calls to come
@@ -46,19 +47,21 @@ class Slots:
 
     Args:
         row_start: the first row of each layer, and the number of rows.
+        running: what all calls add to.
         zeros: makes a tensor of zeros on the device, int32 unless told otherwise.
         follow: makes the current stream wait for what the plan still does on another one.
 
     Attributes:
         taken: the calls before this one have taken their slots, those that are drawn ahead included.
+        running: what all calls have done together.
         captured: calls in CUDA graphs so far.
-        totals: int32 ``(2,)``, over all calls: pairs that passed, and the key of the largest similarity
-            (``kernels/merge.py``).
         lock: held while a slot is taken or read.
     """
 
-    def __init__(self, row_start: np.ndarray, zeros: Callable[..., torch.Tensor], follow: Callable[[], int]) -> None:
-        self.row_start, self.rows, self.follow = row_start, int(row_start[-1]), follow
+    def __init__(
+        self, row_start: np.ndarray, running: Running, zeros: Callable[..., torch.Tensor], follow: Callable[[], int]
+    ) -> None:
+        self.row_start, self.rows, self.running, self.follow = row_start, int(row_start[-1]), running, follow
         padded = -(-self.rows // 16) * 16  # so that every slot begins at a multiple of 16 bytes
         slots = SLOTS + CAPTURED_CALLS
         self.partner, self.readers, self.active = (zeros(slots, padded) for _ in range(3))
@@ -66,8 +69,6 @@ class Slots:
         self.similarity = zeros(slots, padded, dtype=torch.float32)
         self.state = zeros(slots, tables.STATE_WORDS.value)
         self._slots = [Slot(*(tensor[index] for tensor in self.tensors())) for index in range(slots)]
-        self.totals = zeros(2)
-        self.totals[tables.LARGEST_KEY.value] = -(2**31)
         self.taken = self.captured = 0
         self.lock = threading.Lock()
 

@@ -1,0 +1,225 @@
+"""What merging has cost each layer in a run: measured where it merges, for the guard and for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..effect import OnItsWay
+from ..rank_cost import NEVER, LayerLedger, RankCost
+from ..thresholds import MOST_SHARE, RankBudget
+from .distributed import broadcast_from_first, first_ranks_numbers, is_first
+from .recipe import Recipe
+
+CHECK_EVERY = 16  # merging steps after which the merges of all layers are counted, and at 2, 4 and 8
+DELAY = 2  # merging steps that the counts have to come from the device before they are looked at
+MEASUREMENTS = 32  # of a budget's run, about; at its beginning, when a network changes most, they are closer together
+LEAST_PRICE = 1e-7
+
+
+class Watched(Protocol):
+    """What a watch looks at: the run."""
+
+    recipe: Recipe
+
+    def layers(self, wanted: Sequence[str]) -> Iterable[tuple[str, torch.Tensor, Any]]:
+        """Name, whole weight and layer of the wanted ones; all ranks must iterate."""
+
+    def counted(self) -> torch.Tensor:
+        """Pairs sampled and merged in each layer over the whole run, int64 ``(layers, 2)``; nothing waits."""
+
+
+@dataclass
+class _Count:
+    """Merges by layer at some step, on their way to the host."""
+
+    due: int  # the occasion at which they are looked at
+    names: list[str]
+    numbers: OnItsWay
+
+    def merged(self) -> dict[str, int]:
+        return dict(zip(self.names, self.numbers.read()[:, 1].tolist(), strict=True))
+
+
+class RankWatch:
+    """Keeps a ledger for each layer, and a budget's thresholds.
+
+    Steps are counted as *occasions*, those that merge. When something is measured depends on the occasion, and on the
+    merges that the first rank has counted, never on what only one rank knows; the first rank measures, and the others
+    take what it has found.
+
+    Args:
+        budget: the budget that sets the thresholds; None where they come from elsewhere.
+        group: the ranks that train this model; None for all.
+
+    Attributes:
+        ledgers: by layer.
+    """
+
+    def __init__(self, budget: RankBudget | None, group: Any) -> None:
+        self.ledgers: dict[str, LayerLedger] = {}
+        self._budget, self._group = budget, group
+        self._occasion = -1  # the latest
+        self._count: _Count | None = None
+
+    def advance(self, run: Watched, step: int, names: list[str], thresholds: Sequence[float] | None) -> list[str]:
+        """Look at what there is to look at before the merge of ``step``.
+
+        Args:
+            run: the run.
+            step: the optimizer step.
+            names: the layers that are merged.
+            thresholds: the threshold of each; None with a budget.
+
+        Returns:
+            The layers whose cost was measured.
+        """
+        occasion = run.recipe.occasion(step)
+        if occasion == self._occasion:
+            return []
+        self._occasion = occasion
+        known = [name for name in names if name in self.ledgers]
+        due: set[str] = set()
+        if not known or (self._count is not None and occasion >= self._count.due):
+            # A layer that has come since waits: when to measure must not depend on the plan of one rank.
+            due.update(set(names).difference(known))
+            merged = {} if self._count is None else self._count.merged()
+            self._count = None
+            due.update(name for name in known if name in merged and self.ledgers[name].is_due(merged[name]))
+        if self._budget is not None and not self._is_over(run.recipe, occasion):
+            window = self.window(run.recipe, occasion)
+            due.update(name for name in known if occasion - self.ledgers[name].occasion >= window)
+        measured = [name for name in names if name in due]
+        if measured:
+            in_force = None if thresholds is None else dict(zip(names, thresholds, strict=True))
+            self._measure(run, step, names, measured, in_force)
+        if _is_check(occasion):
+            counts = first_ranks_numbers(run.counted(), self._group)
+            self._count = _Count(occasion + DELAY, list(names), OnItsWay(counts))
+        return measured
+
+    def thresholds(self, recipe: Recipe, names: Iterable[str]) -> list[float]:
+        """The thresholds that the budget has set; ``NEVER`` for layers that were not measured yet, and at the end."""
+        if self._is_over(recipe, self._occasion):
+            return [NEVER for _ in names]
+        return [self.ledgers[name].threshold if name in self.ledgers else NEVER for name in names]
+
+    @staticmethod
+    def _is_over(recipe: Recipe, occasion: int) -> bool:
+        """Whether the steps that the budget was for have been."""
+        assert recipe.merging_steps is not None
+        return occasion >= recipe.merging_steps
+
+    def window(self, recipe: Recipe, occasion: int) -> int:
+        """Merging steps from one measurement of a budget to the next."""
+        budget, total = self._budget, recipe.merging_steps
+        assert budget is not None
+        assert total is not None
+        if budget.every is not None:
+            return -(-budget.every // recipe.every)
+        return min(max(CHECK_EVERY, occasion // 8), max(CHECK_EVERY, total // MEASUREMENTS))
+
+    def _measure(
+        self, run: Watched, step: int, names: list[str], wanted: list[str], thresholds: Mapping[str, float] | None
+    ) -> None:
+        counted: dict[str, int] = {}
+        found: dict[str, LayerLedger] = {}
+        for name, weight, layer in run.layers(wanted):
+            if not is_first(self._group):
+                continue  # all ranks must have gathered the weight
+            if not counted:
+                counted = dict(zip(names, run.counted()[:, 1].tolist(), strict=True))
+            cost = RankCost(weight, layer.layout, 1_000_003 * self._occasion + layer.layer_id)
+            threshold = None if thresholds is None else thresholds[name]
+            found[name] = self.measured(run.recipe, step, name, cost, layer.layout.filters, counted[name], threshold)
+        self.ledgers |= broadcast_from_first(found, self._group)
+
+    def measured(
+        self,
+        recipe: Recipe,
+        step: int,
+        name: str,
+        cost: RankCost,
+        filters: int,
+        merged: int,
+        threshold: float | None,
+    ) -> LayerLedger:
+        """The ledger of a layer, brought up to ``step``; the one that is kept stays as it is.
+
+        Args:
+            recipe: the recipe.
+            step: the optimizer step.
+            name: the layer.
+            cost: its filters now.
+            filters: how many they are.
+            merged: merges in it so far.
+            threshold: the threshold in force; None with a budget, whose last one it is.
+        """
+        occasion, alpha = recipe.occasion(step), recipe.alpha_at(step)
+        old = self.ledgers.get(name)
+        if old is None:
+            ledger = LayerLedger(filters, cost.rank, cost.rank, occasion, merged)
+        else:
+            ledger = LayerLedger(**vars(old))
+            ledger.charge(cost, merged, old.threshold if threshold is None else threshold, recipe.partner, alpha)
+            ledger.occasion = occasion
+        if self._budget is not None:
+            window = self.window(recipe, occasion)
+            prob = recipe.highest_prob(step, step + window * recipe.every)
+            _set_threshold(ledger, cost, self._budget, recipe, window, prob, alpha)
+        return ledger
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered, as plain data; waits for counts that are on their way."""
+        count = self._count
+        return {
+            "ledgers": {name: vars(ledger).copy() for name, ledger in self.ledgers.items()},
+            "occasion": self._occasion,
+            "count": None if count is None else [count.due, count.names, count.numbers.read().tolist()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.ledgers = {name: LayerLedger(**ledger) for name, ledger in state["ledgers"].items()}
+        self._occasion, self._count = state["occasion"], None
+        if state["count"] is not None:
+            due, names, numbers = state["count"]
+            self._count = _Count(due, list(names), OnItsWay(torch.from_numpy(np.array(numbers, np.int64))))
+
+
+def _is_check(occasion: int) -> bool:
+    return occasion > 0 and (occasion % CHECK_EVERY == 0 or occasion in (2, 4, 8))
+
+
+def _set_threshold(
+    ledger: LayerLedger, cost: RankCost, budget: RankBudget, recipe: Recipe, window: int, prob: float, alpha: float
+) -> None:
+    """The lowest threshold whose merges are worth what may be spent until the window's end, and their price."""
+    total, partner = recipe.merging_steps, recipe.partner
+    assert total is not None
+    window = min(window, total - ledger.occasion)
+    left = budget.budget * (ledger.occasion + window) / total - ledger.spent
+    price, ledger.price, ledger.threshold = ledger.price, None, NEVER
+    if window <= 0 or left <= 0 or not cost.pairs:
+        return
+    looks = max(prob, 1e-9) * ledger.filters * window  # filters that look at a partner until then
+    if price is None:
+        price = cost.price(cost.threshold_for(MOST_SHARE, partner), partner, alpha)
+    least = cost.least_share(partner)
+    threshold, found, expense = NEVER, None, 0.0
+    for _ in range(2):
+        share = max(min(left / (max(price or 0.0, LEAST_PRICE) * looks), MOST_SHARE), least)
+        threshold = cost.threshold_for(share, partner)
+        found = cost.price(threshold, partner, alpha)
+        expense = looks * cost.share_above(threshold, partner) * (found or 0.0)
+        if expense <= 1.1 * left:
+            break
+        price = found  # dearer than at the threshold before: fewer of them
+    if expense <= 1.5 * left:  # else not even the most similar pair can be paid yet
+        ledger.price, ledger.threshold = found, threshold
