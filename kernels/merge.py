@@ -23,7 +23,10 @@ another. The rule is *the last reader out writes*. Each row has a counter, zero 
 
 Every release is an ``acq_rel`` atomic behind a barrier: it orders the reads before it against the write of whoever
 settles the row, which may be another program. The atomic is one thread's, so without the barrier it would order that
-thread's reads only; Triton 3.6 promises none of its own there, 3.7 does.
+thread's reads only. Triton places a barrier there by itself, 3.6 and 3.7.1 alike: with BARRIER=False the PTX holds as
+many as before. So leaving ours out says nothing of whether one is needed, but in the interpreter's race detector, which
+knows no barrier but ours. That one is needed in the compiled kernel is what deleting each barrier from the PTX in turn
+shows (``tests/test_ptx_controls.py``). Ours stays, since no version of Triton promises its own.
 """
 
 import triton
@@ -228,7 +231,8 @@ def _merge_kernel(
     and write are read from ``call`` (``kernels/prepare.py``); a threshold of FROM_TABLE is the layer's own. ``times``
     are the rows' running counts, and ``largest`` is the largest similarity so far, as an integer that sorts like it:
     both grow in calls that may write.
-    BARRIER, SEM and NAIVE exist for the tests, which break the protocol and watch the race detector notice.
+    BARRIER, SEM and NAIVE exist for the tests, which break the protocol and watch the race detectors notice; BARRIER
+    changes nothing in compiled code, see above.
 
     Grid: ``(programs,)``, any number; each takes every ``programs``-th entry of the list of active rows.
     All its threads take BLOCK elements of a row together, 16 bytes each, and SPAN blocks of both rows at a time; of

@@ -48,6 +48,7 @@ MERGES = {
     "merge all": (DTYPES, False, ELEMENTS),
     "merge float32 strided": (DTYPES[:1], True, ELEMENTS),
     "merge all strided": (DTYPES, True, ELEMENTS),
+    "merge bfloat16 strided": (DTYPES[1:2], True, ELEMENTS),
     "merge short float32": (DTYPES[:1], False, SHORT),
     "merge short bfloat16": (DTYPES[1:2], False, SHORT),
     "merge short float32 strided": (DTYPES[:1], True, SHORT),
@@ -56,6 +57,7 @@ MERGES = {
     "merge long bfloat16": (DTYPES[1:2], False, LONG),
     "merge long float32 strided": (DTYPES[:1], True, LONG),
     "merge long all": (DTYPES, False, LONG),
+    "merge long all strided": (DTYPES, True, LONG),
 }
 FROM_MEMORY = ["draw from memory", "merge all from memory", "merge all strided from memory"]
 # Dtype and layout of the match kernel's layers, and the partner rule: it is compiled for each kind apart.

@@ -140,7 +140,7 @@ SCHEDULES = 4  # of each of the 8 tables, for 3 sizes of scratch: 96 in all, and
 @pytest.mark.parametrize("capacity", [NO_SCRATCH, 5, 1000])
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
 def test_no_interleaving_races(table, capacity):
-    """In the model of Triton 3.6, which emits no barrier before a release: what passes here passes with 3.7 too."""
+    """With no barriers but the kernel's own: what passes here passes with those that Triton emits, too."""
     rng = np.random.default_rng(1)
     for seed in range(SCHEDULES):
         weights = [alike(7, 12, seed=seed)]
@@ -192,7 +192,11 @@ def test_the_draw_that_counts_does_not_race(one_slot):
 
 
 def races_of(breakage, *, barrier_before_release=False):
-    """Races and wrong weights over ten schedules of a protocol that is broken on purpose."""
+    """Races and wrong weights over ten schedules of a protocol that is broken on purpose.
+
+    What they say of BARRIER holds for the source alone: in compiled code Triton's own barrier is there all the same,
+    and ``test_ptx_controls.py`` deletes each from the PTX.
+    """
     races, wrong = 0, 0
     for seed in range(10):
         weights = [alike(8, 16, seed=seed)]

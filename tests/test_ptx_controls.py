@@ -72,7 +72,11 @@ def test_a_naive_merge_in_place_is_noticed():
 
 
 def test_leaving_out_our_own_barriers_proves_nothing():
-    """Triton puts a barrier before a release by itself, 3.6 too: what BARRIER leaves out is there all the same."""
+    """Triton puts a barrier before a release by itself, 3.6 too: what BARRIER leaves out is there all the same.
+
+    So a green run without BARRIER is no sign that none is needed, and a red one cannot be had. What proves the need is
+    :func:`test_each_barrier_deleted_from_the_ptx_is_missed`.
+    """
     found = []
 
     def count(kernel, program, compiled):

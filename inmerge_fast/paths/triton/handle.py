@@ -88,14 +88,14 @@ MERGE_SHAPES = (
     (float("inf"), {"BLOCK": 512, "SPAN": 3}),
 )
 # Registers of a thread for 1, 2 and 4 warps, by dtypes and whether there are strided filters: the fewest with which
-# ptxas spills nothing on sm_80, 90 and 100. Left to itself it spills a few words to get down to 64 or 96.
+# ptxas (Triton 3.7.1) spills nothing on sm_80, 90 and 100, from memory or not. Left to itself it spills a few words to
+# get down to 64 or 96.
 MERGE_REGISTERS = {
     ("float32", False): (88, 72, 64), ("16 bits", False): (72, 80, 64), ("several", False): (96, 120, 104),
-    ("float32", True): (96, 96, 88), ("16 bits", True): (112, 120, 88), ("several", True): (128, 128, 128),
+    ("float32", True): (96, 96, 88), ("16 bits", True): (112, 120, 88), ("several", True): (128, 136, 128),
 }  # fmt: skip
 STRIDED_BLOCK = 256  # elements of strided filters, whose addresses take registers
-# Twice what is resident: where a program comes to an end another begins, which spreads rows of different lengths.
-WARPS_PER_SM, PROGRAMS_PER_SM = 64, 32
+REGISTERS_PER_SM, PROGRAMS_PER_SM = 2**16, 32  # what a multiprocessor holds at a time
 
 
 def merge_shape(elements: float, target: str) -> dict[str, int]:
@@ -106,8 +106,16 @@ def merge_shape(elements: float, target: str) -> dict[str, int]:
 
 
 def merge_programs(constants: Mapping[str, Any], target: str) -> int:
-    """Programs of the merge kernel with these constants, for each multiprocessor."""
-    return min(PROGRAMS_PER_SM, WARPS_PER_SM // int(merge_options(constants, target)["num_warps"]))
+    """Programs of the merge kernel with these constants, for each multiprocessor.
+
+    Twice what its registers hold at a time: where one comes to an end another begins, which spreads rows of different
+    lengths.
+    """
+    options = merge_options(constants, target)
+    if target == "hip":
+        return PROGRAMS_PER_SM // int(options["num_warps"])
+    resident = REGISTERS_PER_SM // (options["maxnreg"] * 32 * options["num_warps"])
+    return min(PROGRAMS_PER_SM, 2 * int(resident))
 
 
 def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
