@@ -144,8 +144,16 @@ def _add_products(sums, span, o_span, geometry, BLOCK: tl.constexpr, SPAN: tl.co
 
 
 @triton.jit
-def _add_three(a, b, c, x, y, z):
+def add_three(a, b, c, x, y, z):
     return a + x, b + y, c + z
+
+
+@triton.jit
+def cosine(dot, norm_i, norm_j):
+    """Cosine similarity from the three sums, in float32, and whether both squared norms are finite."""
+    finite = (norm_i < float("inf")) & (norm_j < float("inf"))  # false for NaN
+    norms = tl.maximum(tl.sqrt_rn(norm_i), MIN_NORM) * tl.maximum(tl.sqrt_rn(norm_j), MIN_NORM)
+    return tl.div_rn(dot, norms), finite
 
 
 @triton.jit
@@ -161,10 +169,9 @@ def similarity_of(p_i, p_j, geometry, DENSE: tl.constexpr, BLOCK: tl.constexpr, 
         sums = _add_products(sums, span, o_span, geometry, BLOCK, SPAN)
     first = load_span(p_i, p_j, 0, geometry, DENSE, BLOCK, SPAN)
     sums = _add_products(sums, first, 0, geometry, BLOCK, SPAN)
-    dot, norm_i, norm_j = tl.reduce(sums, 0, _add_three)  # one after the other they would be three times as long
-    finite = (norm_i < float("inf")) & (norm_j < float("inf"))  # false for NaN
-    norms = tl.maximum(tl.sqrt_rn(norm_i), MIN_NORM) * tl.maximum(tl.sqrt_rn(norm_j), MIN_NORM)
-    return tl.div_rn(dot, norms), finite, first
+    dot, norm_i, norm_j = tl.reduce(sums, 0, add_three)  # one after the other they would be three times as long
+    similarity, finite = cosine(dot, norm_i, norm_j)
+    return similarity, finite, first
 
 
 @triton.jit

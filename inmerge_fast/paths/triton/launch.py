@@ -100,6 +100,9 @@ class Launcher:
             "SEM": "acq_rel",
             "NAIVE": False,
         }
+        rows_of = ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16", "HAS_DENSE", "HAS_STRIDED", "BLOCK", "STRIDED_BLOCK")
+        self.row_constants = {name: self._constants[name] for name in rows_of}
+        self.row_warps = merge_options(self._constants, self._target)["num_warps"]
         in_turns = {"BLOCK": ROW_BLOCK, "SLOTS": SLOTS}
         in_any = in_turns | {"SLOTS": SLOTS + CAPTURED_CALLS}  # for a single call, which may be in a graph
         self._draw = Handle(_draw_kernel, in_turns | {"IN_MEMORY": False, "COUNT": True}, {})
@@ -108,7 +111,7 @@ class Launcher:
         self._prepare = Handle(_prepare_kernel, {}, {})
         self._count = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": False}, {})
         self._count_matched = Handle(_count_kernel, {"BLOCK": ROW_BLOCK, "MATCHED": True}, {})
-        self._layers, self._zeros = layers, zeros
+        self.layers, self.zeros = layers, zeros
         self._matcher: Matcher | None = None
         self._counts: dict[tuple[int, bool], Arguments] = {}
         self._merges: dict[tuple[tuple[str, Any], ...], Handle] = {}
@@ -173,7 +176,7 @@ class Launcher:
         if self._matcher is None:
             check_not_capturing(self.device, "with a partner rule builds its tables")
             has = {name: value for name, value in self._constants.items() if name.startswith("HAS_")}
-            self._matcher = Matcher(self._layers, self.row_start, self._kinds, has, self._zeros)
+            self._matcher = Matcher(self.layers, self.row_start, self._kinds, has, self.zeros)
         return self._matcher
 
     def run(
@@ -205,26 +208,38 @@ class Launcher:
             **overrides: constants and compiler options of the merge kernel, for tests and tuning; constants of the
                 match kernel are in ``match``.
         """
-        coin = coin_threshold(prob)
-        with self.lock, self._on_device():
+        with self.lock, self.on_device():
             stream = self.follow_current_stream()  # first: what is copied and zeroed here comes after earlier calls
             self.reserve_scratch(prob)
-            limit = self._threshold_argument(threshold)
-            call = self._next_call()
-            if self.on_gpu and call >= 0 and not self._may_capture:
-                # What a graph launches, it cannot compile.
-                self._draw_only.compile(self._draw_tables, (seed, step, 0, coin, self.rows, 0, 1))
-                self._count.compile(self._counted(0, False), (self.rows, 1))
-                self._may_capture = True
-            slot = self.slots.index_of(call)
-            if partner != "random" or self._has_captured:
-                self._draw_apart(self._draw_only, stream, call, seed, step, coin)
-                self._match(partner, stream, slot, (seed, step), limit, overrides.pop("match", {}))
-                self._count_drawn(stream, slot, matched=partner != "random", write=not dry_run)
-            elif self._drawn is None or not self._drawn.serves(call, seed, step, coin):
-                self._draw_and_count(stream, next_draw(self._drawn, call, seed, step, coin))
-            self._merge(slot, stream, alpha, limit, dry_run, overrides)
+            match = overrides.pop("match", {})
+            call, limit = self.draw_for(stream, seed, step, prob, threshold, partner, write=not dry_run, match=match)
+            self._merge(self.slots.index_of(call), stream, alpha, limit, dry_run, overrides)
             return Results(self.slots, call)
+
+    def draw_for(
+        self, stream: int, seed: int, step: int, prob: float, threshold: float | Sequence[float], partner: str, *,
+        write: bool, match: dict[str, Any] | None = None,
+    ) -> tuple[int, float]:  # fmt: skip
+        """Draw, match and count for the next call, or find that an earlier draw has done so; the caller holds the lock.
+
+        Returns:
+            The number of the call, and what its kernel takes for the threshold.
+        """
+        coin, limit = coin_threshold(prob), self._threshold_argument(threshold)
+        call = self._next_call()
+        if self.on_gpu and call >= 0 and not self._may_capture:
+            # What a graph launches, it cannot compile.
+            self._draw_only.compile(self._draw_tables, (seed, step, 0, coin, self.rows, 0, 1))
+            self._count.compile(self._counted(0, False), (self.rows, 1))
+            self._may_capture = True
+        slot = self.slots.index_of(call)
+        if partner != "random" or self._has_captured:
+            self._draw_apart(self._draw_only, stream, call, seed, step, coin)
+            self._match(partner, stream, slot, (seed, step), limit, match or {})
+            self._count_drawn(stream, slot, matched=partner != "random", write=write)
+        elif self._drawn is None or not self._drawn.serves(call, seed, step, coin):
+            self._draw_and_count(stream, next_draw(self._drawn, call, seed, step, coin))
+        return call, limit
 
     def _draw_and_count(self, stream: int, draws: Drawn) -> None:
         """Draw and count in one launch, for one call or for several."""
@@ -259,7 +274,7 @@ class Launcher:
         Each layer's threshold is copied where it has changed. Scratch memory is reserved for the first ``prob`` only: a
         captured graph knows its address, and a larger prob does with less.
         """
-        with self.lock, self._on_device():
+        with self.lock, self.on_device():
             stream = self.follow_current_stream()
             if self._reserved_prob < 0:
                 self.reserve_scratch(prob)
@@ -275,7 +290,7 @@ class Launcher:
         Every replay leaves its statistics in the slot of the call that was captured; with ``again``, what an earlier
         capture returned, in the same one, since that graph is replayed no more.
         """
-        with self.lock, self._on_device():
+        with self.lock, self.on_device():
             if self._reserved_prob < 0:
                 raise RuntimeError("nothing was prepared: call prepare before run_from_memory")
             stream = self.follow_current_stream()
@@ -319,7 +334,7 @@ class Launcher:
 
     def find_partners(self, seed: int, step: int, *, prob: float, partner: str, threshold: float) -> None:
         """Draw and match without merging, which leaves the best pairs in device memory; for benchmarks and tests."""
-        with self.lock, self._on_device():
+        with self.lock, self.on_device():
             self.reserve_scratch(prob)
             stream = self.follow_current_stream()
             following = self.calls + 1  # in its slot, so that the last calls' statistics stay what they are
@@ -370,7 +385,8 @@ class Launcher:
             self._merges[key] = Handle(_merge_kernel, constants, options)
         return self._merges[key]
 
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """The plan's device as the current one, where it is not."""
         if self.on_gpu and torch.cuda.current_device() != self.device.index:
             return torch.cuda.device(self.device)
         return _NOTHING

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...plan.rows import Rows
-from ..eager import EagerForNow
 from ..path import Call, ForNow
 
 if TYPE_CHECKING:
+    from .for_now import Keeper
     from .launch import Launcher  # imports Triton
     from .results import Results
 
@@ -31,6 +31,7 @@ class TritonPath:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._launcher: Launcher | None = None
+        self._keeper: Keeper | None = None
         self._lock = threading.Lock()
 
     @property
@@ -77,5 +78,11 @@ class TritonPath:
         )  # fmt: skip
 
     def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> ForNow:
-        """See :class:`inmerge_fast.paths.path.Path`. There are no kernels for it yet: PyTorch's operators do it."""
-        return EagerForNow(self._rows, weights, call)
+        """See :class:`inmerge_fast.paths.path.Path`."""
+        with self._lock:
+            keeper = self._keeper
+        if keeper is None:
+            from .for_now import Keeper
+
+            keeper = self._keeper = Keeper(self.launcher(weights))
+        return keeper.for_now(weights, call)
