@@ -128,12 +128,13 @@ def _blend_kernel(
     place_ptr, merged_ptr, packed_ptr, alpha, beta, threshold, programs,
     HAS_FLOAT32: tl.constexpr, HAS_BFLOAT16: tl.constexpr, HAS_FLOAT16: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_STRIDED: tl.constexpr, BLOCK: tl.constexpr, STRIDED_BLOCK: tl.constexpr,
+    NAIVE: tl.constexpr,
 ):  # fmt: skip
     """Measure the active rows, and write those that merge, which ``merged`` (int8, ``(rows,)``) then says.
 
     Grid: ``(programs,)``, any number. Moves every active row and its partner in once, those that merge twice (from
     cache as far as it lasts) and out once. No hazard: a weight is written by its row's program alone, after it was read
-    there; all others read that row from packed memory.
+    there; all others read that row from packed memory. NAIVE, for the tests, has them read it where it lies.
     """
     largest_here = tl.program_id(0) * 0 - 2147483647 - 1
     active_rows = tl.load(state_ptr + ACTIVE_ROWS)
@@ -144,6 +145,8 @@ def _blend_kernel(
         table = layer_ptr + i_layer.to(tl.int64) * COLUMNS
         own_place, place = tl.load(place_ptr + i_row), tl.load(place_ptr + j_row)
         packed = place != NO_PLACE
+        if NAIVE:
+            packed = place < NO_PLACE
         first_row = tl.load(table + FIRST_ROW).to(tl.int32)
         kind = tl.load(table + KIND).to(tl.int32)
         limit = layer_threshold(table, threshold)

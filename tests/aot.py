@@ -69,7 +69,25 @@ MATCHES = {
     "similar bfloat16 strided": ("bfloat16", True, "similar"),
 }
 LISTS = {"list": (DTYPES[:1], False), "list all strided": (DTYPES, True)}
-VARIANTS = ["draw", "draw only", "prepare", *FROM_MEMORY, *LISTS, "count", "count matched", *MERGES, *MATCHES]
+# The layers of the three kernels of forward-only merging, as of the merge kernel.
+FORWARD_PARTS = ["save", "blend", "restore"]
+FORWARDS = {
+    f"{part} {name}": MERGES[f"merge {name}"]
+    for name in ("float32", "bfloat16", "all strided", "short float32", "long float32", "long bfloat16")
+    for part in FORWARD_PARTS
+}
+VARIANTS = [
+    "draw",
+    "draw only",
+    "prepare",
+    *FROM_MEMORY,
+    *LISTS,
+    "count",
+    "count matched",
+    *MERGES,
+    *MATCHES,
+    *FORWARDS,
+]
 
 
 class AbsentGpu:
@@ -134,6 +152,15 @@ def launcher_of(dtypes: list[str], strided: bool, elements: int = ELEMENTS, filt
     weights = [torch.zeros(filters, size, dtype=getattr(torch, dtype)) for dtype in dtypes for size in sizes]
     plan = MergePlan(weights)
     return Launcher(plan.layers, plan.weights(), plan.rows.start)
+
+
+def merge_for_now(launcher: Any, seed: int = 3, step: int = 5, prob: float = 0.5, alpha: float = 0.5) -> None:
+    from inmerge_fast.paths.path import Call
+    from inmerge_fast.paths.triton.for_now import Keeper
+
+    keeper = Keeper(launcher)
+    keeper.merge(Call(seed, step, prob, alpha, 0.1))
+    keeper.restore()
 
 
 def specialisations(launches: Launches) -> dict[str, list[str]]:
@@ -267,6 +294,14 @@ def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
             variant = {"list": name, "draw": "draw only", "count": "count matched"}.get(kind)
             if variant and variant not in result:
                 result[variant] = compile_kernel(launches, kernel, launch)
+    for name, layers in FORWARDS.items():
+        if name not in result:
+            with launches.on(arch) as caught:
+                merge_for_now(launcher_of(*layers))
+            for kernel, launch in caught:
+                kind = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+                if kind in FORWARD_PARTS:
+                    result[kind + name[name.index(" ") :]] = compile_kernel(launches, kernel, launch)
     for name, (dtype, strided, rule) in MATCHES.items():
         with launches.on(arch) as caught:
             launcher_of([dtype], strided).run(seed=3, partner=rule, **call)

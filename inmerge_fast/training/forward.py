@@ -1,4 +1,4 @@
-"""Forward-only merging in a training loop: merged before the first forward pass of a step, restored before the update."""
+"""Forward-only merging in a training loop: merged before a step's first forward pass, restored before its update."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import nn
 from .launch import Device, on_ptx
 from .machine import Finding, Schedule, StuckError
 from .memory import AccessError
-from .project import Launcher, launcher_of, reference_merge
+from .project import Call, Keeper, Launcher, launcher_of, reference_merge
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALPHA = 0.75
@@ -173,6 +173,48 @@ def random_plan(
                         **call, **layout,
                     )  # fmt: skip
                 assert_is_clean(launcher, launcher.slot_of(launcher.calls).state)
+
+        return observe(device, outcome, run)
+
+
+def merge_for_now(
+    number: int, arch: str, name: str, *, schedule: Schedule | None = None, mutate: Callable[..., Any] | None = None,
+    naive: bool = False,
+) -> Outcome:  # fmt: skip
+    """Two merges of a plan that are undone again, against the reference and what the weights were."""
+    rng = random.Random(number)
+    chosen = PLANS[name](rng)
+    launcher, weights = launcher_of([target for target, _ in chosen])
+    threshold, prob, alpha = rng.choice([-1.0, 0.0, 0.3]), rng.choice([0.5, 0.8, 1.0]), rng.choice([0.5, 0.1])
+    seed, step = rng.getrandbits(64), rng.getrandbits(62)
+    shape = SHAPES[list(PLANS).index(name) % len(SHAPES)]["BLOCK"]
+    launcher.row_constants |= {"BLOCK": shape}
+    launcher.row_warps = max(1, shape // 128)
+    launcher.programs = rng.choice([1, 2, 3, 5, 8])
+    keeper, outcome = Keeper(launcher), Outcome()
+    keeper._blend._constants["NAIVE"] = naive
+    keeper._blend._values = tuple(keeper._blend._constants.values())
+    with on_ptx(arch, schedule or any_schedule(rng)) as device:
+        device.watch(launcher, weights)
+        keeper.reserve(1.0)
+        device.undefined("_save_kernel", keeper.packed)
+        device.mutate = mutate
+
+        def run() -> None:
+            for following in range(2):
+                before = [weight.clone() for weight in weights]
+                call = Call(seed, step + following, prob, alpha, threshold)
+                outcome.rows += int(keeper.merge(call).fetch().counts.sum())
+                for k, (_, layout) in enumerate(chosen):
+                    assert_is_reference(
+                        before[k], weights[k], seed=seed, step=step + following, layer=k, prob=prob, alpha=alpha,
+                        threshold=threshold, **layout,
+                    )  # fmt: skip
+                keeper.restore()
+                for weight, old in zip(weights, before, strict=True):
+                    assert torch.equal(bits(weight), bits(old)), "weights are not what they were"
+                assert bool((keeper.place == -1).all()), "places must be forgotten"
+                assert not keeper.merged.any(), "marks must be forgotten"
 
         return observe(device, outcome, run)
 

@@ -10,10 +10,12 @@ from torch import nn
 
 import inmerge_fast.kernels.merge
 from inmerge_fast import MergePlan, reference_merge
+from inmerge_fast.paths.path import Call
+from inmerge_fast.paths.triton.for_now import Keeper
 from inmerge_fast.paths.triton.handle import Handle
 from inmerge_fast.paths.triton.launch import Launcher
 
-__all__ = ["KERNELS", "RESULTS", "Handle", "Launcher", "launcher_of", "reference_merge"]
+__all__ = ["KERNELS", "RESULTS", "Call", "Handle", "Keeper", "Launcher", "launcher_of", "reference_merge"]
 
 KERNELS = str(Path(inmerge_fast.kernels.merge.__file__).parent)
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"

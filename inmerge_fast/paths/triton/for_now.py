@@ -34,10 +34,10 @@ class Keeper:
             (layer.layout.filters, -(-layer.layout.elements * layer.dtype.itemsize // UNIT))
             for layer in launcher.layers
         ]
-        self._save, self._blend, self._restore = (
-            Handle(kernel, launcher.row_constants, {"num_warps": launcher.row_warps})
-            for kernel in (_save_kernel, _blend_kernel, _restore_kernel)
-        )
+        constants, options = launcher.row_constants, {"num_warps": launcher.row_warps}
+        self._save = Handle(_save_kernel, constants, options)
+        self._blend = Handle(_blend_kernel, constants | {"NAIVE": False}, options)
+        self._restore = Handle(_restore_kernel, constants, options)
 
     def reserve(self, prob: float) -> None:
         """Make packed memory large enough for what a call with ``prob`` samples."""
