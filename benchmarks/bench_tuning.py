@@ -3,15 +3,14 @@
 What only a GPU can decide: programs per multiprocessor, registers, elements of a block with the warps that work on it,
 blocks that are kept in registers (SPAN), and the block of strided filters. One choice at a time beside the launcher's
 own, on networks, and on layers of filters of one length, where one choice takes over from another: there are the
-cut-offs between them. A constant that the kernel does not have is left out. Never on live weights: every trial merges
-again. Writes ``benchmarks/results/<device>/tuning.json``; what wins goes into ``inmerge_fast/paths/triton/`` by hand,
-with a note.
+cut-offs between them. Never on live weights: every trial merges again. Writes
+``benchmarks/results/<device>/tuning.json``; what wins goes into ``inmerge_fast/paths/triton/handle.py`` by hand
+(``MERGE_SHAPES``, ``MERGE_REGISTERS``, ``STRIDED_BLOCK``, :func:`merge_programs`), with a note.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -23,16 +22,22 @@ from benchmarks.command import open_file, parser_of, print_row
 from benchmarks.device_time import device_times
 from benchmarks.result_files import ResultFile
 from benchmarks.work import REGIMES, SEED, Layers, Settings, mean_bytes, net_of
-from inmerge_fast.kernels.merge import _merge_kernel
 
 NETS = ("VGG19", "ResNet-50", "DenseNet-121", "EfficientNet-B0")
 STRIDED_NETS = ("VGG19", "DenseNet-121")  # channels_last
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # elements of a filter
 LAYER, BYTES = 512, 1 << 25  # filters of a layer, and of all layers, whatever the length
-PROGRAMS_PER_SM = (4, 6, 8, 12, 16, 24)
-MAXNREG = (64, 72, 80)
-SHAPES = ((128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))  # BLOCK and warps
-SPANS = (1, 3, 4, 5)
+PROGRAMS_PER_SM = (4, 8, 12, 16, 24, 32, 48)
+MAXNREG = (64, 72, 80, 88)
+# BLOCK, warps, SPAN, and the fewest registers with which ptxas (Triton 3.7.1) spills nothing on an H100: with 4
+# elements of a block for each thread, then with 8.
+SHAPES = (
+    (128, 1, 1, 56), (128, 1, 3, 72), (128, 1, 4, 88), (128, 1, 5, 88),
+    (256, 2, 1, 56), (256, 2, 3, 56), (256, 2, 4, 64), (256, 2, 5, 80),
+    (512, 4, 1, 56), (512, 4, 3, 56), (512, 4, 4, 64), (512, 4, 5, 80),
+    (1024, 8, 1, 56), (1024, 8, 3, 56), (1024, 8, 4, 72),
+    (256, 1, 1, 64), (256, 1, 3, 104), (512, 2, 1, 64), (512, 2, 3, 96), (1024, 4, 1, 64),
+)  # fmt: skip
 STRIDED_BLOCKS = (128, 256, 512)
 CHOICE = ("per_sm", "BLOCK", "num_warps", "SPAN", "maxnreg", "STRIDED_BLOCK")
 COLUMNS = {"work": 24} | {name: max(6, len(name)) for name in CHOICE}
@@ -40,15 +45,14 @@ COLUMNS = {"work": 24} | {name: max(6, len(name)) for name in CHOICE}
 
 def choices(*, strided: bool, quick: bool) -> Iterator[dict[str, int]]:
     """The launcher's own choice, then others, those first that need no compiling."""
-    has_span, has_strided = ("SPAN" in _merge_kernel.arg_names, "STRIDED_BLOCK" in _merge_kernel.arg_names)
     yield {}
     if strided:
-        yield from ({"STRIDED_BLOCK": block} for block in STRIDED_BLOCKS if has_strided)
+        yield from ({"STRIDED_BLOCK": block} for block in STRIDED_BLOCKS)
         return
     yield from ({"per_sm": count} for count in PROGRAMS_PER_SM)
     yield from ({"maxnreg": count} for count in MAXNREG)
-    for (block, warps), span in itertools.product(SHAPES[:2] if quick else SHAPES, SPANS if has_span else (None,)):
-        yield {"BLOCK": block, "num_warps": warps} | ({} if span is None else {"SPAN": span})
+    for shape in SHAPES[:4] if quick else SHAPES:
+        yield dict(zip(("BLOCK", "num_warps", "SPAN", "maxnreg"), shape, strict=True))
 
 
 def work(device: torch.device, *, quick: bool) -> Iterator[tuple[str, object, inmerge_fast.MergePlan]]:

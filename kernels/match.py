@@ -27,7 +27,16 @@ Hazards: weights, partners and lists are only read; ``best`` is written by atomi
 import triton
 import triton.language as tl
 
-from .merge import MIN_NORM, _alignment, _block, _filter, _geometry, _is_used, _offsets, _weight, layer_threshold
+from .rows import (
+    MIN_NORM,
+    alignment,
+    filter_at,
+    geometry_of,
+    is_used,
+    layer_threshold,
+    offsets_at,
+    weight_of,
+)
 from .tables import (
     ALWAYS,
     COLUMNS,
@@ -74,10 +83,10 @@ def _list(group, partner_ptr, list_ptr, best_ptr, similarity_ptr, BLOCK: tl.cons
 @triton.jit
 def _inverse_norms(weight, i_filter, m_i, geometry, DENSE: tl.constexpr, DEPTH: tl.constexpr):
     """One over the norm of some filters, in float32; 0 for those that are not finite."""
-    p_i = _filter(weight, i_filter, geometry, DENSE)
+    p_i = filter_at(weight, i_filter, geometry, DENSE)
     squares = tl.zeros([i_filter.shape[0], DEPTH], tl.float32)
     for o_block in range(0, geometry[0], DEPTH):
-        o, m = _offsets(o_block, geometry, DENSE, DEPTH)
+        o, m = offsets_at(o_block, geometry, DENSE, DEPTH)
         b_i = tl.load(p_i[:, None] + o[None, :], mask=m_i[:, None] & m[None, :], other=0.0).to(tl.float32)
         squares = tl.fma(b_i, b_i, squares)
     squares = tl.sum(squares, axis=1)
@@ -112,11 +121,11 @@ def _list_kernel(
         i_filter = tl.where(m_i, i_row - tl.load(table + FIRST_ROW).to(tl.int32), 0)
         kind = tl.load(table + KIND).to(tl.int32)
         for CODE in tl.static_range(0, 8):
-            if _is_used(CODE, HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, HAS_DENSE, HAS_STRIDED):
+            if is_used(CODE, HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, HAS_DENSE, HAS_STRIDED):
                 if kind == CODE:
                     inverse = _inverse_norms(
-                        _weight(table, CODE), i_filter, m_i, _geometry(table, _alignment(CODE)), CODE < STRIDED,
-                        _block(CODE, DEPTH),
+                        weight_of(table, CODE), i_filter, m_i, geometry_of(table, alignment(CODE)), CODE < STRIDED,
+                        DEPTH // 2 if CODE >= STRIDED else DEPTH,
                     )  # fmt: skip
                     tl.store(inverse_norm_ptr + i_row, inverse, mask=m_i)
 
@@ -159,11 +168,11 @@ def _priority(table, seed, step, i_filter, j_filter):
 @triton.jit
 def _tile(weight, i_filter, j_filter, geometry, DENSE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     """Dot products of a tile of pairs, in float32."""
-    p_i = _filter(weight, i_filter, geometry, DENSE)
-    p_j = _filter(weight, j_filter, geometry, DENSE)
+    p_i = filter_at(weight, i_filter, geometry, DENSE)
+    p_j = filter_at(weight, j_filter, geometry, DENSE)
     dots = tl.zeros([i_filter.shape[0], j_filter.shape[0]], tl.float32)
     for o_block in range(0, geometry[0], DEPTH):
-        o, m = _offsets(o_block, geometry, DENSE, DEPTH)
+        o, m = offsets_at(o_block, geometry, DENSE, DEPTH)
         b_i = tl.load(p_i[:, None] + o[None, :], mask=m[None, :], other=0.0)
         b_j = tl.load(p_j[:, None] + o[None, :], mask=m[None, :], other=0.0)
         dots = tl.dot(b_i, tl.trans(b_j), dots, input_precision=PRECISION)
@@ -228,7 +237,7 @@ def _match_kernel(
             step = tl.load(call_ptr + STEP)
         step = step.to(tl.int64)  # the interpreter ignores the annotation
         limit = layer_threshold(table, threshold)
-        weight, geometry = _weight(table, CODE), _geometry(table, _alignment(CODE))
+        weight, geometry = weight_of(table, CODE), geometry_of(table, alignment(CODE))
         top = tl.full([ROWS], NO_PAIR, tl.int64)
         for o_column in range(tl.load(item + WORK_COLUMN), tl.load(item + WORK_COLUMN_END), TILE):
             column = o_column + tl.arange(0, TILE)

@@ -18,9 +18,8 @@ FILTER_STRIDE = tl.constexpr(7)
 RUN = tl.constexpr(8)
 OUTER_STRIDE = tl.constexpr(9)
 INNER_STRIDE = tl.constexpr(10)
-SCRATCH_UNITS = tl.constexpr(11)  # scratch of one filter, in units of 16 bytes
-THRESHOLD = tl.constexpr(12)  # the layer's own threshold, the bits of a float32
-COLUMNS = tl.constexpr(13)
+THRESHOLD = tl.constexpr(11)  # the layer's own threshold, the bits of a float32
+COLUMNS = tl.constexpr(12)
 
 # Thresholds with a meaning of their own; all others are similarities, in [-1, 1].
 ALWAYS = tl.constexpr(-2.0)  # every sampled pair of finite filters passes: what -1 means to the user
@@ -59,7 +58,8 @@ FINISHED = tl.constexpr(2)  # programs of the merge launch that are through
 DEFERRED_ROWS = tl.constexpr(3)  # length of the list of rows that found no scratch
 STATE_WORDS = tl.constexpr(4)
 
-# Running counts of each row, int32 ``(rows, ROW_COUNTS)``, over all calls that may write; never reset by a kernel.
+# Running counts of each row, int32 ``(rows, ROW_COUNTS)``, over all calls that may write; never reset by a kernel. The
+# merge adds to both at once, as the halves of 64 bits.
 TIMES_SAMPLED = tl.constexpr(0)
 TIMES_PASSED = tl.constexpr(1)
 ROW_COUNTS = tl.constexpr(2)

@@ -37,17 +37,27 @@ from assembly import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("aot_registers.json")
-ELEMENTS = 1024  # long enough for the largest block
+SHORT, ELEMENTS, LONG = 128, 1024, 4608  # of a filter: a warp for each, two, four (merge_shape)
 DTYPES = ["float32", "bfloat16", "float16"]
 ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-# Dtypes of the merge kernel's layers, and whether some layers have strided filters.
+# Dtypes of the merge kernel's layers, whether some layers have strided filters, and the filters' length.
 MERGES = {
-    "merge float32": (DTYPES[:1], False),
-    "merge bfloat16": (DTYPES[1:2], False),
-    "merge float16": (DTYPES[2:], False),
-    "merge all": (DTYPES, False),
-    "merge float32 strided": (DTYPES[:1], True),
-    "merge all strided": (DTYPES, True),
+    "merge float32": (DTYPES[:1], False, ELEMENTS),
+    "merge bfloat16": (DTYPES[1:2], False, ELEMENTS),
+    "merge float16": (DTYPES[2:], False, ELEMENTS),
+    "merge all": (DTYPES, False, ELEMENTS),
+    "merge float32 strided": (DTYPES[:1], True, ELEMENTS),
+    "merge all strided": (DTYPES, True, ELEMENTS),
+    "merge bfloat16 strided": (DTYPES[1:2], True, ELEMENTS),
+    "merge short float32": (DTYPES[:1], False, SHORT),
+    "merge short bfloat16": (DTYPES[1:2], False, SHORT),
+    "merge short float32 strided": (DTYPES[:1], True, SHORT),
+    "merge short all strided": (DTYPES, True, SHORT),
+    "merge long float32": (DTYPES[:1], False, LONG),
+    "merge long bfloat16": (DTYPES[1:2], False, LONG),
+    "merge long float32 strided": (DTYPES[:1], True, LONG),
+    "merge long all": (DTYPES, False, LONG),
+    "merge long all strided": (DTYPES, True, LONG),
 }
 FROM_MEMORY = ["draw from memory", "merge all from memory", "merge all strided from memory"]
 # Dtype and layout of the match kernel's layers, and the partner rule: it is compiled for each kind apart.
@@ -113,14 +123,14 @@ class Launches:
             yield self.caught
 
 
-def launcher_of(dtypes: list[str], strided: bool, filters: int = 16) -> Any:
+def launcher_of(dtypes: list[str], strided: bool, elements: int = ELEMENTS, filters: int = 16) -> Any:
     import torch
 
     from inmerge_fast import MergePlan
     from inmerge_fast.paths.triton.launch import Launcher
 
     # A row that is not a multiple of 16 bytes takes the same way as strided filters.
-    sizes = [ELEMENTS, ELEMENTS - 1] if strided else [ELEMENTS]
+    sizes = [elements, elements - 1] if strided else [elements]
     weights = [torch.zeros(filters, size, dtype=getattr(torch, dtype)) for dtype in dtypes for size in sizes]
     plan = MergePlan(weights)
     return Launcher(plan.layers, plan.weights(), plan.rows.start)
@@ -157,12 +167,12 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
         for slot in range(SLOTS):
             for case in cases:
                 with launches.on("sm_90") as caught:
-                    launcher = launcher_of(["float32"], False, filters)
+                    launcher = launcher_of(["float32"], False, filters=filters)
                     launcher.calls = slot - 1
                     launcher.run(**case)
                 note(caught)
                 with launches.on("sm_90") as caught:  # as after the capture of a graph
-                    launcher = launcher_of(["float32"], False, filters)
+                    launcher = launcher_of(["float32"], False, filters=filters)
                     launcher.calls, launcher._has_captured = slot - 1, True
                     launcher.run(**case)
                 note(
@@ -172,7 +182,7 @@ def specialisations(launches: Launches) -> dict[str, list[str]]:
                 if case["seed"] not in (1, 2**64 - 1):
                     continue  # a rule's own kernels see seed, step and threshold, and the slot
                 with launches.on("sm_90") as caught:
-                    launcher = launcher_of(["float32"], False, filters)
+                    launcher = launcher_of(["float32"], False, filters=filters)
                     launcher.calls = slot - 1
                     launcher.run(**case, partner="similar")
                 note(caught, _list_kernel="_list_kernel", _match_kernel="_match_kernel")
@@ -208,7 +218,7 @@ def compile_kernel(launches: Launches, kernel: Any, launch: dict[str, Any]) -> d
         )  # fmt: skip
     accesses: dict[str, Counter[str]] = {}
     maths: dict[str, Counter[str]] = {}
-    for function, line in attributed(asm, Path(inspect.getsourcefile(kernel.fn))):
+    for function, line in attributed(asm, Path(inspect.getsourcefile(kernel.fn)).parent):
         if found := access(line):
             accesses.setdefault(function, Counter())[f"{found[0]} {found[1]}"] += 1
         if found := arithmetic(line):
@@ -217,6 +227,11 @@ def compile_kernel(launches: Launches, kernel: Any, launch: dict[str, Any]) -> d
     return resources | {
         "warnings": re.findall(r"\(C\d+\) .*", log.getvalue()),
         "options": {name: options.get(name) for name in ("enable_fp_fusion", "maxnreg", "num_warps")},
+        "constants": {
+            name: launch["constants"].get((index,))
+            for index, name in enumerate(kernel.arg_names)
+            if name in ("BLOCK", "SPAN")
+        },
         "threads": options["num_warps"] * target.warp_size,
         "accesses": accesses,
         "arithmetic": maths,
@@ -231,9 +246,9 @@ def compile_kernel(launches: Launches, kernel: Any, launch: dict[str, Any]) -> d
 def compile_all(launches: Launches, arch: str) -> dict[str, Any]:
     call = {"step": 5, "prob": 0.3, "alpha": 0.7, "threshold": 0.1, "dry_run": False}
     result = {}
-    for name, (dtypes, strided) in MERGES.items():
+    for name, (dtypes, strided, elements) in MERGES.items():
         with launches.on(arch) as caught:
-            launcher = launcher_of(dtypes, strided)
+            launcher = launcher_of(dtypes, strided, elements)
             launcher.run(seed=3, **call)
             launcher.prepare(3, 5, prob=0.3, alpha=0.7, threshold=0.1, write=True)
             launcher.run_from_memory()

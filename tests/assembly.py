@@ -23,9 +23,9 @@ def functions_of(file: Path) -> dict[int, str]:
     return {line: top.name for top in tops for line in range(top.lineno, top.end_lineno + 1)}
 
 
-def attributed(asm: str, source: Path) -> Iterator[tuple[str, str]]:
-    """The lines of an assembly text, each with the function of ``source`` that it comes from, or ""."""
-    functions = functions_of(source)
+def attributed(asm: str, folder: Path) -> Iterator[tuple[str, str]]:
+    """The lines of an assembly text, each with the function of a source in ``folder`` that it comes from, or ""."""
+    functions = {source.name: functions_of(source) for source in folder.glob("*.py")}
     names = {number: re.findall(r'"([^"]*)"', rest)[-1] for number, rest in re.findall(r"\.file\s+(\d+)(.*)", asm)}
     function, inline, placed = "", False, False
     for line in asm.splitlines():
@@ -36,8 +36,7 @@ def attributed(asm: str, source: Path) -> Iterator[tuple[str, str]]:
             continue  # since Triton 3.8, one for each line of assembly, counted on from the source's
         if place:
             placed = True
-            in_source = Path(names[place[1]]).name == source.name
-            function = functions.get(int(place[2]), "") if in_source else ""
+            function = functions.get(Path(names[place[1]]).name, {}).get(int(place[2]), "")
         elif not line.lstrip().startswith(("//", ";")):
             yield function, line
 

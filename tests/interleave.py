@@ -213,8 +213,8 @@ def interleaved(
     Args:
         seed: of the interleaving.
         tensors: names for the reports of races.
-        barrier_before_release: model Triton from 3.7 on, which puts a barrier before every release; False is 3.6, which
-            does not, so what passes with False passes with True.
+        barrier_before_release: model what Triton 3.6 and 3.7 emit, a barrier before every release, the kernel's or
+            not. They do not promise it; what passes without passes with it, too.
         resident: how many programs may be in flight, as on a small GPU; all by default. They start in random order.
         max_steps: memory operations of one launch after which it counts as deadlocked: RuntimeError.
     """

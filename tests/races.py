@@ -59,7 +59,7 @@ class RaceDetector:
 
     Args:
         programs: how many the launch has.
-        barrier_before_release: whether the compiler puts a barrier before every release, as Triton does from 3.7 on.
+        barrier_before_release: whether the compiler puts a barrier before every release, as Triton does, unpromised.
         tensors: names for reports.
     """
 

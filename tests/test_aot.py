@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from aot import ARCHS, ELEMENTS, MATCHES, MERGES, RECORD, VARIANTS
+from aot import ARCHS, MATCHES, MERGES, RECORD, VARIANTS
 from assembly import access, arithmetic, attributed, copy_to_shared, matrix_product, unguarded_releases
 
 every_arch = pytest.mark.parametrize("arch", ARCHS)
@@ -59,21 +59,32 @@ def test_registers_do_not_grow(report, arch, variant):
     assert report["compiled"][arch][variant]["registers"] <= record[report["triton"]][arch][variant]
 
 
+def spans_of(kernel, dtypes):
+    """For each dtype, elements of a row that a thread takes together, and how many times for a span."""
+    block, span = kernel["constants"]["BLOCK"], kernel["constants"]["SPAN"]
+    per_thread = block // kernel["threads"]
+    return [(per_thread, span) if dtype == "float32" else (2 * per_thread, max(1, span // 2)) for dtype in dtypes]
+
+
+# Where the code of a span is: the similarity's first and others, a blend's others; the one who settles a row has the
+# first and others of a blend of its own.
+LOADED, MULTIPLIED, BLENDED = 5, 2, 4
+
+
 @every_arch
 @every_merge
 def test_dense_filters_move_16_bytes_at_a_time(report, arch, variant):
-    dtypes, strided = MERGES[variant]
+    dtypes, strided, _ = MERGES[variant]
     kernel = report["compiled"][arch][variant]
-    one_row = Counter()  # the accesses that read or write one row, by their size in bytes
-    for dtype in dtypes:
-        per_thread = ELEMENTS // kernel["threads"] * (4 if dtype == "float32" else 2)
-        size = min(16, per_thread)  # with AMD's 256 threads a 16-bit block has only 8 bytes for each
-        one_row[size] += per_thread // size
-    # The blend's code is there three times: at once, to scratch, and for the one who settles a row.
-    for function, loads, stores in [("_similarity", 2, 0), ("_blend", 6, 3), ("_copy_back", 1, 1)]:
+    span = Counter()  # the accesses that read or write a span of one row, by their size in bytes
+    for dtype, (elements, blocks) in zip(dtypes, spans_of(kernel, dtypes), strict=True):
+        size = elements * (4 if dtype == "float32" else 2)
+        assert size == 16
+        span[size] += blocks
+    for function, loads, stores in [("load_span", 2 * LOADED, 0), ("_store_blend", 0, BLENDED), ("copy_back", 1, 1)]:
         found = kernel["accesses"][function]
-        wanted = {f"load {size}": loads * n for size, n in one_row.items() if loads}
-        wanted |= {f"store {size}": stores * n for size, n in one_row.items() if stores}
+        wanted = {f"load {size}": loads * n for size, n in span.items() if loads}
+        wanted |= {f"store {size}": stores * n for size, n in span.items() if stores}
         if not strided:
             assert found.keys() == wanted.keys(), function
         assert all(found[name] >= n for name, n in wanted.items()), (function, found, wanted)
@@ -106,22 +117,23 @@ def test_tiles_are_loaded_for_products_alone(report, arch):
 @every_arch
 @every_merge
 def test_dots_are_fused_and_blends_are_not(report, arch, variant):
-    dtypes, _ = MERGES[variant]
+    dtypes, _, _ = MERGES[variant]
     kernel = report["compiled"][arch][variant]
-    per_thread = ELEMENTS // kernel["threads"] * len(dtypes)
+    per_thread = sum(elements * blocks for elements, blocks in spans_of(kernel, dtypes))
     fused = {name: count["fma"] for name, count in kernel["arithmetic"].items() if "fma" in count}
-    assert list(fused) == ["_similarity"]
+    assert list(fused) == ["_add_products"]
     # AMD's compiler leaves the first of a dot's terms as a product.
-    assert fused["_similarity"] >= 3 * (per_thread - (len(dtypes) if arch.startswith("gfx") else 0))
-    blend = kernel["arithmetic"]["_blend"]
-    assert blend["mul"] >= 3 * 2 * per_thread
-    assert blend["add"] >= 3 * per_thread
+    first = sum(elements for elements, _ in spans_of(kernel, dtypes)) if arch.startswith("gfx") else 0
+    assert fused["_add_products"] >= 3 * (MULTIPLIED * per_thread - first)
+    blend = kernel["arithmetic"]["_store_blend"]
+    assert blend["mul"] >= BLENDED * 2 * per_thread
+    assert blend["add"] >= BLENDED * per_thread
 
 
 @every_arch
 @every_merge
 def test_releases_are_behind_a_barrier(report, arch, variant):
-    dtypes, strided = MERGES[variant]
+    dtypes, strided, _ = MERGES[variant]
     kernel = report["compiled"][arch][variant]
     # For every kind of layer: of the row itself, of its partner, of a settled row's partner. And at the end.
     assert kernel["releases"] >= 3 * len(dtypes) * (1 + strided) + 1
@@ -224,7 +236,7 @@ def test_lines_are_attributed_to_functions(tmp_path):
     source.write_text("def f():\n    pass\n\n\n@g\ndef h():\n    pass\n")
     places = ["\t.loc\t1 7 3", "a", "\t.loc 1 2 0 // other.py:6", "b", "\t.loc 2 7 1", "c", "\t.loc 1 0 0", "d"]
     asm = "\n".join([*places, '\t.file\t1 "/x/some.py"', '\t.file 2 "/x" "other.py"'])
-    assert list(attributed(asm, source))[:4] == [("h", "a"), ("f", "b"), ("", "c"), ("", "d")]
+    assert list(attributed(asm, tmp_path))[:4] == [("h", "a"), ("f", "b"), ("", "c"), ("", "d")]
 
 
 def test_lines_of_inline_assembly_are_attributed_to_where_it_begins(tmp_path):
@@ -232,5 +244,5 @@ def test_lines_of_inline_assembly_are_attributed_to_where_it_begins(tmp_path):
     source.write_text("def f():\n    pass\n\n\n@g\ndef h():\n    pass\n")
     inline = ["// begin inline asm", ".loc 1 2 7", "a", ".loc 1 3 7", "b", ".loc 1 7 7", "c", "// end inline asm"]
     asm = "\n".join([*inline, ".loc 1 7 1", "d", *inline, '.file 1 "/x/some.py"'])
-    found = ["".join(line) for line in attributed(asm, source)]
+    found = ["".join(line) for line in attributed(asm, tmp_path)]
     assert found[:-1] == ["fa", "fb", "fc", "hd", "fa", "fb", "fc"]

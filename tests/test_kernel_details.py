@@ -359,7 +359,7 @@ def test_a_handle_looks_its_kernel_up_once():
 @pytest.mark.parametrize("partner", ["random", "similar"])
 def test_running_counts_are_of_the_calls_that_may_write(partner):
     """Also of filters that found no partner, which no merge sees."""
-    weights = [alike(9, 20), torch.randn(40, 30)]
+    weights = [alike(9, 20), torch.randn(40, 100)]
     weights[0][4, 3] = torch.nan
     launcher = launcher_of(weights)
     untouched = launcher.running.largest.tolist()

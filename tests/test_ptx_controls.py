@@ -21,7 +21,8 @@ def outcomes(*, text=None, weak=cases.WEAK[1], **settings):
     return [
         cases.merge_table(
             number, ARCH, table=("star", "cycle")[number % 2], capacity=10_000, elements=256, mutate=mutate, repeats=1,
-            schedule=Schedule(number, cases.WAYS[number % 3], None, weak), **{"programs": 8} | settings,
+            schedule=Schedule(number, cases.WAYS[number % 3], None, weak),
+            **{"BLOCK": 256, "SPAN": 4, "programs": 8} | settings,
         )
         for number in range(SCHEDULES)
     ]  # fmt: skip
@@ -71,7 +72,11 @@ def test_a_naive_merge_in_place_is_noticed():
 
 
 def test_leaving_out_our_own_barriers_proves_nothing():
-    """Triton puts a barrier before a release by itself, 3.6 too: what BARRIER leaves out is there all the same."""
+    """Triton puts a barrier before a release by itself, 3.6 too: what BARRIER leaves out is there all the same.
+
+    So a green run without BARRIER is no sign that none is needed, and a red one cannot be had. What proves the need is
+    :func:`test_each_barrier_deleted_from_the_ptx_is_missed`.
+    """
     found = []
 
     def count(kernel, program, compiled):
@@ -87,18 +92,9 @@ def test_leaving_out_our_own_barriers_proves_nothing():
     assert found[0] == found[1]
 
 
-# Barriers whose deletion no schedule notices, and why.
-UNNOTICED = {
-    "dense": set(),
-    # A strided blend stores through shared memory, and the barriers of that come after its last load: a release behind
-    # them has nothing to wait for that they did not. It is the release of a settled row's partner.
-    "strided": {"_release 3"},
-    "count": set(),
-    "draw": set(),
-}
 CASES = {
     "dense": ("_merge_kernel", barriers.merge_case(ARCH), SCHEDULES),
-    "strided": ("_merge_kernel", barriers.merge_case(ARCH, elements=129), SCHEDULES),
+    "strided": ("_merge_kernel", barriers.merge_case(ARCH, elements=387), SCHEDULES),
     "count": ("_count_kernel", barriers.merge_case(ARCH), 3),
     "draw": ("_draw_kernel", barriers.plan_case(ARCH), 4),
 }
@@ -109,4 +105,4 @@ def test_each_barrier_deleted_from_the_ptx_is_missed(name):
     kernel, run, schedules = CASES[name]
     found = barriers.deletions(kernel, run, schedules)
     assert len(found) >= 10
-    assert {deletion.name for deletion in found if not deletion.noticed_by} == UNNOTICED[name]
+    assert not [deletion.name for deletion in found if not deletion.noticed_by]

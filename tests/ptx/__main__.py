@@ -43,7 +43,7 @@ def one_match(number: int, arch: str) -> cases.Outcome:
 CASES: dict[str, Callable[[int, str], cases.Outcome]] = {"plans": one_plan, "tables": one_table, "match": one_match}
 BARRIERS = {
     "merge, dense": ("_merge_kernel", barriers.merge_case), "draw": ("_draw_kernel", barriers.plan_case),
-    "merge, strided": ("_merge_kernel", lambda arch: barriers.merge_case(arch, elements=129)),
+    "merge, strided": ("_merge_kernel", lambda arch: barriers.merge_case(arch, elements=387)),
     "count": ("_count_kernel", barriers.merge_case), "list": ("_list_kernel", barriers.match_case),
     "match, float32": ("_match_kernel", barriers.match_case),
     "match, bfloat16": ("_match_kernel", lambda arch: barriers.match_case(arch, name="bfloat16")),

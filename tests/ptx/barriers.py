@@ -109,6 +109,7 @@ def without_all(program: Program, steps: Iterable[int]) -> Program:
 
 
 TABLES = ("cycle", "star", "two cycles with tails", "anyhow")
+SHAPE = {"BLOCK": 256, "SPAN": 2}  # of the merge: two warps, and rows of more than a span
 CAPACITIES = (10_000, 0, 40)  # units of scratch: all that there is, none, little
 
 
@@ -119,7 +120,7 @@ def merge_case(arch: str, **settings: Any) -> Run:
         schedule = Schedule(number, cases.WAYS[number % 3], None, [None, cases.WEAK[1]][number // 2 % 2])
         return cases.merge_table(
             number, arch, table=TABLES[number % 4], capacity=CAPACITIES[number % 3], schedule=schedule, mutate=mutate,
-            repeats=1, **{"elements": 256, "programs": (8, 3)[number % 2]} | settings,
+            repeats=1, **SHAPE | {"elements": 640, "programs": (8, 3)[number % 2]} | settings,
         )  # fmt: skip
 
     return run

@@ -13,10 +13,9 @@ from inmerge_fast import MergePlan, reference_merge
 from inmerge_fast.paths.triton.handle import Handle
 from inmerge_fast.paths.triton.launch import Launcher
 
-__all__ = ["KERNELS", "MERGE_SOURCE", "RESULTS", "Handle", "Launcher", "launcher_of", "reference_merge"]
+__all__ = ["KERNELS", "RESULTS", "Handle", "Launcher", "launcher_of", "reference_merge"]
 
-MERGE_SOURCE = inmerge_fast.kernels.merge.__file__
-KERNELS = str(Path(MERGE_SOURCE).parent)
+KERNELS = str(Path(inmerge_fast.kernels.merge.__file__).parent)
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 

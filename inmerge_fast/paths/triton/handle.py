@@ -79,11 +79,51 @@ class Handle:
         self._fixed = (compiled.function, compiled.packed_metadata, None, None, None)
 
 
+# How the merge kernel takes its rows, by the mean length of a filter up to so many elements: BLOCK elements of float32
+# together, four by each thread, and SPAN blocks of both rows in registers. What a row costs whatever its length is paid
+# by every warp, so short rows get one each. All numbers are from counts (NOTES.md); bench_tuning tries others on a GPU.
+MERGE_SHAPES = (
+    (256, {"BLOCK": 128, "SPAN": 3}),
+    (2048, {"BLOCK": 256, "SPAN": 4}),
+    (float("inf"), {"BLOCK": 512, "SPAN": 3}),
+)
+# Registers of a thread for 1, 2 and 4 warps, by dtypes and whether there are strided filters: the fewest with which
+# ptxas (Triton 3.7.1) spills nothing on sm_80, 90 and 100, from memory or not. Left to itself it spills a few words to
+# get down to 64 or 96.
+MERGE_REGISTERS = {
+    ("float32", False): (88, 72, 64), ("16 bits", False): (72, 80, 64), ("several", False): (96, 120, 104),
+    ("float32", True): (96, 96, 88), ("16 bits", True): (112, 120, 88), ("several", True): (128, 136, 128),
+}  # fmt: skip
+STRIDED_BLOCK = 256  # elements of strided filters, whose addresses take registers
+REGISTERS_PER_SM, PROGRAMS_PER_SM = 2**16, 32  # what a multiprocessor holds at a time
+
+
+def merge_shape(elements: float, target: str) -> dict[str, int]:
+    """BLOCK, SPAN and STRIDED_BLOCK of the merge kernel for filters of so many ``elements`` on average."""
+    shape = next(shape for limit, shape in MERGE_SHAPES if elements <= limit)
+    # AMD's warps have 64 threads: the shortest block would leave each 8 bytes.
+    return shape | {"BLOCK": max(shape["BLOCK"], 256 if target == "hip" else 0), "STRIDED_BLOCK": STRIDED_BLOCK}
+
+
+def merge_programs(constants: Mapping[str, Any], target: str) -> int:
+    """Programs of the merge kernel with these constants, for each multiprocessor.
+
+    Twice what its registers hold at a time: where one comes to an end another begins, which spreads rows of different
+    lengths.
+    """
+    options = merge_options(constants, target)
+    if target == "hip":
+        return PROGRAMS_PER_SM // int(options["num_warps"])
+    resident = REGISTERS_PER_SM // (options["maxnreg"] * 32 * options["num_warps"])
+    return min(PROGRAMS_PER_SM, 2 * int(resident))
+
+
 def merge_options(constants: Mapping[str, Any], target: str) -> dict[str, Any]:
     """Compiler options of the merge kernel with these constants for ``target`` ("cuda" or "hip")."""
-    options: dict[str, Any] = {}
-    if target == "cuda":
-        # Left to itself the assembler spills a few words to get down to 64 or 96 registers.
-        dtypes = sum(constants[name] for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16"))
-        options["maxnreg"] = 128 if constants["HAS_STRIDED"] else 88 if constants["IN_MEMORY"] or dtypes > 1 else 80
-    return options
+    if target == "hip":
+        return {"num_warps": max(1, constants["BLOCK"] // 256)}
+    warps = max(1, constants["BLOCK"] // 128)
+    dtypes = [name for name in ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16") if constants[name]]
+    kinds = "several" if len(dtypes) > 1 else "float32" if constants["HAS_FLOAT32"] else "16 bits"
+    registers = MERGE_REGISTERS[kinds, bool(constants["HAS_STRIDED"])]
+    return {"num_warps": warps, "maxnreg": registers[min(warps.bit_length(), len(registers)) - 1]}

@@ -19,7 +19,7 @@ from ...kernels.merge import _merge_kernel
 from ...kernels.prepare import _prepare_kernel
 from ...plan.candidates import MergeLayer
 from .draw_ahead import DRAW_AHEAD, Drawn, next_draw
-from .handle import Arguments, Handle, check_not_capturing, merge_options
+from .handle import Arguments, Handle, check_not_capturing, merge_options, merge_programs, merge_shape
 from .launch_match import Matcher
 from .layer_table import layer_table
 from .results import Results
@@ -31,9 +31,8 @@ ROW_BLOCK = 256  # rows per program of the draw and the count
 SCRATCH_SHARE = 0.12  # of the layers' bytes, at prob 0.3; merged rows with readers need 8 % on average
 SMALL_SCRATCH = 1 << 16  # bytes up to which scratch may be SMALL_SHARE: a few rows of a small layer are above average
 SMALL_SHARE = 0.15
-PROGRAMS_PER_SM = 8
 _NOTHING = contextlib.nullcontext()
-MAX_ELEMENTS = 2**31 - 2**10  # per filter: the last block of one begins and ends within 31 bits
+MAX_ELEMENTS = 2**31 - 2**13  # per filter: the last span of one begins and ends within 31 bits
 MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
 
 
@@ -88,6 +87,7 @@ class Launcher:
         self._may_capture = False
         kinds = table[:, tables.KIND.value]
         self._kinds: list[int] = kinds.tolist()
+        self._target = "hip" if torch.version.hip else "cuda"
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
             "HAS_BFLOAT16": any(layer.dtype == torch.bfloat16 for layer in layers),
@@ -95,7 +95,7 @@ class Launcher:
             "HAS_DENSE": bool((kinds < tables.STRIDED.value).any()),
             "HAS_STRIDED": bool((kinds >= tables.STRIDED.value).any()),
             "IN_MEMORY": False,
-            "BLOCK": min(1024, max(32, triton.next_power_of_2(longest))),
+            **merge_shape(sum(weight.numel() for weight in weights) / max(rows, 1), self._target),
             "BARRIER": True,
             "SEM": "acq_rel",
             "NAIVE": False,
@@ -115,7 +115,8 @@ class Launcher:
         self._row_blocks = triton.cdiv(rows, ROW_BLOCK)
         self.programs = 4  # the interpreter runs them one after the other
         if self.on_gpu:
-            self.programs = torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+            self.programs = multiprocessors * merge_programs(self._constants, self._target)
         self.programs = min(self.programs, rows)
 
     def reserve_scratch(self, prob: float) -> None:
@@ -363,9 +364,8 @@ class Launcher:
     def _merge_handle(self, overrides: dict[str, Any]) -> Handle:
         key = tuple(sorted(overrides.items())) if overrides else ()
         if key not in self._merges:
-            target = "hip" if torch.version.hip else "cuda"
             constants = self._constants | overrides
-            options = merge_options(constants, target)
+            options = merge_options(constants, self._target)
             options |= {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in overrides}
             self._merges[key] = Handle(_merge_kernel, constants, options)
         return self._merges[key]

@@ -45,7 +45,6 @@ def _fill_line(line: np.ndarray, layer: MergeLayer, weight: torch.Tensor, first_
         tables.RUN: layout.run,
         tables.OUTER_STRIDE: layout.outer_stride,
         tables.INNER_STRIDE: layout.inner_stride,
-        tables.SCRATCH_UNITS: -(-layout.elements * size // 16),
     }
     for column, value in columns.items():
         line[column.value] = value
