@@ -116,7 +116,7 @@ def huggingface_trainer(model, callbacks, folder, **arguments):
         "output_dir": str(folder), "per_device_train_batch_size": 1, "gradient_accumulation_steps": ACCUMULATE,
         "num_train_epochs": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "max_grad_norm": 0.0,
         "disable_tqdm": True, "seed": 0, "remove_unused_columns": False, "logging_strategy": "no",
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": False, "label_names": ["x"],
     } | arguments  # fmt: skip
 
     class InOrder(transformers.Trainer):
