@@ -261,6 +261,9 @@ def test_fit_twice_goes_on_in_the_same_trainer_and_begins_anew_in_another(tmp_pa
     fit(module, [callback], tmp_path)
     assert callback.merger is not first
     assert callback.merger.step_count == STEPS
+    fit(module, [], tmp_path).save_checkpoint(tmp_path / "plain.ckpt")
+    fit(module, [callback], tmp_path, max_epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+    assert callback.merger._run.counted_by_layer()["net.3"][0] <= 8 * STEPS  # nothing of the run before
 
 
 class StopsAt(pl.Callback):
@@ -345,10 +348,16 @@ def test_averaged_weights_are_left_alone(tmp_path):
 
     log = DictLogger()
     callback = InMergeCallback(**ALWAYS, loggers=[log], observe_every=1)
-    averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
-    trainer = fit(Module(), [callback, averaging], tmp_path, max_epochs=2)
+
+    def averaging():
+        return StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+
+    trainer = fit(Module(), [callback, averaging()], tmp_path, max_epochs=2)
     assert [row["step"] for row in log.rows] == list(range(2 * STEPS))
     assert callback.merger.step_count == trainer.global_step == 2 * STEPS + 1
+    callback = InMergeCallback(**BUDGET)
+    fit(Module(), [averaging(), callback], tmp_path, max_epochs=2)
+    assert callback.merger._run.recipe.merging_steps == 2 * STEPS
 
 
 def test_an_average_follows(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,14 +75,14 @@ class InMergeCallback(_Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self._module: Any = None
+        self._run: tuple[Any, Any] = (lambda: None, None)  # the trainer, weakly, and the module of the merger
         self._followed: Any = None  # the optimizer that the merger is attached to
         self._left_at: int | None = None  # Lightning's step at which it was detached in mid-run
         self.merger: InMerge | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The arguments, and a state that was loaded; not the run, which goes on in the original alone."""
-        live = ("_module", "_followed", "_left_at", "merger", "log", "log_dict")  # the last two are the module's
+        live = ("_run", "_followed", "_left_at", "merger", "log", "log_dict")  # the last two are the module's
         return {name: value for name, value in self.__dict__.items() if name not in live}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -104,10 +105,10 @@ class InMergeCallback(_Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Build the InMerge, or have it go on, and attach it: after the learning rate and batch size finders."""
         self._let_go()
-        before = None
-        if self.merger is not None and self._module is pl_module and trainer.global_step > 0:
-            before = self.merger.state_dict()
-        state = before if self._saved is None else self._saved
+        state = self._saved
+        goes_on = self._run[0]() is trainer and self._run[1] is pl_module and trainer.global_step > 0
+        if state is None and goes_on and self.merger is not None:
+            state = self.merger.state_dict()
         part, tag = self._blueprint.part(pl_module)
 
         def log(row: Row) -> None:
@@ -116,7 +117,7 @@ class InMergeCallback(_Callback):
 
         total, epochs = _length(trainer, pl_module)
         self.merger = self._blueprint.merger(part, total, epochs, [log] if trainer.loggers else [])
-        self._module, self._saved, self._left_at = pl_module, None, None
+        self._run, self._saved, self._left_at = (weakref.ref(trainer), pl_module), None, None
         if state is not None:
             self._blueprint.load(self.merger, state)
         elif trainer.global_step > 0:
@@ -184,24 +185,24 @@ class InMergeCallback(_Callback):
 
 
 def _length(trainer: Any, pl_module: Any) -> tuple[float, float | None]:
-    """Optimizer steps of the run, infinite if nobody knows, and its epochs; None if they are not what ends it."""
-    epochs, batches = trainer.max_epochs, trainer.num_training_batches
-    ends_by_epochs = epochs is not None and epochs > 0 and trainer.max_steps == -1
-    factors = _accumulation(trainer, epochs if ends_by_epochs else 0)
-    if factors and math.isfinite(batches):
+    """Optimizer steps of the run, infinite if nobody knows, and its epochs; None if they do not tell the steps."""
+    # StochasticWeightAveraging has added an epoch in which nothing is trained.
+    epochs = next((c.swa_end + 1 for c in trainer.callbacks if hasattr(c, "swa_end")), trainer.max_epochs)
+    batches, automatic = trainer.num_training_batches, pl_module.automatic_optimization
+    if epochs is not None and epochs > 0 and trainer.max_steps == -1 and math.isfinite(batches):
+        factors = _accumulation(trainer, epochs)
         total = sum(math.ceil(batches / factor) for factor in factors)
-        return total, epochs if len(set(factors)) == 1 else None
+        # By hand it steps as it likes; once per batch with each optimizer is usual.
+        return total, epochs if automatic and len(set(factors)) == 1 else None
     total = trainer.estimated_stepping_batches
-    if not pl_module.automatic_optimization:  # it steps as it likes; once per batch with each optimizer is usual
-        if trainer.max_steps > 0:
-            total = min(total, trainer.max_steps // len(trainer.optimizers))
-        ends_by_epochs = False
-    return (total if total > 0 else math.inf), (epochs if ends_by_epochs else None)
+    if not automatic and trainer.max_steps > 0:
+        total = min(total, trainer.max_steps // len(trainer.optimizers))
+    return (total if total > 0 else math.inf), None
 
 
 def _accumulation(trainer: Any, epochs: int) -> list[int]:
-    """Batches per optimizer step in each epoch, where a GradientAccumulationScheduler sets them."""
+    """Batches per optimizer step in each epoch, which a GradientAccumulationScheduler changes."""
     for callback in trainer.callbacks:
         if hasattr(callback, "get_accumulate_grad_batches"):
             return [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
-    return []
+    return [trainer.accumulate_grad_batches] * epochs
