@@ -95,11 +95,11 @@ InMergeCallback(keep=0)
 def test_a_type_checker_sees_the_arguments(tmp_path):
     pytest.importorskip("mypy")
     for name, _ in FRAMEWORKS:
-        (tmp_path / f"{name}.py").write_text(SNIPPET.format(name=name))
-    files = [tmp_path / f"{name}.py" for name, _ in FRAMEWORKS]
+        (tmp_path / f"uses_{name}.py").write_text(SNIPPET.format(name=name))
+    files = [tmp_path / f"uses_{name}.py" for name, _ in FRAMEWORKS]
     command = [sys.executable, "-m", "mypy", *files]  # with the project's settings
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    errors = [line for line in done.stdout.splitlines() if "uses_" in line and ": error:" in line]
     assert len(errors) == 3 * len(files), done.stdout + done.stderr
     for file in files:
         found = "\n".join(line for line in errors if f"{file.name}:" in line)
