@@ -247,23 +247,39 @@ def test_a_callback_that_joins_later_counts_the_steps_before_it(tmp_path):
 # ----------------------------------------------------------------------------------------------------- several runs
 
 
-def test_fit_twice_goes_on_in_the_same_trainer_and_begins_anew_in_another(tmp_path):
-    whole, in_one_go = Module(), InMergeCallback(**RECIPE)
-    fit(whole, [in_one_go], tmp_path, max_epochs=3)
-    module, callback = Module(), InMergeCallback(**BUDGET)
-    trainer = fit(module, [callback], tmp_path)
-    trainer.fit_loop.max_epochs = 3
+def sampled(callback):
+    return {name: sampled for name, (sampled, _) in callback.merger._run.counted_by_layer().items()}
+
+
+def fit_on(trainer, module, epochs):
+    trainer.fit_loop.max_epochs = epochs
     trainer.fit(module, torch.utils.data.DataLoader(Batches(), batch_size=None))
+
+
+def test_fit_twice_goes_on_in_the_same_trainer(tmp_path):
+    in_one_go, callback, module = InMergeCallback(**RECIPE), InMergeCallback(**RECIPE), Module()
+    fit(Module(), [in_one_go], tmp_path, max_epochs=3)
+    trainer = fit(module, [callback], tmp_path)
+    fit_on(trainer, module, 3)
     assert callback.merger.step_count == trainer.global_step == 3 * STEPS
-    assert callback.merger._run.recipe.merging_steps == 3 * STEPS
-    assert sum(sampled for sampled, _ in callback.merger._run.counted_by_layer().values()) > 2 * STEPS
-    first = callback.merger
+    assert sampled(callback) == sampled(in_one_go)
+    budget = InMergeCallback(**BUDGET)
+    fit_on(fit(module, [budget], tmp_path), module, 3)
+    assert budget.merger._run.recipe.merging_steps == 3 * STEPS
+
+
+def test_fit_begins_anew_in_another_trainer(tmp_path):
+    module, callback, other = Module(), InMergeCallback(**RECIPE), InMergeCallback(**RECIPE)
+    fit(module, [callback], tmp_path, max_epochs=2)
     fit(module, [callback], tmp_path)
-    assert callback.merger is not first
+    fit(Module(), [other], tmp_path)
     assert callback.merger.step_count == STEPS
+    assert sampled(callback) == sampled(other)
     fit(module, [], tmp_path).save_checkpoint(tmp_path / "plain.ckpt")
-    fit(module, [callback], tmp_path, max_epochs=2, ckpt_path=tmp_path / "plain.ckpt")
-    assert callback.merger._run.counted_by_layer()["net.3"][0] <= 8 * STEPS  # nothing of the run before
+    for one, resumed in ((callback, module), (InMergeCallback(**RECIPE), Module())):
+        other = one
+        fit(resumed, [one], tmp_path, max_epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+    assert sampled(callback) == sampled(other)  # neither has anything of a run before
 
 
 class StopsAt(pl.Callback):
