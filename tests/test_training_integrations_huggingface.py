@@ -97,13 +97,13 @@ def test_the_state_is_saved_by_whom_and_when_the_trainers_is(tmp_path, monkeypat
 
 
 def test_callbacks_that_the_trainer_restores_itself_are_no_obstacle(tmp_path):
-    """With this flag it constructs the callbacks of a checkpoint anew, which knows nothing of functions and parts."""
+    """With this flag it constructs the callbacks of a checkpoint anew, from what it holds of their arguments."""
     patience = transformers.EarlyStoppingCallback
     evaluating = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, **SAVING}
-    model, callback = Classifier(), InMergeCallback(target=lambda m: m.net, **RECIPE)
+    model, callback = Classifier(), InMergeCallback(**RECIPE)
     huggingface_trainer(model, [callback, patience(5)], tmp_path, **evaluating).train()
     for flag in (True, False):
-        resumed, again = Classifier(), InMergeCallback(target=lambda m: m.net, **RECIPE)
+        resumed, again = Classifier(), InMergeCallback(**RECIPE)
         trainer = huggingface_trainer(resumed, [again, patience(7)], tmp_path,
                                       restore_callback_states_from_checkpoint=flag, **evaluating)  # fmt: skip
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
