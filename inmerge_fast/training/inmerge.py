@@ -19,13 +19,13 @@ from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
 from ..plan.plan import DEFAULT_SKIP_FIRST, Target
 from ..stats import MergeStats, NoEffectWarning
-from ..thresholds import check_count
+from .arguments import InMergeArguments, checked
 from .distributed import check_agreement
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
 from .monitor import Logger, Monitor
-from .recipe import Recipe, Threshold, in_steps, selection
+from .recipe import Threshold
 from .run import MergeRun
 from .schedules import Schedule
 from .summary import Preview, RunSummary, preview, summarise
@@ -104,33 +104,21 @@ class InMerge:
         observe_every: int = 10,
         process_group: Any = None,
     ) -> None:
+        parts = checked({name: value for name, value in locals().items() if name in InMergeArguments.__annotations__})
         if isinstance(model, AveragedModel):
             raise ValueError(
                 "model is an AveragedModel, whose weights the next update_parameters() overwrites; merge the model "
                 "that is trained, and its average follows"
             )
-        first, last = in_steps(start, stop, steps_per_epoch)
-        recipe = Recipe(alpha, prob, threshold, partner, first, last, every, seed)
-        check_count("observe_every", observe_every)
-        for name, flag in (("include_linear", include_linear), ("include_frozen", include_frozen)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, got {flag!r}")
-        if not isinstance(guard, CollapseGuard) and guard is not None and guard != "default":
-            raise TypeError(f"guard must be a CollapseGuard or None, got {guard!r}")
-        for log in loggers:
-            if not callable(log):
-                raise TypeError(f"loggers must be callable, got {log!r}")
         if not isinstance(model, (nn.Module, torch.Tensor)) and isinstance(model, Iterable):
             model = tuple(model)
-        if guard == "default":
-            guard = CollapseGuard()
         self._run = MergeRun(
             unwrap_compiled(model) if isinstance(model, nn.Module) else model,
-            selection(skip_first, exclude, include_linear, include_frozen),
-            recipe,
-            guard,  # type: ignore[arg-type]
-            Monitor(loggers),
-            int(observe_every),
+            parts.selection,
+            parts.recipe,
+            parts.guard,
+            Monitor(parts.loggers),
+            parts.observe_every,
             process_group,
         )
         self._attached: AttachedStep | None = None
