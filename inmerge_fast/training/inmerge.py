@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..merge_plan import MergePlan
 from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
 from ..plan.plan import DEFAULT_SKIP_FIRST, Target
-from ..stats import MergeStats, NoEffectWarning
+from ..stats import MergeStats
 from ..thresholds import check_count
 from .distributed import check_agreement
 from .graphs import GraphSteps
@@ -28,9 +27,8 @@ from .monitor import Logger, Monitor
 from .recipe import Recipe, Threshold, in_steps, selection
 from .run import MergeRun
 from .schedules import Schedule
+from .silence import Evaluation
 from .summary import Preview, RunSummary, preview, summarise
-
-EVAL_STEPS = 100  # steps in evaluation mode, before any in training mode, after which a warning says so
 
 
 class InMerge:
@@ -134,7 +132,7 @@ class InMerge:
             process_group,
         )
         self._attached: AttachedStep | None = None
-        self._steps_in_evaluation = 0
+        self._evaluation = Evaluation()
         self._graph = GraphSteps(self._run)
         if several_ranks(process_group):
             check_agreement(self._run.described(), process_group)
@@ -165,6 +163,9 @@ class InMerge:
     def step(self) -> MergeStats | None:
         """Merge, if this step is one that merges, and count it. Call it once per optimizer step, outside the model.
 
+        In evaluation mode it does nothing, so that it may stand before the forward pass of a loop that validates, too.
+        That holds for one process: ranks of which one does nothing would drift apart, so several raise.
+
         While a CUDA graph is captured, the launches are captured that merge what :meth:`prepare` has last set.
 
         Returns:
@@ -172,23 +173,31 @@ class InMerge:
             evaluation mode, and while capturing.
 
         Raises:
-            RuntimeError: it is attached to an optimizer, which calls it already.
+            RuntimeError: it is attached to an optimizer, which calls it already; or one of several ranks is in
+                evaluation mode.
             ValueError: a schedule is out of range, or a weight cannot be merged any more; nothing was written then.
         """
         if self._attached is not None:
             raise RuntimeError("this InMerge is attached to an optimizer and steps with it; detach() it first")
+        if not self._is_training():
+            self._skip()
+            return None
+        if self._evaluation.calls:
+            self._evaluation.end()
         return self._advance()
 
     @outside_dynamo  # again, for an optimizer step inside a compiled function
     def _advance(self) -> MergeStats | None:
+        """A step that was taken, whatever mode the model is in: whoever asks for it knows that it is training."""
         check_outside_transforms()
-        if not self._is_training():
-            self._count_evaluation()
-            return None
         if self._graph.is_capturing():
             self._graph.capture()
             return None
-        return self._run.merge()
+        plan = self._run.plan
+        stats = self._run.merge()
+        if self._attached is not None and self._run.plan is not plan:
+            self._attached.look_again()
+        return stats
 
     def _is_training(self) -> bool:
         model = self._run.model
@@ -196,15 +205,13 @@ class InMerge:
             return model.training
         return not isinstance(model, tuple) or all(getattr(item, "training", True) for item in model)
 
-    def _count_evaluation(self) -> None:
-        self._steps_in_evaluation += 1
-        if self._steps_in_evaluation == EVAL_STEPS and self.step_count == 0:
-            warnings.warn(
-                f"{EVAL_STEPS} steps of InMerge and all of them in evaluation mode, where nothing is merged; if "
-                "this is training, call model.train()",
-                NoEffectWarning,
-                stacklevel=3,
+    def _skip(self) -> None:
+        if several_ranks(self._run.group):
+            raise RuntimeError(
+                "step() was called in evaluation mode on one of several ranks, whose replicas drift apart where one "
+                "does not merge; call it where the optimizer steps, after model.train(), or attach() it"
             )
+        self._evaluation.count(self.plan.layers[0].weight, self.step_count)
 
     # ------------------------------------------------------------------------------------------------------ monitoring
 
@@ -274,26 +281,38 @@ class InMerge:
     # ------------------------------------------------------------------------------------------------------ optimizer
 
     def attach(self, optimizer: torch.optim.Optimizer) -> InMerge:
-        """Merge after each step of ``optimizer``, so that nothing is left to call.
+        """Merge after each step of ``optimizer``, so that nothing is left to call, whatever mode the model is in.
 
         With gradient accumulation that is once per optimizer step. A step that a ``GradScaler`` skips merges nothing
         and is not counted; with fused and capturable optimizers, which decide on the device whether to skip, the host
-        waits for that decision.
+        waits for that decision. Wrapped optimizers (accelerate, Lookahead, SAM, ``PostLocalSGDOptimizer``,
+        ``ZeroRedundancyOptimizer``, ...) are followed: a step is one that the innermost optimizer takes, and is merged
+        when the outermost call is over.
+
+        Another InMerge that is attached for the same weights is detached, with a warning. A warning also tells when the
+        weights go on changing without steps of ``optimizer``. As a context it is detached at the end::
+
+            with inmerge_fast.InMerge(model).attach(optimizer) as merger:
+                train()
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: not a ``torch.optim.Optimizer``.
-            ValueError: the optimizer does not update these weights, e.g. because it holds copies of them.
+            TypeError: not an optimizer.
+            ValueError: the optimizer does not update these weights, e.g. because it holds copies of them; or PyTorch
+                calls no hooks after its steps, and nothing inside it can be followed.
             RuntimeError: it is attached already.
         """
         if self._attached is not None:
             raise RuntimeError(
                 "this InMerge is attached already; of several optimizers, attach it to the last one to step"
             )
-        self._attached = AttachedStep(optimizer, self.plan.weights(), self._advance)
+        self._attached = AttachedStep(optimizer, self._weights, self._advance, self.detach)
         return self
+
+    def _weights(self) -> list[torch.Tensor]:
+        return self.plan.weights()
 
     @property
     def attached(self) -> bool:
@@ -301,10 +320,16 @@ class InMerge:
         return self._attached is not None
 
     def detach(self) -> None:
-        """Undo :meth:`attach`."""
-        if self._attached is not None:
-            self._attached.remove()
-            self._attached = None
+        """Undo :meth:`attach`; does nothing where it is not attached."""
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            attached.remove()
+
+    def __enter__(self) -> InMerge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
     # ---------------------------------------------------------------------------------------------------------- state
 

@@ -47,6 +47,7 @@ class MergeRun:
     Attributes:
         plan: the layers that are merged.
         step_count: optimizer steps so far; the number of the next one.
+        group: the ranks that train this model; None for all.
         stopped: names of layers that the guard has stopped.
         watch: what keeps account of what merging costs; None without guard and budget.
     """
@@ -62,7 +63,8 @@ class MergeRun:
         group: Any,
     ) -> None:
         self.model, self.recipe, self.guard, self.monitor = model, recipe, guard, monitor
-        self._selection, self._observe_every, self._group = selection, observe_every, group
+        self.group = group
+        self._selection, self._observe_every = selection, observe_every
         self._quantiles: dict[str, float] = {}
         self._quantiles_of: int | None = None  # the step that they were computed at
         self.stopped: set[str] = set()
@@ -199,7 +201,7 @@ class MergeRun:
             return [self.recipe.threshold_at(step)] * len(self.plan.layers)
         is_due = self._quantiles_of is None or step - self._quantiles_of >= chosen.every
         if is_due or not self._quantiles.keys() >= set(self.plan.names):
-            self._quantiles = broadcast_from_first(self._measure_quantiles(chosen.rate), self._group)
+            self._quantiles = broadcast_from_first(self._measure_quantiles(chosen.rate), self.group)
             self._quantiles_of = step
         return [self._quantiles[name] for name in self.plan.names]
 
@@ -260,7 +262,7 @@ class MergeRun:
         self._warn_of_differences(restored)
         self.recipe, self._fixed = restored, None
         budget = restored.threshold if isinstance(restored.threshold, RankBudget) else None
-        self.watch = None if budget is None and self.guard is None else RankWatch(budget, self._group)
+        self.watch = None if budget is None and self.guard is None else RankWatch(budget, self.group)
         if self.watch is not None and state["watch"] is not None:
             self.watch.load_state_dict(state["watch"])
         self._fixed = self._fixed_thresholds(self.plan)
