@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..effect import callers_level
-from .optimizers import Stepping, stepping_of
+from ..plan.plan import LayerPlan
+from .optimizers import Stepping, check_held, stepping_of
 from .silence import Silence
 
 
@@ -25,7 +26,7 @@ class AttachedStep:
 
     Args:
         optimizer: what the training loop steps.
-        weights: gives what it must hold at least one of; none if it cannot be told yet.
+        plan: gives the plan as it is now, of whose weights it must hold at least one, unless all are frozen.
         call: the function.
         let_go: what is called when a newer one is attached for these weights; it must :meth:`remove` this one.
 
@@ -37,21 +38,22 @@ class AttachedStep:
     def __init__(
         self,
         optimizer: Any,
-        weights: Callable[[], Sequence[torch.Tensor]],
+        plan: Callable[[], LayerPlan],
         call: Callable[[], object],
         let_go: Callable[[], object],
     ) -> None:
-        now = weights()
-        stepping = stepping_of(optimizer, now)
-        _let_others_go(now)
-        self._weights, self._call, self._let_go = weights, call, let_go
+        weights = plan().weights()
+        stepping = stepping_of(optimizer, weights)
+        _let_others_go(plan().weights(waiting=True))
+        self._plan, self._call, self._let_go = plan, call, let_go
+        self._is_checked = bool(weights)
         self._real = [weakref.ref(real) for real in stepping.real]
         self._is_on = True
         self._depth = 0  # calls around a step that have begun
         self._taken = False  # whether a step was taken inside them
         self._handles = [real.register_step_post_hook(self._after_step) for real in stepping.real]
         self._replaced = [self._surround(owner, name, stepping) for owner, name in stepping.around]
-        self._silence = Silence(self, type(optimizer).__name__, now, stepping.real)
+        self._silence = Silence(self, type(optimizer).__name__, weights, stepping.real)
         _attached.add(self)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -108,15 +110,24 @@ class AttachedStep:
         return self._depth > 0
 
     def look_again(self) -> None:
-        """Take in that weights were replaced."""
-        self._silence.look_at(self._weights())
+        """Take in that weights were replaced, or that frozen ones are trained now.
+
+        Raises:
+            ValueError: no weight was trained before, and the optimizer holds none of those that are.
+        """
+        weights = self._plan().weights()
+        self._silence.look_at(weights)
+        if weights and not self._is_checked:
+            self._is_checked = True
+            optimizers = [real() for real in self._real]
+            check_held([optimizer for optimizer in optimizers if optimizer is not None], weights)
 
     def holds(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether it merges one of these weights after steps that may come."""
         if not self._is_on or not any(real() is not None for real in self._real):
             return False
         try:
-            return not set(map(id, weights)).isdisjoint(map(id, self._weights()))
+            return not set(map(id, weights)).isdisjoint(map(id, self._plan().weights(waiting=True)))
         except ValueError:  # its weights are gone
             return False
 

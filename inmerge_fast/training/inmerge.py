@@ -19,7 +19,7 @@ from ..plan.filters import check_outside_transforms
 from ..plan.plan import DEFAULT_SKIP_FIRST, Target
 from ..stats import MergeStats
 from ..thresholds import check_count
-from .distributed import check_agreement
+from .agreement import check_agreement
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
@@ -59,7 +59,8 @@ class InMerge:
         skip_first: see :func:`inmerge_fast.merge_`; or name patterns of the layers to leave out, and no others.
         exclude: name patterns of layers to leave out as well, see :func:`inmerge_fast.merge_`.
         include_linear: whether ``Linear`` layers take part too.
-        include_frozen: whether weights that require no gradient take part too. Freezing and unfreezing is noticed.
+        include_frozen: whether weights that require no gradient take part too. Without it frozen layers wait until they
+            are trained, also where all of them are frozen for a while; layers that are given one by one are meant.
         start: first step that merges.
         stop: first step that does not any more; None for no end.
         every: merge at every ``every``-th step from ``start`` on.
@@ -211,7 +212,8 @@ class InMerge:
                 "step() was called in evaluation mode on one of several ranks, whose replicas drift apart where one "
                 "does not merge; call it where the optimizer steps, after model.train(), or attach() it"
             )
-        self._evaluation.count(self.plan.layers[0].weight, self.step_count)
+        layers = self.plan.layers
+        self._evaluation.count(layers[0].weight if layers else None, self.step_count)
 
     # ------------------------------------------------------------------------------------------------------ monitoring
 
@@ -308,11 +310,8 @@ class InMerge:
             raise RuntimeError(
                 "this InMerge is attached already; of several optimizers, attach it to the last one to step"
             )
-        self._attached = AttachedStep(optimizer, self._weights, self._advance, self.detach)
+        self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach)
         return self
-
-    def _weights(self) -> list[torch.Tensor]:
-        return self.plan.weights()
 
     @property
     def attached(self) -> bool:

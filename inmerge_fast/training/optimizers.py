@@ -48,12 +48,8 @@ def stepping_of(optimizer: Any, weights: Sequence[torch.Tensor]) -> Stepping:
         hint = f"; attach to its {' or '.join(found)}" if found else ""
         raise TypeError(f"optimizer must be a torch.optim.Optimizer to attach to, got {type(optimizer).__name__}{hint}")
     chain = _chain(optimizer, wanted)
-    if wanted and not any(_held(link) & wanted for link, _ in chain):
-        raise ValueError(
-            "the optimizer holds none of the weights that are merged: it updates another model, or copies of them "
-            "(float32 masters), which would overwrite every merge; attach to the optimizer of these weights, or give "
-            "InMerge what this one updates"
-        )
+    if wanted:
+        check_held([link for link, _ in chain], weights)
     real = [link for link, inner in chain if not inner]
     real = [one for one in real if _held(one) & wanted] or real  # none on a rank that has no share of these weights
     for one in real:
@@ -65,6 +61,21 @@ def stepping_of(optimizer: Any, weights: Sequence[torch.Tensor]) -> Stepping:
             around += [(link, name) for name in _steps_of(link)]
             ends |= {(id(link), last)} if last is not None else set()
     return Stepping(tuple(real), tuple(around), frozenset(ends))  # type: ignore[arg-type]
+
+
+def check_held(optimizers: Sequence[Any], weights: Sequence[torch.Tensor]) -> None:
+    """Raise where optimizers hold none of the weights.
+
+    Raises:
+        ValueError: they hold none.
+    """
+    wanted = set(map(id, weights))
+    if not any(_held(optimizer) & wanted for optimizer in optimizers):
+        raise ValueError(
+            "the optimizer holds none of the weights that are merged: it updates another model, or copies of them "
+            "(float32 masters), which would overwrite every merge; attach to the optimizer of these weights, or give "
+            "InMerge what this one updates"
+        )
 
 
 def _is_like_an_optimizer(value: Any) -> bool:
