@@ -92,15 +92,15 @@ class RankWatch:
         self._occasion = occasion
         counted = self._count is not None and occasion >= self._count.due
         merged = self._count.merged() if self._count is not None and counted else {}
-        if self._agreed is not None and counted:
-            self._agreed = list(merged)
+        if counted:
+            self._count = None
+            self._agreed = None if self._agreed is None else list(merged)
         candidates = names if self._agreed is None else self._agreed
         known = [name for name in candidates if name in self.ledgers]
         due: set[str] = set()
         if not known or counted:
             # A layer that has come since waits: when to measure must not depend on the plan of one rank.
             due.update(set(candidates).difference(known))
-            self._count = None
             due.update(name for name in known if name in merged and self.ledgers[name].is_due(merged[name]))
         if self._budget is not None and not self._is_over(run.recipe, occasion):
             window = self.window(run.recipe, occasion)
