@@ -19,6 +19,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from .filters import FilterLayout, check_weight, filter_layout
 
+# What wrappers put into module names: torch.compile, activation checkpointing, FSDP1, Fabric. The names of a model, its
+# state dict and a saved InMerge must not depend on them.
+INSERTED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 FROZEN = "frozen (requires_grad is False)"
 
 
@@ -82,15 +85,17 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
 
     Convolutions are numbered first, so that asking for Linears does not renumber them.
     """
-    wrapped = isinstance(unwrap_compiled(model), (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
-    prefix = "module." if wrapped else ""
     found: list[tuple[str, nn.Module]] = []
     sharing = SharedWeights()
+    names = {"": ""}  # by path, without what wrappers insert
     for path, module in model.named_modules():
+        above, _, part = path.rpartition(".")
+        inserted = part in INSERTED or (part == "module" and _is_wrapper(model.get_submodule(above)))
+        around = names.get(above, above)
+        names[path] = around if inserted else f"{around}.{part}".removeprefix(".")
         if not is_mergeable_module(module) or (isinstance(module, nn.Linear) and not include_linear):
             continue
-        name = ".".join(part for part in path.split(".") if part != "_orig_mod")
-        name = f"{name}.".removeprefix(prefix).removesuffix(".") or type(module).__name__
+        name = names[path] or type(module).__name__
         if not sharing.is_tied(name, module):
             found.append((name, module))
     convolutions = sum(not isinstance(module, nn.Linear) for _, module in found)
@@ -101,6 +106,13 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
         candidates.append(Candidate(name, next_id[is_linear], module))
         next_id[is_linear] += 1
     return candidates, sharing.tied
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is a wrapper that keeps what it wraps as ``module``, as those for data parallelism do."""
+    if isinstance(module, AveragedModel):
+        return True
+    return any("DataParallel" in base.__name__ or base.__name__ == "DeepSpeedEngine" for base in type(module).__mro__)
 
 
 class SharedWeights:
