@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..draw import MAX_STEP, check_word
 from ..dynamo import outside_dynamo
@@ -20,6 +19,7 @@ from ..plan.plan import DEFAULT_SKIP_FIRST, Target
 from ..stats import MergeStats
 from ..thresholds import check_count
 from .agreement import check_agreement
+from .copies import check_is_no_average
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
@@ -103,11 +103,7 @@ class InMerge:
         observe_every: int = 10,
         process_group: Any = None,
     ) -> None:
-        if isinstance(model, AveragedModel):
-            raise ValueError(
-                "model is an AveragedModel, whose weights the next update_parameters() overwrites; merge the model "
-                "that is trained, and its average follows"
-            )
+        check_is_no_average(unwrap_compiled(model) if isinstance(model, nn.Module) else model)
         first, last = in_steps(start, stop, steps_per_epoch)
         recipe = Recipe(alpha, prob, threshold, partner, first, last, every, seed)
         check_count("observe_every", observe_every)
@@ -137,6 +133,19 @@ class InMerge:
         self._graph = GraphSteps(self._run)
         if several_ranks(process_group):
             check_agreement(self._run.described(), process_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get, also those of a model or callback that holds this InMerge.
+
+        A copy has the recipe and goes on from the same step. It plans when it is first used, for the copy of the model;
+        it is attached to nothing, and has no loggers.
+        """
+        return self._run.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._run = MergeRun.__new__(MergeRun)
+        self._run.__setstate__(state)
+        self._attached, self._evaluation, self._graph = None, Evaluation(), GraphSteps(self._run)
 
     @property
     def plan(self) -> MergePlan:
