@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def open_file(options: argparse.Namespace, name: str, settings: Mapping[str, object]) -> ResultFile:
     """The result file of a run with these options."""
     torch.set_num_threads(options.threads)
+    # What is timed again repeats its draws on purpose.
+    warnings.filterwarnings("ignore", "step goes back", UserWarning)
     return ResultFile(options.out, name, environment(options.device), settings)
 
 

@@ -90,8 +90,8 @@ CORRECT = [
         gpu_tests("test_compile", 70, 30, "torch.compile around merge_"),
         *(
             gpu_tests(f"test_{name}", 70, 20, "a few kernels")
-            for name in ("default_device", "draw", "hazards", "inputs", "match", "merge_plan", "plan", "plan_cache",
-                         "readme_training", "similarity", "stats")
+            for name in ("default_device", "draw", "effect", "hazards", "history", "inputs", "match", "merge_plan",
+                         "plan", "plan_cache", "readme_training", "similarity", "stats", "training_summary")
         ),
     ),
     (gpu_tests("test_gpu_memory", 130, 75, "compute-sanitizer, three runs, PyTorch started in each"),),

@@ -60,6 +60,7 @@ class merged:  # noqa: N801, it is used like a function
         skip_first: how many of a model's first candidate layers to leave out; see there. None by default.
         exclude: name patterns of layers to leave out.
         include_linear: whether ``Linear`` layers take part too.
+        include_frozen: whether weights that require no gradient take part too.
         seed: seed of the draw.
         step: the optimizer step: the same filters and partners for the same seed and step.
         layer: id of a single layer in the draw.
@@ -88,6 +89,7 @@ class merged:  # noqa: N801, it is used like a function
         skip_first: float | str | Sequence[str] = SKIP_FIRST,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
+        include_frozen: bool = False,
         seed: int | None = None,
         step: int | None = None,
         layer: int = 0,
@@ -97,13 +99,14 @@ class merged:  # noqa: N801, it is used like a function
         check_share("prob", prob)
         check_for_one_call(threshold)
         check_partner_rule(partner)
-        if not isinstance(include_linear, bool):
-            raise TypeError(f"include_linear must be a bool, got {include_linear!r}")
+        for name, flag in (("include_linear", include_linear), ("include_frozen", include_frozen)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, got {flag!r}")
         check_word("layer", layer, MAX_LAYER)
         check_randomness(seed, step, generator)
         self._target, self._alpha, self._prob, self._partner = target, float(alpha), float(prob), partner
         self._threshold, self._randomness = threshold, (seed, step, generator)
-        self._selection = skip_first, exclude, include_linear, layer
+        self._selection = skip_first, exclude, include_linear, include_frozen, layer
         self._lease: Lease | None = None
 
     @outside_dynamo

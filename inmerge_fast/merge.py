@@ -32,6 +32,7 @@ def merge_(
     skip_first: float | str | Sequence[str] = DEFAULT_SKIP_FIRST,
     exclude: str | Sequence[str] = (),
     include_linear: bool = False,
+    include_frozen: bool = False,
     seed: int | None = None,
     step: int | None = None,
     layer: int = 0,
@@ -65,10 +66,13 @@ def merge_(
             The last two compare all pairs first. Similarities closer than 5e-6 to each other or to the threshold
             may be told apart differently on different devices.
         skip_first: how many of a model's first candidate layers (depthwise ones included) to leave out: an int that
-            many, a float in [0, 1) that share of them, but never all. 0.6 is 10 of VGG19's 16, as in the paper; 10
-            reproduces the paper elsewhere. Or name patterns of the layers to leave out, and no others.
+            many, a float in [0, 1) that share of them, but never all, and not counting frozen ones. 0.6 is 10 of
+            VGG19's 16, as in the paper; 10 reproduces the paper elsewhere. Or name patterns of the layers to leave out,
+            and no others.
         exclude: name pattern or patterns (``fnmatch``, e.g. ``"*.downsample.0"``) of a model's layers to leave out.
         include_linear: whether a model's ``Linear`` layers take part too.
+        include_frozen: whether a model's layers whose weights require no gradient take part too. Teachers, perceptual
+            losses and the like are left alone by default; layers and tensors that are given themselves are meant.
         seed: seed of the draw, ``0 <= seed < 2**64``; given together with ``step``. The same pair gives the same
             decisions on every device, dtype and rank. Without it a seed is drawn from ``generator``.
         step: counter of the draw, ``0 <= step < 2**63``: the optimizer steps of the whole run. One that starts anew
@@ -87,8 +91,8 @@ def merge_(
 
     Raises:
         TypeError: an argument or a weight has the wrong type.
-        ValueError: an argument is out of range, no layer can be merged, or a weight cannot be rewritten in place
-            (parametrised, sharded, not dense, ...). Nothing has been written to any layer then.
+        ValueError: an argument is out of range, no layer can be merged (all are frozen, ...), or a weight cannot be
+            rewritten in place (parametrised, sharded, not dense, ...). Nothing has been written to any layer then.
 
     Example::
 
@@ -104,12 +108,13 @@ def merge_(
     check_share("prob", prob)
     check_for_one_call(threshold)
     check_partner_rule(partner)
-    if not (isinstance(include_linear, bool) and isinstance(dry_run, bool)):
-        name, flag = ("dry_run", dry_run) if isinstance(include_linear, bool) else ("include_linear", include_linear)
+    if not (isinstance(include_linear, bool) and isinstance(include_frozen, bool) and isinstance(dry_run, bool)):
+        flags = {"include_linear": include_linear, "include_frozen": include_frozen, "dry_run": dry_run}
+        name, flag = next(item for item in flags.items() if not isinstance(item[1], bool))
         raise TypeError(f"{name} must be a bool, got {flag!r}")
     check_word("layer", layer, MAX_LAYER)
     check_randomness(seed, step, generator)
-    plan, weights = plan_for(target, skip_first, exclude, include_linear, layer)
+    plan, weights = plan_for(target, skip_first, exclude, include_linear, include_frozen, layer)
     if seed is None or step is None:
         seed, step = drawn_seed(generator), 0
     elif not dry_run:
@@ -211,28 +216,31 @@ MAX_CACHED_PLANS = 512
 
 def plan_for(
     target: Target | MergePlan, skip: float | str | Sequence[str], exclude: str | Sequence[str], include_linear: bool,
-    layer: int, *, unset: float = DEFAULT_SKIP_FIRST, kind: str = "lasting",
+    include_frozen: bool, layer: int, *, unset: float = DEFAULT_SKIP_FIRST, kind: str = "lasting",
 ) -> tuple[MergePlan, list[torch.Tensor]]:  # fmt: skip
     """The plan of a target, an older one if it still holds, and its weights.
 
     Args:
-        target: the target, as are skip, exclude, include_linear and layer.
+        target: the target.
         skip: the argument ``skip_first``.
         exclude: name patterns.
         include_linear: whether ``Linear`` layers take part.
+        include_frozen: whether weights that require no gradient take part.
         layer: id of a single layer.
         unset: what ``skip`` is where the user has said nothing.
         kind: plans of another kind are others, as they count what was done with them.
     """
     skip_first, patterns = check_selection(skip, exclude)
     if isinstance(target, MergePlan):
-        if (skip_first, patterns, include_linear, layer) != (unset, (), False, 0):
-            raise ValueError("skip_first, exclude, include_linear and layer are set where a MergePlan is built")
+        if (skip_first, patterns, include_linear, include_frozen, layer) != (unset, (), False, False, 0):
+            raise ValueError(
+                "skip_first, exclude, include_linear, include_frozen and layer are set where a MergePlan is built"
+            )
         weights = target.current_weights()
         if weights is None:
             raise ValueError(
-                "the plan is out of date: a module or weight of its target was moved, replaced, added or removed; "
-                "build a new MergePlan, or pass the target itself"
+                "the plan is out of date: a module or weight of its target was moved, replaced, (un)frozen, added or "
+                "removed; build a new MergePlan, or pass the target itself"
             )
         return target, weights
     if isinstance(target, (nn.Module, torch.Tensor)):
@@ -241,7 +249,17 @@ def plan_for(
         target = owners = tuple(target)  # an iterator could be read only once
     else:
         owners = ()
-    key = (kind, type(target), tuple(map(id, owners)), type(skip_first), skip_first, patterns, include_linear, layer)
+    key = (
+        kind,
+        type(target),
+        tuple(map(id, owners)),
+        type(skip_first),
+        skip_first,
+        patterns,
+        include_linear,
+        include_frozen,
+        layer,
+    )
     entry = _plans.get(key)
     if entry is not None:
         weights = entry[0].current_weights()
@@ -251,7 +269,10 @@ def plan_for(
             except KeyError:  # another thread has just put it out
                 pass
             return entry[0], weights
-    plan = MergePlan(target, skip_first=skip_first, exclude=patterns, include_linear=include_linear, layer=layer)
+    plan = MergePlan(
+        target, skip_first=skip_first, exclude=patterns, include_linear=include_linear, include_frozen=include_frozen,
+        layer=layer,
+    )  # fmt: skip
 
     def forget(_: object) -> None:
         _plans.pop(key, None)

@@ -26,12 +26,15 @@ class MergePlan(LayerPlan):
         skip_first: see :func:`inmerge_fast.merge_`; models only.
         exclude: see :func:`inmerge_fast.merge_`; models only.
         include_linear: see :func:`inmerge_fast.merge_`; models only.
-        include_frozen: whether weights that require no gradient take part; models only.
+        include_frozen: whether weights that require no gradient take part, too; what is not a model is meant anyway.
         layer: layer id of a single layer in the draw; 0 for models and iterables, which number their layers.
+        may_wait: whether there may be no layer for now, because all of them are frozen.
 
     Attributes:
         layers: the layers that are merged, in module order.
         skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
+        candidates: names of all, merged or not, without those that share a weight with one of them.
+        frozen: names of those that would be merged if their weights required a gradient.
         paths: the ways to merge them.
         effect: what counts the calls, and watches whether merging does anything.
         history: what watches whether calls of ``merge_`` do too much.

@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from types import ModuleType
 
-VERSION = 4  # of kernels/cpu/module.c that this package can call
+VERSION = 5  # of kernels/cpu/module.c that this package can call
 
 
 def load() -> ModuleType | str:

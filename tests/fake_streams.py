@@ -76,12 +76,13 @@ def launcher_on_streams(monkeypatch):
     launcher.reserve_scratch(0.3)
     launcher.run(1, 0, prob=0.3, **CALL, dry_run=True, partner="nearest")  # builds what partner rules need
     pretend_on_gpu(launcher)
-    for holder in (vars(launcher), vars(launcher.slots), vars(launcher.matcher), launcher.matcher._work):
+    tables = launcher, launcher.running, launcher.slots, launcher.matcher
+    for holder in (*map(vars, tables), launcher.matcher._work):
         for name, value in holder.items():
             if isinstance(value, torch.Tensor):
                 holder[name] = value.as_subclass(Recorded)
                 holder[name].streams = []
-    monkeypatch.setattr(launcher, "_on_device", contextlib.nullcontext)
+    monkeypatch.setattr(launcher, "on_device", contextlib.nullcontext)
     current = [Stream(0)]
 
     def switch(stream):

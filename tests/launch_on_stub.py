@@ -22,7 +22,7 @@ from inmerge_fast.paths.triton.launch import Launcher
 from inmerge_fast.paths.triton.slots import SLOTS
 
 SEED, STEP = 2**63 + 5, 2**40 + 1
-DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 15, 6, 20, 7  # all but the constants
+DRAW_PARAMETERS, COUNT_PARAMETERS, MERGE_PARAMETERS, PREPARE_PARAMETERS = 15, 8, 21, 7  # all but the constants
 
 
 class Operators(TorchDispatchMode):
@@ -126,15 +126,15 @@ def main():
         "coin_threshold": low(draw.parameters[11]) == coin_threshold(0.3),
         "rows": low(draw.parameters[12]) == launcher.rows,
         "slot_draws": [low(word) for word in draw.parameters[13:15]] == [call % SLOTS, 1],
-        "capacity": low(merge.parameters[14]) == launcher.scratch.numel() // 16,
-        "alpha_beta_threshold": [as_float(word) for word in merge.parameters[15:18]],
-        "write_programs": [low(word) for word in merge.parameters[18:20]] == [1, launcher.programs],
+        "capacity": low(merge.parameters[15]) == launcher.scratch.numel() // 16,
+        "alpha_beta_threshold": [as_float(word) for word in merge.parameters[16:19]],
+        "write_programs": [low(word) for word in merge.parameters[19:21]] == [1, launcher.programs],
         "launches": [[kernel_of(record) for record in records] for records in calls],
         "ahead": [several.parameters[i] for i in (8, 9, 10)] == [3, 4 + 2 * 2**40, 2**40]
         and low(several.parameters[14]) == DRAW_AHEAD,
         "prepared": [prepare.parameters[i] for i in (1, 2)] == [SEED, STEP]
         and low(prepare.parameters[3]) == coin_threshold(0.3)
-        and [as_float(prepare.parameters[i]) for i in (4, 5)] == [as_float(merge.parameters[i]) for i in (15, 16)]
+        and [as_float(prepare.parameters[i]) for i in (4, 5)] == [as_float(merge.parameters[i]) for i in (16, 17)]
         and low(prepare.parameters[6]) == 1,
         "from_memory": [functions.get(record.function) for record in from_memory] == [None, "count", None],
         "merge_launches": merge_launches,

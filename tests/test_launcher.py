@@ -47,6 +47,7 @@ CUT_SHORT = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:step goes back")  # from the call that is cut short
 @pytest.mark.parametrize("calls_before", [1, 2, 3, 4])
 @pytest.mark.parametrize(("partner", "when", "launch"), CUT_SHORT)
 def test_a_call_that_is_cut_short_leaves_nothing_for_the_next_one(monkeypatch, partner, when, launch, calls_before):
@@ -247,7 +248,7 @@ def test_traffic_of_the_draw_and_the_count_is_what_their_docstrings_say(counts):
         return
     assert drawing.bytes_stored == stored
     with traffic(partner=[slots.partner], active=[slots.active]) as counting:
-        launcher._count.launch((blocks, 1), 0, launcher._counted(0, False), (rows,))
+        launcher._count.launch((blocks, 1), 0, launcher._counted(0, False), (rows, 1))
     assert counting["partner"].bytes_loaded == counting.bytes_loaded == 4 * rows
     assert counting["active"].bytes_stored == counting.bytes_stored == 4 * active[0]
     assert counting.atomics == active[0] + blocks

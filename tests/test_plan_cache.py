@@ -146,14 +146,15 @@ def test_conversions_that_swap_tensors_are_not_kept_from_it(device):
 
 def test_training_does_not_outdate_a_plan():
     model = mixed_net()
-    plan = MergePlan(model)
+    plan, whatever = MergePlan(model), MergePlan(model, include_frozen=True)
     optimizer = torch.optim.Adam(model.parameters())
     model[0](torch.randn(1, 3, 8, 8)).sum().backward()
     optimizer.step()
     model.eval()
     model.load_state_dict(mixed_net().state_dict())
-    model.requires_grad_(False)
     assert plan.is_current()
+    model.requires_grad_(False)
+    assert whatever.is_current()
 
 
 @pytest.mark.parametrize(

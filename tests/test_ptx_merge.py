@@ -11,6 +11,9 @@ from ptx import cases
 from ptx.cases import BFLOAT16, DTYPES, FLOAT32
 from ptx.machine import Schedule
 
+from benchmarks import bench_tuning
+from inmerge_fast.paths.triton.handle import MERGE_SHAPES
+
 # Every plan on Hopper; elsewhere one each, where sm_100 adds floats in pairs.
 PLANS = [*((name, "sm_90") for name in cases.PLANS), ("bfloat16", "sm_80"), ("float32", "sm_100")]
 SCHEDULES = 8
@@ -36,6 +39,24 @@ def test_any_table_merges_without_races_whatever_the_scratch(dtypes, arch, table
         outcome = cases.merge_table(number, arch, table=table, dtypes=dtypes)
         assert outcome.is_fine, f"number {number}: {outcome}"
         assert outcome.rows > 0
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+def test_rows_of_any_length_merge_in_every_shape(shape):
+    """Of less than a block, of a span and of several, with scratch for all rows, for few and for none."""
+    span = shape["BLOCK"] * shape["SPAN"]
+    for number, elements in enumerate((20, span, 2 * span + 132)):
+        outcome = cases.merge_table(
+            number, "sm_90", table="two cycles with tails", elements=elements, capacity=(10_000, 0, 40)[number],
+            repeats=1, **shape,
+        )  # fmt: skip
+        assert outcome.is_fine, f"{elements} elements: {outcome}"
+
+
+def test_all_shapes_on_offer_are_among_them():
+    offered = [(shape["BLOCK"], shape["SPAN"]) for _, shape in MERGE_SHAPES]
+    assert set(offered) <= {(shape["BLOCK"], shape["SPAN"]) for shape in cases.SHAPES}
+    assert {span for _, _, span, _ in bench_tuning.SHAPES} <= {shape["SPAN"] for shape in cases.SHAPES}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])

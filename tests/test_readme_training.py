@@ -43,14 +43,14 @@ def names(tmp_path, monkeypatch):
 
 def test_there_is_no_snippet_that_no_test_runs():
     marks = [
-        ".attach(optimizer)", "steps_per_epoch", "QuantileThreshold", "load_state_dict", "plot_merges",
-        "integrations.lightning", "integrations.huggingface", "fully_shard", "torch.cuda.graph",
+        ".preview()", "steps_per_epoch", "QuantileThreshold", "load_state_dict", "plot_merges",
+        "integrations.lightning", "integrations.huggingface", "fabric.setup", "fully_shard", "torch.cuda.graph",
     ]  # fmt: skip
     assert sorted(map(snippet, marks)) == sorted(SNIPPETS)
 
 
 def test_the_plain_loop(names, capsys):
-    exec(snippet(".attach(optimizer)"), names)
+    exec(snippet(".preview()"), names)
     assert names["merger"].step_count == 6
     shown = capsys.readouterr().out
     assert "merges expected at step 0" in shown
@@ -91,7 +91,17 @@ def test_looking_at_it(names, tmp_path, capsys):
 def test_lightning(names, tmp_path):
     names["lightning"] = pytest.importorskip("lightning")
     exec(snippet("integrations.lightning"), names)
-    assert any(isinstance(c, names["InMergeCallback"]) for c in names["trainer"].callbacks)
+    for trainer, count in (("trainer", 1), ("trainer_of_a_gan", 2)):
+        assert sum(isinstance(c, names["InMergeCallback"]) for c in names[trainer].callbacks) == count
+
+
+def test_fabric(names):
+    names["lightning"] = pytest.importorskip("lightning")
+    exec(snippet("fabric.setup"), names)
+    device = names["fabric"].device
+    names["model"](torch.randn(4, 3, 9, 9, device=device)).sum().backward()
+    names["optimizer"].step()
+    assert names["merger"].step_count == 1
 
 
 def test_huggingface(names):

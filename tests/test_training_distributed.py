@@ -95,6 +95,79 @@ def _ranks_that_disagree_raise(rank):
     InMerge(net(), seed=rank, process_group=group)  # different models on different ranks
 
 
+def _the_mode_of_one_rank_decides_nothing(rank):
+    """One rank is left in evaluation mode after its validation."""
+    for attached in (True, False):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        merger = InMerge(model, prob=0.5, threshold=-0.5, skip_first=0, guard=None)
+        if attached:
+            merger.attach(optimizer)
+        for step in range(20 if attached else 4):
+            if rank == 1 and step == (10 if attached else 3):
+                model.eval()
+            optimizer.zero_grad()
+            model(torch.randn(1, 2, 7, 7)).square().mean().backward()
+            optimizer.step()
+            if not attached and model.training:
+                merger.step()
+        if attached:
+            assert merger.step_count == 20
+            assert_equal_on_all_ranks(model)
+        elif rank == 1:
+            with pytest.raises(RuntimeError, match="in evaluation mode on one of several ranks"):
+                merger.step()
+        dist.barrier()
+
+
+def _a_layer_that_is_frozen_on_all_ranks_waits_on_all(rank):
+    for settings in (
+        {"threshold": QuantileThreshold(0.3, every=10)},
+        {"threshold": RankBudget(0.5), "stop": 60},
+        {"threshold": -0.5, "guard": CollapseGuard(0.1)},
+    ):
+        torch.manual_seed(0)
+        model = net()
+        model.requires_grad_(False)
+        merger = InMerge(model, prob=0.5, skip_first=0, **settings)
+        for step in range(60):
+            if step == 5:
+                model[:3].requires_grad_(True)
+            if step == 30:
+                model[3].requires_grad_(True)
+                model[1].requires_grad_(False)
+            merger.step()
+        assert_equal_on_all_ranks(model)
+        counted = merger._run.counted_by_layer()
+        assert counted["0"][1] > 0
+        assert counted["3"][1] > 0
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, merger.state_dict())
+        assert all(state == states[0] for state in states)
+
+
+def _what_one_rank_alone_freezes_is_an_error_there(rank):
+    """It is found at the next comparison, and until then nobody waits for a rank that does not come."""
+    for settings in (
+        {"threshold": QuantileThreshold(0.3, every=3)},
+        {"threshold": RankBudget(0.5, every=2), "stop": 60},
+        {"threshold": -0.5},
+    ):
+        for frozen in (slice(0, 1), slice(0, 4)):
+            torch.manual_seed(0)
+            model = net()
+            merger = InMerge(model, prob=0.9, skip_first=0, **settings)
+            merger.step()
+            model[frozen].requires_grad_(rank != 1)
+            for _ in range(3):
+                merger.step()
+            if rank == 1:
+                with pytest.raises(ValueError, match="the ranks disagree about what is merged: at step 2"):
+                    merger.step()  # on which the others would wait for ever, had it not ended its process
+            dist.barrier()
+
+
 def sharded(model, mesh, each_layer=True):
     if each_layer:
         for layer in model:
@@ -209,6 +282,9 @@ def _all(rank, world, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     _replicas_stay_bit_equal(rank, world)
     _what_one_rank_alone_sees_decides_nothing(rank)
+    _the_mode_of_one_rank_decides_nothing(rank)
+    _a_layer_that_is_frozen_on_all_ranks_waits_on_all(rank)
+    _what_one_rank_alone_freezes_is_an_error_there(rank)
     _ranks_that_disagree_raise(rank)
     _sharded_weights_merge_as_on_one_rank(rank, world)
     dist.barrier()

@@ -1,201 +1,175 @@
-"""The callbacks in the real libraries: the same recipe gives the same weights as the plain loop."""
+"""What the callbacks share, and the frameworks that need none."""
 
-import os
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+import typing
+from pathlib import Path
 
 import pytest
 import torch
-from oracle import assert_same_bits
-from test_training import batches, loss_of, net
+from test_training import loss_of, net
 from torch import nn
+from trainers import ACCUMULATE, BUDGET, DATA, RECIPE, assert_as_plain, plain_loop
 
-from inmerge_fast import DictLogger, InMerge, NoiseThreshold, RankBudget
+import inmerge_fast
+from inmerge_fast import InMerge, NoiseThreshold
+from inmerge_fast.training.arguments import InMergeArguments
 
-RECIPE = {"threshold": NoiseThreshold(0.5), "prob": 0.5, "skip_first": 1, "start": 2, "seed": 4}
-STEPS, ACCUMULATE = 6, 2
-DATA = batches(STEPS * ACCUMULATE)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
-]
+ROOT = Path(__file__).parents[1]
+FRAMEWORKS = [("lightning", "lightning"), ("huggingface", "transformers")]
 
 
-@pytest.fixture
-def plain():
-    """The model after a plain loop, and its InMerge."""
+@pytest.fixture(params=FRAMEWORKS, ids=[name for name, _ in FRAMEWORKS])
+def callback_class(request):
+    name, needed = request.param
+    pytest.importorskip(needed)
+    return __import__(f"inmerge_fast.integrations.{name}", fromlist=["InMergeCallback"]).InMergeCallback
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+def test_the_arguments_by_name_are_those_of_inmerge():
+    own = {name: kind for name, kind in InMerge.__init__.__annotations__.items() if name not in ("model", "return")}
+    by_name = InMergeArguments.__annotations__.items()
+    assert {name: getattr(kind, "__forward_arg__", kind) for name, kind in by_name} == own
+    assert not InMergeArguments.__required_keys__
+    assert inspect.signature(InMerge).parameters.keys() == {"model", *own}
+
+
+def test_a_typo_surfaces_where_it_is_written(callback_class):
+    with pytest.raises(TypeError, match=r"unexpected argument 'treshold'; did you mean 'threshold'\?"):
+        callback_class(treshold=0.3)
+    with pytest.raises(TypeError, match=r"unexpected argument 'qqq'; it takes alpha, prob, threshold, "):
+        callback_class(qqq=1)
+    assert set(typing.get_type_hints(callback_class.__init__)) >= {"target", "keep", "recipe"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"prob": 2}, ValueError, "prob must"),
+        ({"threshold": "high"}, TypeError, "threshold must"),
+        ({"seed": -1}, ValueError, "seed must"),
+        ({"every": 0}, ValueError, "every must"),
+        ({"start": 3, "stop": 2}, ValueError, "stop must be after start"),
+        ({"start": 1.5}, TypeError, "start must be an int"),
+        ({"skip_first": 1.5}, ValueError, "skip_first"),
+        ({"include_linear": 1}, TypeError, "include_linear must be a bool"),
+        ({"guard": 0.1}, TypeError, "guard must be"),
+        ({"loggers": [3]}, TypeError, "loggers must be callable"),
+        ({"observe_every": 0}, ValueError, "observe_every must"),
+        ({"partner": "furthest"}, ValueError, "partner must"),
+        ({"target": 3}, TypeError, "target must be the name of a part"),
+        ({"keep": ["tau"]}, ValueError, "keep must name arguments"),
+    ],
+)
+def test_a_wrong_value_surfaces_where_it_is_written(callback_class, wrong, error, message):
+    with pytest.raises(error, match=message):
+        callback_class(**wrong)
+
+
+def test_only_lightning_has_several_optimizers():
+    pytest.importorskip("lightning")
+    from inmerge_fast.integrations.lightning import InMergeCallback
+
+    for wrong in (-1, 0.0, True):
+        with pytest.raises(TypeError, match="optimizer must be the index"):
+            InMergeCallback(optimizer=wrong)
+
+
+SNIPPET = """
+import inmerge_fast
+from inmerge_fast.integrations.{name} import InMergeCallback
+
+InMergeCallback(threshold=inmerge_fast.RankBudget(), prob=0.3, skip_first=["a"], target="net", loggers=[print])
+InMergeCallback(treshold=0.3)
+InMergeCallback(partner=3)
+InMergeCallback(keep=0)
+"""
+
+
+def test_a_type_checker_sees_the_arguments(tmp_path):
+    pytest.importorskip("mypy")
+    for name, _ in FRAMEWORKS:
+        (tmp_path / f"uses_{name}.py").write_text(SNIPPET.format(name=name))
+    files = [tmp_path / f"uses_{name}.py" for name, _ in FRAMEWORKS]
+    command = [sys.executable, "-m", "mypy", *files]  # with the project's settings
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stdout.splitlines() if "uses_" in line and ": error:" in line]
+    assert len(errors) == 3 * len(files), done.stdout + done.stderr
+    for file in files:
+        found = "\n".join(line for line in errors if f"{file.name}:" in line)
+        assert 'Unexpected keyword argument "treshold" for "InMergeCallback"' in found, done.stdout
+        assert 'Argument "partner" to "InMergeCallback" has incompatible type "int"' in found, done.stdout
+        assert 'Argument "keep" to "InMergeCallback" has incompatible type "int"' in found, done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_has_the_arguments_and_no_run(callback_class, how):
+    callback = callback_class(**RECIPE, target="net", keep=["alpha"])
+    callback.merger = InMerge(plain_loop()[0])
+    twin = how(callback)
+    assert twin.merger is None
+    assert callback.merger is not None
+    assert twin._blueprint.recipe == callback._blueprint.recipe == RECIPE
+    assert twin._blueprint.label == "net"
+
+
+def test_parts_are_named():
+    from inmerge_fast.integrations.common import Blueprint
+
+    model = nn.ModuleDict({"generator": nn.Sequential(nn.Conv2d(3, 8, 3)), "critic": nn.Conv2d(3, 8, 3)})
+    assert Blueprint(None, (), RECIPE).part(model) == (model, "inmerge")
+    assert Blueprint("generator", (), RECIPE).part(model) == (model["generator"], "inmerge/generator")
+    assert Blueprint(lambda m: m["critic"], (), RECIPE).part(model) == (model["critic"], "inmerge/critic")
+    with pytest.raises(
+        ValueError, match=r"target='critics' is no part of the model, whose parts are generator, critic"
+    ):
+        Blueprint("critics", (), RECIPE).part(model)
+    with pytest.raises(ValueError, match=r"target must return a module, a part of the model, and returned 3"):
+        Blueprint(lambda _: 3, (), RECIPE).part(model)
+
+
+def test_each_run_has_a_guard_of_its_own():
+    from inmerge_fast.integrations.common import Blueprint
+
+    guard = inmerge_fast.CollapseGuard(loss=0.2)
+    blueprint = Blueprint(None, (), {**BUDGET, "stop": 5, "guard": guard})
+    mergers = [blueprint.merger(plain_loop()[0], 10, None, []) for _ in range(2)]
+    guards = [merger._run.guard for merger in mergers]
+    assert guards[0].loss == guards[1].loss == 0.2
+    guards[0]._warned.add("3")
+    assert guards[1].state_dict() == guard.state_dict() == {"warned": []}
+
+
+# ------------------------------------------------------------------------------------------------ without a callback
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fabric_gives_the_same_weights_as_a_plain_loop():
+    """The README's two lines."""
+    lightning = pytest.importorskip("lightning")
+    fabric, plain = lightning.Fabric(accelerator="cpu", devices=1), plain_loop()
     torch.manual_seed(0)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    merger = InMerge(model, **RECIPE)
+    model, optimizer = fabric.setup(model, optimizer)
+    merger = InMerge(model, **RECIPE).attach(optimizer)
     for index, x in enumerate(DATA):
-        (loss_of(model, x) / ACCUMULATE).backward()
-        if index % ACCUMULATE == ACCUMULATE - 1:
+        accumulating = index % ACCUMULATE != ACCUMULATE - 1
+        with fabric.no_backward_sync(model, enabled=accumulating):
+            fabric.backward(loss_of(model, x) / ACCUMULATE)
+        if not accumulating:
             optimizer.step()
-            merger.step()
             optimizer.zero_grad()
-    return model, merger
-
-
-def assert_as_plain(model, merger, plain):
-    assert merger.step_count == plain[1].step_count == STEPS
-    for name, value in plain[0].state_dict().items():
-        assert_same_bits(model.state_dict()[name], value, name)
-
-
-class Batches(torch.utils.data.Dataset):
-    def __len__(self):
-        return len(DATA)
-
-    def __getitem__(self, index):
-        return {"x": DATA[index]}
-
-
-def lightning_parts():
-    lightning = pytest.importorskip("lightning")
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.net = net()
-
-        def training_step(self, batch, _):
-            return loss_of(self.net, batch["x"])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-    def fit(module, callback, folder, **arguments):
-        resume = arguments.pop("ckpt_path", None)
-        trainer = lightning.Trainer(
-            max_epochs=arguments.pop("max_epochs", 1), accumulate_grad_batches=ACCUMULATE, callbacks=[callback],
-            accelerator="cpu", devices=1, default_root_dir=folder, logger=arguments.pop("logger", False),
-            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **arguments,
-        )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(Batches(), batch_size=None), ckpt_path=resume)
-        return trainer
-
-    return Module, fit
-
-
-def test_lightning_gives_the_same_weights(plain, tmp_path):
-    module_class, fit = lightning_parts()
-    from lightning.pytorch.loggers import CSVLogger
-
-    from inmerge_fast.integrations.lightning import InMergeCallback
-
-    module, log = module_class(), DictLogger()
-    callback = InMergeCallback(observe_every=2, loggers=[log], **RECIPE)
-    fit(module, callback, tmp_path, logger=CSVLogger(tmp_path, flush_logs_every_n_steps=1))
-    assert_as_plain(module.net, callback.merger, plain)
-    assert callback.merger.plan.names == ["net.3", "net.5"]
-    assert [row["step"] for row in log.rows] == [2, 4]
-    [metrics] = tmp_path.rglob("metrics.csv")
-    assert "inmerge/net.3/mean_similarity" in metrics.read_text()
-
-
-def test_lightning_resumes_bit_identically(tmp_path):
-    """Two epochs in one go, and with the state through a checkpoint between them."""
-    module_class, fit = lightning_parts()
-    from inmerge_fast.integrations.lightning import InMergeCallback
-
-    with pytest.raises(ValueError, match=r"optimizer=3, but the module has 1 optimizers"):
-        fit(module_class(), InMergeCallback(optimizer=3, **RECIPE), tmp_path)
-    whole, in_one_go = module_class(), InMergeCallback(**RECIPE)
-    fit(whole, in_one_go, tmp_path, max_epochs=2)
-    trainer = fit(module_class(), InMergeCallback(**RECIPE), tmp_path)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    module, callback = module_class(), InMergeCallback(**RECIPE)
-    fit(module, callback, tmp_path, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
-    assert callback.merger.state_dict() == in_one_go.merger.state_dict()
-    assert callback.merger.step_count == 2 * STEPS
-    for name, value in whole.state_dict().items():
-        assert_same_bits(module.state_dict()[name], value, name)
-
-
-BUDGET = {"threshold": RankBudget(0.3), "prob": 0.5, "skip_first": 1}
-
-
-@pytest.mark.filterwarnings("default::UserWarning")
-def test_lightning_tells_a_budget_its_steps_and_knows_its_epochs(tmp_path):
-    module_class, fit = lightning_parts()
-    from inmerge_fast.integrations.lightning import InMergeCallback
-
-    callback = InMergeCallback(**BUDGET, start=2)
-    fit(module_class(), callback, tmp_path, max_epochs=2)
-    assert callback.merger._run.recipe.merging_steps == 2 * STEPS - 2
-    with pytest.warns(UserWarning, match=r"steps_per_epoch=12, but this trainer makes 6 optimizer steps per epoch"):
-        fit(module_class(), InMergeCallback(steps_per_epoch=len(DATA), stop=2), tmp_path, max_epochs=2)
-    with pytest.raises(ValueError, match=r"has to know how many they are: pass stop="):
-        fit(module_class(), InMergeCallback(**BUDGET, start=50), tmp_path)
-
-
-class Classifier(nn.Module):
-    """As Hugging Face's Trainer wants a model: a dict with the loss."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = net()
-
-    def forward(self, x):
-        return {"loss": loss_of(self.net, x)}
-
-
-def huggingface_trainer(model, callback, folder, **arguments):
-    transformers = pytest.importorskip("transformers")
-    arguments = {
-        "output_dir": str(folder), "per_device_train_batch_size": 1, "gradient_accumulation_steps": ACCUMULATE,
-        "num_train_epochs": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "max_grad_norm": 0.0,
-        "disable_tqdm": True, "seed": 0, "remove_unused_columns": False, "logging_strategy": "no",
-        "dataloader_pin_memory": False,
-    } | arguments  # fmt: skip
-
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_, **__):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    return InOrder(
-        model=model,
-        args=transformers.TrainingArguments(**arguments),
-        train_dataset=Batches(),
-        data_collator=lambda items: items[0],
-        callbacks=[callback],
-        optimizers=(
-            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
-            torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), lambda _: 1.0),
-        ),
-    )
-
-
-def test_huggingface_gives_the_same_weights_and_resumes(plain, tmp_path):
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from inmerge_fast.integrations.huggingface import InMergeCallback
-
-    model, callback = Classifier(), InMergeCallback(**RECIPE)
-    huggingface_trainer(model, callback, tmp_path, save_strategy="steps", save_steps=3).train()
-    assert_as_plain(model.net, callback.merger, plain)
-    checkpoint = tmp_path / "checkpoint-3"
-    resumed, callback = Classifier(), InMergeCallback(**RECIPE)
-    trainer = huggingface_trainer(resumed, callback, tmp_path)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert_as_plain(resumed.net, callback.merger, plain)
-    os.remove(checkpoint / "inmerge.pt")
-    trainer = huggingface_trainer(Classifier(), InMergeCallback(**RECIPE), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"resumes at step 3, but there is no .*inmerge.pt"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-
-
-@pytest.mark.filterwarnings("default::UserWarning")
-def test_huggingface_tells_a_budget_its_steps_and_knows_its_epochs(tmp_path):
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from inmerge_fast.integrations.huggingface import InMergeCallback
-
-    callback = InMergeCallback(**BUDGET, start=2)
-    huggingface_trainer(Classifier(), callback, tmp_path, num_train_epochs=3).train()
-    assert callback.merger._run.recipe.merging_steps == 3 * STEPS - 2
-    with pytest.warns(UserWarning, match=r"steps_per_epoch=12, but this trainer makes 6 optimizer steps per epoch"):
-        huggingface_trainer(Classifier(), InMergeCallback(steps_per_epoch=len(DATA), stop=2), tmp_path).train()
+    assert_as_plain(model.module, merger, plain)
 
 
 def test_timm_gives_the_same_weights_as_a_plain_loop():

@@ -124,7 +124,7 @@ def both(plan):
 
 def planned(model):
     model[4].weight.requires_grad_(False)
-    plan = MergePlan(model, skip_first=0, include_frozen=False)
+    plan = MergePlan(model, skip_first=0)
     assert plan._watch is not None
     assert both(plan) is not None
     return plan
@@ -136,6 +136,15 @@ def test_a_change_is_seen(name):
     plan = planned(model)
     changed(model)[name](model)
     assert both(plan) is None
+
+
+@pytest.mark.parametrize(("skip_first", "is_counted"), [(0.4, True), (2, False)])
+def test_freezing_a_layer_that_is_left_out_is_seen_where_it_counts(skip_first, is_counted):
+    model = net()
+    plan = MergePlan(model, skip_first=skip_first)
+    assert plan.names == ["2", "4"]
+    model[0][0].weight.requires_grad_(False)
+    assert (both(plan) is None) is is_counted
 
 
 def test_a_layer_that_gets_a_weight_is_seen():
@@ -242,19 +251,24 @@ def test_bad_arguments_are_errors_and_no_crash():
     exchange = torch.Tensor.__dlpack_c_exchange_api__
     conv = nn.Conv2d(2, 4, 3)
     holder = weakref.ref(conv)
-    empty = [[]] * 7
+    empty = [[]] * 6
     with pytest.raises(TypeError):
         watch(exchange)
     with pytest.raises(ValueError, match="PyCapsule_GetPointer"):
-        watch(None, *empty, [], True)
+        watch(None, *empty, [], b"")
     for pick in (1, -1, 7):
         with pytest.raises(ValueError, match="not there"):
-            watch(exchange, [], [], [], [holder], [], [], [], [pick], True)
+            watch(exchange, [], [], [], [holder], [], [], [pick], b"\2")
+    with pytest.raises(ValueError, match="not there"):
+        watch(exchange, [], [], [], [holder], [], [], [0, 0], b"\2")
+    for gradients in (b"", b"\2\2"):
+        with pytest.raises(ValueError, match="not one gradient for each weight"):
+            watch(exchange, [], [], [], [holder], [], [], [0], gradients)
     with pytest.raises(ValueError, match="without a weight"):
-        watch(exchange, [], [], [], [weakref.ref(nn.Conv2d(1, 1, 1))], [], [], [], [], True)
-    made = watch(exchange, [], [], [], [holder], [], [], [], [0], True)
+        watch(exchange, [], [], [], [weakref.ref(nn.Conv2d(1, 1, 1))], [], [], [], b"\0")
+    made = watch(exchange, [], [], [], [holder], [], [], [0], b"\2")
     with pytest.raises(TypeError, match="initialised once"):
-        made.__init__(exchange, [], [], [], [holder], [], [], [], [0], True)
+        made.__init__(exchange, [], [], [], [holder], [], [], [0], b"\2")
     assert made.weights()[0] is conv.weight
     with pytest.raises(ValueError, match="without a weight"):
-        watch(exchange, [], [], [], [conv], [], [], [], [0], True)  # no weak reference
+        watch(exchange, [], [], [], [conv], [], [], [0], b"\2")  # no weak reference

@@ -106,7 +106,7 @@ def similarity(
             :class:`inmerge_fast.MergePlan`; see :func:`inmerge_fast.merge_`. Or a state dict: its floating-point
             tensors of at least 3 dimensions (2 with ``include_linear``), each with its filters along dim 0 and in one
             group, since a state dict does not say which are transposed or grouped.
-        skip_first: see :func:`inmerge_fast.merge_`; here no layer is left out by default.
+        skip_first: see :func:`inmerge_fast.merge_`; here no layer is left out by default, frozen ones neither.
         exclude: see :func:`inmerge_fast.merge_`.
         include_linear: see :func:`inmerge_fast.merge_`.
         effective_rank: whether to compute it too, which takes an eigenvalue decomposition per layer.
@@ -133,7 +133,9 @@ def similarity(
         kept = target = _weights_of(target, skip_first, exclude, 2 if include_linear else 3)
         plan = MergePlan(list(target.values()))
     else:
-        plan = MergePlan(target, skip_first=skip_first, exclude=exclude, include_linear=include_linear)
+        plan = MergePlan(
+            target, skip_first=skip_first, exclude=exclude, include_linear=include_linear, include_frozen=True
+        )
     names, skipped = [layer.name for layer in plan.layers], list(plan.skipped)
     if isinstance(target, dict):
         keys = list(target)

@@ -19,6 +19,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from .filters import FilterLayout, check_weight, filter_layout
 
+# What wrappers put into module names: torch.compile, activation checkpointing, FSDP1, Fabric. The names of a model, its
+# state dict and a saved InMerge must not depend on them.
+INSERTED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+FROZEN = "frozen (requires_grad is False)"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -80,15 +85,17 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
 
     Convolutions are numbered first, so that asking for Linears does not renumber them.
     """
-    wrapped = isinstance(unwrap_compiled(model), (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
-    prefix = "module." if wrapped else ""
     found: list[tuple[str, nn.Module]] = []
     sharing = SharedWeights()
+    names = {"": ""}  # by path, without what wrappers insert
     for path, module in model.named_modules():
+        above, _, part = path.rpartition(".")
+        inserted = part in INSERTED or (part == "module" and _is_wrapper(model.get_submodule(above)))
+        around = names.get(above, above)
+        names[path] = around if inserted else f"{around}.{part}".removeprefix(".")
         if not is_mergeable_module(module) or (isinstance(module, nn.Linear) and not include_linear):
             continue
-        name = ".".join(part for part in path.split(".") if part != "_orig_mod")
-        name = f"{name}.".removeprefix(prefix).removesuffix(".") or type(module).__name__
+        name = names[path] or type(module).__name__
         if not sharing.is_tied(name, module):
             found.append((name, module))
     convolutions = sum(not isinstance(module, nn.Linear) for _, module in found)
@@ -99,6 +106,13 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
         candidates.append(Candidate(name, next_id[is_linear], module))
         next_id[is_linear] += 1
     return candidates, sharing.tied
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is a wrapper that keeps what it wraps as ``module``, as those for data parallelism do."""
+    if isinstance(module, AveragedModel):
+        return True
+    return any("DataParallel" in base.__name__ or base.__name__ == "DeepSpeedEngine" for base in type(module).__mro__)
 
 
 class SharedWeights:
@@ -138,10 +152,34 @@ def count_to_skip(skip_first: float, candidates: int) -> int:
     return min(math.floor(skip_first * candidates + 0.5), max(candidates - 1, 0))
 
 
-def split_excluded(
-    candidates: Sequence[Candidate], tied: Sequence[tuple[str, str]], skip_first: float, exclude: Sequence[str]
-) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """Candidates of a model that stay, and ``(name, reason)`` of those that ``skip_first`` and ``exclude`` leave out.
+@dataclass(frozen=True)
+class Choice:
+    """Which candidates of a model take part.
+
+    Attributes:
+        kept: those that do.
+        frozen: those that would if their weights required a gradient.
+        left_out: ``(name, reason)`` of all that do not.
+        trained: whether each candidate requires a gradient, None where that changes nothing; for all candidates.
+    """
+
+    kept: list[Candidate]
+    frozen: list[Candidate]
+    left_out: list[tuple[str, str]]
+    trained: list[bool | None]
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    tied: Sequence[tuple[str, str]],
+    skip_first: float,
+    exclude: Sequence[str],
+    include_frozen: bool,
+) -> Choice:
+    """Choose among the candidates of a model, in module order.
+
+    Frozen layers do not count where ``skip_first`` is a share: whether a frozen network stands before the trained one
+    or behind it would decide what is left out of that.
 
     Raises:
         ValueError: a pattern of ``exclude`` matches no candidate.
@@ -151,29 +189,33 @@ def split_excluded(
         if not any(fnmatchcase(name, pattern) for name in every_name):
             names = ", ".join(every_name) or "none"
             raise ValueError(f"exclude pattern {pattern!r} matches no candidate layer; the candidates are: {names}")
-    shallow = count_to_skip(skip_first, len(candidates))
-    kept: list[Candidate] = []
-    left_out: list[tuple[str, str]] = []
-    for index, candidate in enumerate(candidates):
+    is_frozen = [not include_frozen and _is_frozen(candidate) for candidate in candidates]
+    is_share = not isinstance(skip_first, numbers.Integral)
+    shallow = count_to_skip(skip_first, is_frozen.count(False) if is_share else len(candidates))
+    choice = Choice([], [], [], [])
+    before = 0  # candidates before this one that count
+    for candidate, frozen in zip(candidates, is_frozen, strict=True):
         excluded_by = next((p for p in exclude if fnmatchcase(candidate.name, p)), None)
-        if index < shallow:
-            left_out.append((candidate.name, f"among the first {shallow} (skip_first={skip_first})"))
+        is_shallow = before < shallow and not (frozen and is_share)
+        if is_shallow:
+            choice.left_out.append((candidate.name, f"among the first {shallow} (skip_first={skip_first})"))
         elif excluded_by is not None:
-            left_out.append((candidate.name, f"excluded by {excluded_by!r}"))
+            choice.left_out.append((candidate.name, f"excluded by {excluded_by!r}"))
+        elif frozen:
+            choice.frozen.append(candidate)
+            choice.left_out.append((candidate.name, FROZEN))
         else:
-            kept.append(candidate)
-    return kept, left_out
+            choice.kept.append(candidate)
+        before += not (frozen and is_share)
+        counts = is_share and skip_first > 0
+        matters = not include_frozen and (counts or not (is_shallow or excluded_by is not None))
+        choice.trained.append(not frozen if matters and candidate.weight is not None else None)
+    return choice
 
 
-def split_frozen(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-    """Candidates of a model whose weights are trained, and those whose weights require no gradient."""
-    kept: list[Candidate] = []
-    frozen: list[Candidate] = []
-    for candidate in candidates:
-        weight = candidate.weight
-        is_frozen = isinstance(weight, torch.Tensor) and not weight.requires_grad
-        (frozen if is_frozen else kept).append(candidate)
-    return kept, frozen
+def _is_frozen(candidate: Candidate) -> bool:
+    weight = candidate.weight
+    return isinstance(weight, torch.Tensor) and not weight.requires_grad
 
 
 def examine(candidates: Iterable[Candidate]) -> tuple[list[MergeLayer], list[tuple[str, str]]]:

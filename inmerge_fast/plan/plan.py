@@ -16,14 +16,15 @@ from torch.autograd import forward_ad
 from ..stats import describe_skipped
 from .candidates import (
     Candidate,
+    Choice,
+    MergeLayer,
     SharedWeights,
     check_not_sharded,
+    choose,
     describe_modules,
     examine,
     is_mergeable_module,
     module_candidates,
-    split_excluded,
-    split_frozen,
     unwrap_compiled,
 )
 from .filters import check_outside_transforms
@@ -43,12 +44,15 @@ class LayerPlan:
         skip_first: see :func:`inmerge_fast.merge_`; models only.
         exclude: see :func:`inmerge_fast.merge_`; models only.
         include_linear: see :func:`inmerge_fast.merge_`; models only.
-        include_frozen: whether weights that require no gradient take part; models only.
+        include_frozen: whether weights that require no gradient take part, too; what is not a model is meant anyway.
         layer: layer id of a single layer in the draw; 0 for models and iterables, which number their layers.
+        may_wait: whether there may be no layer for now, because all of them are frozen.
 
     Attributes:
         layers: the layers that are merged, in module order.
         skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
+        candidates: names of all, merged or not, without those that share a weight with one of them.
+        frozen: names of those that would be merged if their weights required a gradient.
         rows: the filters of all layers, one after the other.
         names: name of each layer.
         filters: number of filters of each layer.
@@ -65,13 +69,13 @@ class LayerPlan:
         skip_first: float | str | Sequence[str] = DEFAULT_SKIP_FIRST,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
-        include_frozen: bool = True,
+        include_frozen: bool = False,
         layer: int = 0,
+        may_wait: bool = False,
     ) -> None:
         skip_first, patterns = check_selection(skip_first, exclude)
         check_outside_transforms()
         roots: list[nn.Module | torch.Tensor]
-        frozen: list[Candidate] = []
         if isinstance(target, nn.Module):
             target = unwrap_compiled(target)
         if isinstance(target, nn.Module) and not is_mergeable_module(target):
@@ -79,26 +83,21 @@ class LayerPlan:
                 raise ValueError(f"layer is for single layers; a model numbers its own, got layer={layer}")
             roots = [target]
             candidates, tied = module_candidates(target, include_linear)
-            kept, left_out = split_excluded(candidates, tied, skip_first, patterns)
-            if not include_frozen:
-                kept, frozen = split_frozen(kept)
-                left_out += [(candidate.name, "frozen (requires_grad is False)") for candidate in frozen]
+            choice = choose(candidates, tied, skip_first, patterns, include_frozen)
         else:
             if skip_first not in (DEFAULT_SKIP_FIRST, 0) or patterns:
                 raise ValueError(
                     f"skip_first and exclude choose among the layers of a model, but the target is a "
                     f"{type(target).__name__}; got skip_first={skip_first}, exclude={exclude!r}"
                 )
-            roots, kept, tied = _listed_candidates(target, layer)
-            candidates, left_out = kept, []
+            roots, candidates, tied = _listed_candidates(target, layer)
+            choice = Choice(candidates, [], [], [None] * len(candidates))
         for root in roots:
             if isinstance(root, nn.Module):
                 check_not_sharded(root)
-        layers, unpaired = examine(kept)
-        place = {c.name: index for index, c in enumerate(candidates)}
-        self.layers = tuple(layers)
-        self.skipped = tuple(sorted([*left_out, *unpaired], key=lambda item: place[item[0]])) + tuple(tied)
-        if not layers:
+        layers, unpaired = examine(choice.kept)
+        self._set_layers(layers, choice, unpaired, candidates, tied)
+        if not layers and not (may_wait and choice.frozen):
             raise ValueError(self._why_nothing(target, candidates, include_linear))
 
         self._root_references = [weakref.ref(root) for root in roots]
@@ -106,28 +105,54 @@ class LayerPlan:
         self._structure = Structure(roots)
         weights = self.weights()
         self._storage = Storage(self.layers, weights)
-        place_of = {id(weight): place for place, weight in enumerate(self._structure.weights() or ())}
+        held = self._structure.weights() or []
+        place_of = {id(weight): place for place, weight in enumerate(held)}
         self._places = [place_of.get(id(weight), -1) for weight in weights]
-        self._without_frozen = not include_frozen
-        self._frozen = [weakref.ref(candidate.holder) for candidate in frozen]
-        self._watch = self._structure.compiled(
-            self._places, [candidate.holder for candidate in frozen], trained=not include_frozen
-        )
+        self._trained: list[bool | None] = [None] * len(held)
+        for candidate, is_trained in zip(candidates, choice.trained, strict=True):
+            place = place_of.get(id(candidate.weight))
+            if place is not None:
+                self._trained[place] = is_trained
+        self._watch = self._structure.compiled(self._places, self._trained)
         # What is watched was looked at last: without this another thread's change would never be noticed.
-        if -1 in self._places or not all(layer.is_current() for layer in self.layers):
+        if (
+            -1 in self._places
+            or not all(layer.is_current() for layer in self.layers)
+            or any(
+                _is_trained(c) is not was for c, was in zip(candidates, choice.trained, strict=True) if was is not None
+            )
+        ):
             raise ValueError("the target was changed by another thread while its layers were looked at; try again")
         self._has_inference_weights = any(w.is_inference() for w in weights)
         self._tabulate()
 
+    def _set_layers(
+        self,
+        layers: Sequence[MergeLayer],
+        choice: Choice,
+        unpaired: Sequence[tuple[str, str]],
+        candidates: Sequence[Candidate],
+        tied: Sequence[tuple[str, str]],
+    ) -> None:
+        place = {c.name: index for index, c in enumerate(candidates)}
+        self.layers = tuple(layers)
+        self.skipped = tuple(sorted([*choice.left_out, *unpaired], key=lambda item: place[item[0]])) + tuple(tied)
+        self.candidates = tuple(place)
+        self.frozen = tuple(candidate.name for candidate in choice.frozen)
+        self._frozen_holders = [weakref.ref(candidate.holder) for candidate in choice.frozen]
+        devices = [c.weight.device for c in (*choice.kept, *choice.frozen) if c.weight is not None]
+        self._device = devices[0] if devices else torch.device("cpu")
+
     def _tabulate(self) -> None:
-        self.rows = Rows(self.layers)
+        self.rows = Rows(self.layers, self._device)
         self.names = [layer.name for layer in self.layers]
         self.filters = [layer.layout.filters for layer in self.layers]
 
     def _why_nothing(self, target: object, candidates: Sequence[Candidate], include_linear: bool) -> str:
         if candidates:
             found = "; ".join(describe_skipped(self.skipped))
-            return f"no layer of this {type(target).__name__} can be merged: {found}"
+            cure = "; include_frozen=True merges frozen layers, too" if self.frozen else ""
+            return f"no layer of this {type(target).__name__} can be merged: {found}{cure}"
         if isinstance(target, nn.Module):
             has_linear = any(isinstance(module, nn.Linear) for module in target.modules())
             hint = "; Linear layers take part with include_linear=True" if has_linear and not include_linear else ""
@@ -140,10 +165,13 @@ class LayerPlan:
     @property
     def device(self) -> torch.device:
         """Device of all the weights."""
-        return self.layers[0].device
+        return self._device
 
-    def weights(self) -> list[torch.Tensor]:
+    def weights(self, *, waiting: bool = False) -> list[torch.Tensor]:
         """The weights as they are now.
+
+        Args:
+            waiting: also those of frozen layers, at the end.
 
         Raises:
             ValueError: one of them is gone.
@@ -154,6 +182,10 @@ class LayerPlan:
             if weight is None:
                 raise ValueError(f"{layer.name}: its weight is gone; keep a reference to the target of a plan")
             weights.append(weight)
+        if waiting:
+            holders = [holder() for holder in self._frozen_holders]
+            frozen = [holder._parameters.get("weight") for holder in holders if isinstance(holder, nn.Module)]
+            weights += [weight for weight in frozen if weight is not None]
         return weights
 
     def holders(self) -> list[nn.Module]:
@@ -189,7 +221,7 @@ class LayerPlan:
         if found is None:
             return None
         weights = [found[place] for place in self._places]
-        if self._without_frozen and not self._same_are_frozen(weights):
+        if not self._same_are_frozen(found):
             return None
         return weights if self._storage.holds(weights) else None
 
@@ -198,10 +230,8 @@ class LayerPlan:
         return any(w is None or forward_ad.unpack_dual(w).tangent is not None for w in weights)
 
     def _same_are_frozen(self, weights: Sequence[torch.Tensor]) -> bool:
-        # Their holders are alive, or the structure would have changed.
-        return all(weight.requires_grad for weight in weights) and not any(
-            holder()._parameters["weight"].requires_grad  # type: ignore[union-attr]
-            for holder in self._frozen
+        return all(
+            weight.requires_grad is was for weight, was in zip(weights, self._trained, strict=True) if was is not None
         )
 
     def draw(self, seed: int, step: int, prob: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
@@ -209,7 +239,7 @@ class LayerPlan:
         return self.rows.draw(seed, step, prob)
 
     def __str__(self) -> str:
-        width = max(len(name) for name in ["layer", *self.names])
+        width = max(map(len, ["layer", *self.names]))
         lines = [
             f"merges {len(self.layers)} layers, {sum(self.filters)} filters",
             f"{'layer':{width}}    id  filters  groups  elements  dtype",
@@ -230,6 +260,11 @@ class LayerPlan:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={len(self.layers)}, skipped={len(self.skipped)})"
+
+
+def _is_trained(candidate: Candidate) -> bool:
+    weight = candidate.weight
+    return weight is not None and weight.requires_grad
 
 
 def check_selection(skip_first: object, exclude: object) -> tuple[float, tuple[str, ...]]:

@@ -18,24 +18,22 @@ class Rows:
 
     Args:
         layers: the layers, all on one device.
+        device: that device, which must be given where there is no layer.
 
     Attributes:
         layers: the layers.
+        device: device of all the weights.
         start: int64 ``(layers + 1,)``, the first row of each layer, and the number of rows.
     """
 
-    def __init__(self, layers: Sequence[MergeLayer]) -> None:
+    def __init__(self, layers: Sequence[MergeLayer], device: torch.device | None = None) -> None:
         self.layers = tuple(layers)
-        sizes = [layer.layout.filters for layer in layers]
+        self.device = layers[0].device if device is None else device
+        sizes = np.array([layer.layout.filters for layer in layers], np.int64)
         self.start = np.concatenate([[0], np.cumsum(sizes)])
-        self._filter = np.concatenate([np.arange(size) for size in sizes])
-        self._layer_id = np.repeat([layer.layer_id for layer in layers], sizes)
-        self._group_size = np.repeat([layer.layout.group_size for layer in layers], sizes)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of all the weights."""
-        return self.layers[0].device
+        self._filter = np.arange(self.start[-1]) - np.repeat(self.start[:-1], sizes)
+        self._layer_id = np.repeat(np.array([layer.layer_id for layer in layers], np.int64), sizes)
+        self._group_size = np.repeat(np.array([layer.layout.group_size for layer in layers], np.int64), sizes)
 
     def of_layers(self) -> list[slice]:
         """The rows of each layer."""

@@ -1,4 +1,4 @@
-"""Several ranks: agreement about the recipe, and weights that ``fully_shard`` has divided among them.
+"""Several ranks: what the first one knows, and weights that ``fully_shard`` has divided among them.
 
 Replicas need no communication: decisions are a pure function of seed, step, layer and filter. A weight that is sharded
 by filter is gathered, merged as a whole, and each rank keeps its own filters: the same arithmetic as on one rank, on
@@ -20,34 +20,10 @@ from ..merge_plan import MergePlan
 from ..paths.choice import Paths
 from ..paths.eager import EagerPairs, EagerPath
 from ..paths.path import Call, Outcome, Path
-from ..plan.candidates import Candidate, is_mergeable_module, module_candidates, split_excluded, split_frozen
+from ..plan.candidates import Candidate, choose, is_mergeable_module, module_candidates
 from ..plan.filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
 from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..plan.rows import Rows
-from ..stats import describe_skipped
-
-
-def check_agreement(recipe: dict[str, Any], group: Any) -> None:
-    """Raise, on every rank, if the recipes of the ranks differ; all ranks of ``group`` must call it.
-
-    Raises:
-        ValueError: they differ.
-    """
-    recipes: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(recipes, recipe, group=group)
-    for rank, other in enumerate(recipes):
-        for name, value in recipes[0].items():
-            if other[name] != value:
-                raise ValueError(
-                    f"the ranks disagree about {name}: {_short(value)} on rank 0, {_short(other[name])} on rank "
-                    f"{rank}; the replicas would drift apart. Pass the same arguments on every rank, or, where ranks "
-                    "hold different models (pipeline stages), the process_group of those that hold this one"
-                )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def broadcast_from_first(value: Any, group: Any) -> Any:
@@ -126,6 +102,7 @@ class ShardedPlan(MergePlan):
         exclude: name patterns to leave out.
         include_linear: whether Linears take part.
         include_frozen: whether frozen weights take part.
+        may_wait: whether there may be no layer for now, because all of them are frozen.
 
     Raises:
         TypeError: a weight's dtype cannot be merged.
@@ -139,29 +116,23 @@ class ShardedPlan(MergePlan):
         skip_first: float = DEFAULT_SKIP_FIRST,
         exclude: Sequence[str] = (),
         include_linear: bool = False,
-        include_frozen: bool = True,
+        include_frozen: bool = False,
+        may_wait: bool = False,
     ) -> None:
         candidates, tied = module_candidates(model, include_linear)
-        kept, left_out = split_excluded(candidates, tied, skip_first, exclude)
-        frozen: list[Candidate] = []
-        if not include_frozen:
-            kept, frozen = split_frozen(kept)
-        left_out += [(candidate.name, "frozen (requires_grad is False)") for candidate in frozen]
-        layers = []
-        for candidate in kept:
+        choice = choose(candidates, tied, skip_first, exclude, include_frozen)
+        layers, unpaired = [], []
+        for candidate in choice.kept:
             layer = _sharded_layer(candidate)
             if layer.layout.group_size < 2:
-                left_out.append((layer.name, "one filter per group, nothing to pair it with"))
+                unpaired.append((layer.name, "one filter per group, nothing to pair it with"))
             else:
                 layers.append(layer)
-        self.layers = tuple(layers)  # type: ignore[assignment, arg-type]
-        self.skipped = (*left_out, *tied)
-        if not layers:
-            found = "; ".join(describe_skipped(self.skipped)) or "no convolution found"
-            raise ValueError(f"no layer of this {type(model).__name__} can be merged: {found}")
-        self._holders = [c.holder for c in candidates]
-        self._frozen_holders = [c.holder for c in frozen]
-        self._include_frozen = include_frozen
+        self._set_layers(layers, choice, unpaired, candidates, tied)  # type: ignore[arg-type]
+        if not layers and not (may_wait and choice.frozen):
+            raise ValueError(self._why_nothing(model, candidates, include_linear))
+        must = [(c.holder, was) for c, was in zip(candidates, choice.trained, strict=True) if was is not None]
+        self._watched = must
         self._tabulate()
 
     def _tabulate(self) -> None:
@@ -172,13 +143,11 @@ class ShardedPlan(MergePlan):
         """The weights if they are sharded as they were, else None."""
         if not all(layer.is_current() for layer in self.layers):
             return None
-        weights = self.weights()
-        if not self._include_frozen and not (
-            all(weight.requires_grad for weight in weights)
-            and not any(holder._parameters["weight"].requires_grad for holder in self._frozen_holders)  # type: ignore[union-attr]
-        ):
-            return None
-        return weights
+        for holder, was in self._watched:
+            weight = holder._parameters.get("weight")  # type: ignore[union-attr]
+            if weight is None or weight.requires_grad is not was:
+                return None
+        return self.weights()
 
     def gathered(self, weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Each weight as a whole, see :func:`gathered`; all ranks must iterate."""

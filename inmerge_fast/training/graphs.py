@@ -34,6 +34,8 @@ class GraphSteps:
         """See :meth:`inmerge_fast.InMerge.prepare`."""
         check_outside_transforms()
         run, plan = self._run, self._run.plan
+        if not plan.layers:
+            raise RuntimeError("all layers are frozen, so there is nothing that a CUDA graph could merge")
         path = plan.paths.choose()
         if path is not plan.paths.triton:
             raise RuntimeError(

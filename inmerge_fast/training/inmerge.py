@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..draw import MAX_STEP, check_word
 from ..dynamo import outside_dynamo
@@ -18,19 +16,19 @@ from ..merge_plan import MergePlan
 from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
 from ..plan.plan import DEFAULT_SKIP_FIRST, Target
-from ..stats import MergeStats, NoEffectWarning
-from ..thresholds import check_count
-from .distributed import check_agreement
+from ..stats import MergeStats
+from .agreement import check_agreement
+from .arguments import InMergeArguments, checked
+from .copies import check_is_no_average
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
 from .monitor import Logger, Monitor
-from .recipe import Recipe, Threshold, in_steps, selection
+from .recipe import Threshold
 from .run import MergeRun
 from .schedules import Schedule
+from .silence import Evaluation
 from .summary import Preview, RunSummary, preview, summarise
-
-EVAL_STEPS = 100  # steps in evaluation mode, before any in training mode, after which a warning says so
 
 
 class InMerge:
@@ -61,7 +59,8 @@ class InMerge:
         skip_first: see :func:`inmerge_fast.merge_`; or name patterns of the layers to leave out, and no others.
         exclude: name patterns of layers to leave out as well, see :func:`inmerge_fast.merge_`.
         include_linear: whether ``Linear`` layers take part too.
-        include_frozen: whether weights that require no gradient take part too. Freezing and unfreezing is noticed.
+        include_frozen: whether weights that require no gradient take part too. Without it frozen layers wait until they
+            are trained, also where all of them are frozen for a while; layers that are given one by one are meant.
         start: first step that merges.
         stop: first step that does not any more; None for no end.
         every: merge at every ``every``-th step from ``start`` on.
@@ -104,40 +103,37 @@ class InMerge:
         observe_every: int = 10,
         process_group: Any = None,
     ) -> None:
-        if isinstance(model, AveragedModel):
-            raise ValueError(
-                "model is an AveragedModel, whose weights the next update_parameters() overwrites; merge the model "
-                "that is trained, and its average follows"
-            )
-        first, last = in_steps(start, stop, steps_per_epoch)
-        recipe = Recipe(alpha, prob, threshold, partner, first, last, every, seed)
-        check_count("observe_every", observe_every)
-        for name, flag in (("include_linear", include_linear), ("include_frozen", include_frozen)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, got {flag!r}")
-        if not isinstance(guard, CollapseGuard) and guard is not None and guard != "default":
-            raise TypeError(f"guard must be a CollapseGuard or None, got {guard!r}")
-        for log in loggers:
-            if not callable(log):
-                raise TypeError(f"loggers must be callable, got {log!r}")
+        parts = checked({name: value for name, value in locals().items() if name in InMergeArguments.__annotations__})
+        check_is_no_average(unwrap_compiled(model) if isinstance(model, nn.Module) else model)
         if not isinstance(model, (nn.Module, torch.Tensor)) and isinstance(model, Iterable):
             model = tuple(model)
-        if guard == "default":
-            guard = CollapseGuard()
         self._run = MergeRun(
             unwrap_compiled(model) if isinstance(model, nn.Module) else model,
-            selection(skip_first, exclude, include_linear, include_frozen),
-            recipe,
-            guard,  # type: ignore[arg-type]
-            Monitor(loggers),
-            int(observe_every),
+            parts.selection,
+            parts.recipe,
+            parts.guard,
+            Monitor(parts.loggers),
+            parts.observe_every,
             process_group,
         )
         self._attached: AttachedStep | None = None
-        self._steps_in_evaluation = 0
+        self._evaluation = Evaluation()
         self._graph = GraphSteps(self._run)
         if several_ranks(process_group):
             check_agreement(self._run.described(), process_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get, also those of a model or callback that holds this InMerge.
+
+        A copy has the recipe and goes on from the same step. It plans when it is first used, for the copy of the model;
+        it is attached to nothing, and has no loggers.
+        """
+        return self._run.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._run = MergeRun.__new__(MergeRun)
+        self._run.__setstate__(state)
+        self._attached, self._evaluation, self._graph = None, Evaluation(), GraphSteps(self._run)
 
     @property
     def plan(self) -> MergePlan:
@@ -165,6 +161,9 @@ class InMerge:
     def step(self) -> MergeStats | None:
         """Merge, if this step is one that merges, and count it. Call it once per optimizer step, outside the model.
 
+        In evaluation mode it does nothing, so that it may stand before the forward pass of a loop that validates, too.
+        That holds for one process: ranks of which one does nothing would drift apart, so several raise.
+
         While a CUDA graph is captured, the launches are captured that merge what :meth:`prepare` has last set.
 
         Returns:
@@ -172,23 +171,31 @@ class InMerge:
             evaluation mode, and while capturing.
 
         Raises:
-            RuntimeError: it is attached to an optimizer, which calls it already.
+            RuntimeError: it is attached to an optimizer, which calls it already; or one of several ranks is in
+                evaluation mode.
             ValueError: a schedule is out of range, or a weight cannot be merged any more; nothing was written then.
         """
         if self._attached is not None:
             raise RuntimeError("this InMerge is attached to an optimizer and steps with it; detach() it first")
+        if not self._is_training():
+            self._skip()
+            return None
+        if self._evaluation.calls:
+            self._evaluation.end()
         return self._advance()
 
     @outside_dynamo  # again, for an optimizer step inside a compiled function
     def _advance(self) -> MergeStats | None:
+        """A step that was taken, whatever mode the model is in: whoever asks for it knows that it is training."""
         check_outside_transforms()
-        if not self._is_training():
-            self._count_evaluation()
-            return None
         if self._graph.is_capturing():
             self._graph.capture()
             return None
-        return self._run.merge()
+        plan = self._run.plan
+        stats = self._run.merge()
+        if self._attached is not None and self._run.plan is not plan:
+            self._attached.look_again()
+        return stats
 
     def _is_training(self) -> bool:
         model = self._run.model
@@ -196,15 +203,14 @@ class InMerge:
             return model.training
         return not isinstance(model, tuple) or all(getattr(item, "training", True) for item in model)
 
-    def _count_evaluation(self) -> None:
-        self._steps_in_evaluation += 1
-        if self._steps_in_evaluation == EVAL_STEPS and self.step_count == 0:
-            warnings.warn(
-                f"{EVAL_STEPS} steps of InMerge and all of them in evaluation mode, where nothing is merged; if "
-                "this is training, call model.train()",
-                NoEffectWarning,
-                stacklevel=3,
+    def _skip(self) -> None:
+        if several_ranks(self._run.group):
+            raise RuntimeError(
+                "step() was called in evaluation mode on one of several ranks, whose replicas drift apart where one "
+                "does not merge; call it where the optimizer steps, after model.train(), or attach() it"
             )
+        layers = self.plan.layers
+        self._evaluation.count(layers[0].weight if layers else None, self.step_count)
 
     # ------------------------------------------------------------------------------------------------------ monitoring
 
@@ -274,25 +280,34 @@ class InMerge:
     # ------------------------------------------------------------------------------------------------------ optimizer
 
     def attach(self, optimizer: torch.optim.Optimizer) -> InMerge:
-        """Merge after each step of ``optimizer``, so that nothing is left to call.
+        """Merge after each step of ``optimizer``, so that nothing is left to call, whatever mode the model is in.
 
         With gradient accumulation that is once per optimizer step. A step that a ``GradScaler`` skips merges nothing
         and is not counted; with fused and capturable optimizers, which decide on the device whether to skip, the host
-        waits for that decision.
+        waits for that decision. Wrapped optimizers (accelerate, Lookahead, SAM, ``PostLocalSGDOptimizer``,
+        ``ZeroRedundancyOptimizer``, ...) are followed: a step is one that the innermost optimizer takes, and is merged
+        when the outermost call is over.
+
+        Another InMerge that is attached for the same weights is detached, with a warning. A warning also tells when the
+        weights go on changing without steps of ``optimizer``. As a context it is detached at the end::
+
+            with inmerge_fast.InMerge(model).attach(optimizer) as merger:
+                train()
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: not a ``torch.optim.Optimizer``.
-            ValueError: the optimizer does not update these weights, e.g. because it holds copies of them.
+            TypeError: not an optimizer.
+            ValueError: the optimizer does not update these weights, e.g. because it holds copies of them; or PyTorch
+                calls no hooks after its steps, and nothing inside it can be followed.
             RuntimeError: it is attached already.
         """
         if self._attached is not None:
             raise RuntimeError(
                 "this InMerge is attached already; of several optimizers, attach it to the last one to step"
             )
-        self._attached = AttachedStep(optimizer, self.plan.weights(), self._advance)
+        self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach)
         return self
 
     @property
@@ -301,10 +316,16 @@ class InMerge:
         return self._attached is not None
 
     def detach(self) -> None:
-        """Undo :meth:`attach`."""
-        if self._attached is not None:
-            self._attached.remove()
-            self._attached = None
+        """Undo :meth:`attach`; does nothing where it is not attached."""
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            attached.remove()
+
+    def __enter__(self) -> InMerge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
     # ---------------------------------------------------------------------------------------------------------- state
 

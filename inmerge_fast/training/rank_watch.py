@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from ..effect import OnItsWay
+from ..merge import several_ranks
 from ..rank_cost import NEVER, LayerLedger, RankCost
 from ..thresholds import MOST_SHARE, RankBudget
+from .agreement import CHECK_EVERY, DELAY, is_check
 from .distributed import broadcast_from_first, first_ranks_numbers, is_first
 from .recipe import Recipe
 
-CHECK_EVERY = 16  # merging steps after which the merges of all layers are counted, and at 2, 4 and 8
-DELAY = 2  # merging steps that the counts have to come from the device before they are looked at
 MEASUREMENTS = 32  # of a budget's run, about; at its beginning, when a network changes most, they are closer together
 LEAST_PRICE = 1e-7
 
@@ -32,6 +32,9 @@ class Watched(Protocol):
     def counted(self) -> torch.Tensor:
         """Pairs sampled and merged in each layer over the whole run, int64 ``(layers, 2)``; nothing waits."""
 
+    def census(self) -> tuple[list[str], torch.Tensor]:
+        """Names of all candidate layers, and the same of each, -1 for those that are not merged now."""
+
 
 @dataclass
 class _Count:
@@ -42,29 +45,34 @@ class _Count:
     numbers: OnItsWay
 
     def merged(self) -> dict[str, int]:
-        return dict(zip(self.names, self.numbers.read()[:, 1].tolist(), strict=True))
+        """Merges of the layers that were in the plan then."""
+        merged = self.numbers.read()[:, 1].tolist()
+        return {name: count for name, count in zip(self.names, merged, strict=True) if count >= 0}
 
 
 class RankWatch:
     """Keeps a ledger for each layer, and a budget's thresholds.
 
     Steps are counted as *occasions*, those that merge. When something is measured depends on the occasion, and on the
-    merges that the first rank has counted, never on what only one rank knows; the first rank measures, and the others
-    take what it has found.
+    merges that the first rank has counted, never on what only one rank knows, its plan least of all: with several ranks
+    it is what the first one has told with its latest count. The first rank measures, and the others take what it has
+    found.
 
     Args:
         budget: the budget that sets the thresholds; None where they come from elsewhere.
         group: the ranks that train this model; None for all.
+        names: the layers that are merged at first, on all ranks.
 
     Attributes:
         ledgers: by layer.
     """
 
-    def __init__(self, budget: RankBudget | None, group: Any) -> None:
+    def __init__(self, budget: RankBudget | None, group: Any, names: Sequence[str]) -> None:
         self.ledgers: dict[str, LayerLedger] = {}
         self._budget, self._group = budget, group
         self._occasion = -1  # the latest
         self._count: _Count | None = None
+        self._agreed = list(names) if several_ranks(group) else None  # the layers that the first rank merges
 
     def advance(self, run: Watched, step: int, names: list[str], thresholds: Sequence[float] | None) -> list[str]:
         """Look at what there is to look at before the merge of ``step``.
@@ -72,7 +80,7 @@ class RankWatch:
         Args:
             run: the run.
             step: the optimizer step.
-            names: the layers that are merged.
+            names: the layers that this rank merges.
             thresholds: the threshold of each; None with a budget.
 
         Returns:
@@ -82,25 +90,29 @@ class RankWatch:
         if occasion == self._occasion:
             return []
         self._occasion = occasion
-        known = [name for name in names if name in self.ledgers]
-        due: set[str] = set()
-        if not known or (self._count is not None and occasion >= self._count.due):
-            # A layer that has come since waits: when to measure must not depend on the plan of one rank.
-            due.update(set(names).difference(known))
-            merged = {} if self._count is None else self._count.merged()
+        counted = self._count is not None and occasion >= self._count.due
+        merged = self._count.merged() if self._count is not None and counted else {}
+        if counted:
             self._count = None
+            self._agreed = None if self._agreed is None else list(merged)
+        candidates = names if self._agreed is None else self._agreed
+        known = [name for name in candidates if name in self.ledgers]
+        due: set[str] = set()
+        if not known or counted:
+            # A layer that has come since waits: when to measure must not depend on the plan of one rank.
+            due.update(set(candidates).difference(known))
             due.update(name for name in known if name in merged and self.ledgers[name].is_due(merged[name]))
         if self._budget is not None and not self._is_over(run.recipe, occasion):
             window = self.window(run.recipe, occasion)
             due.update(name for name in known if occasion - self.ledgers[name].occasion >= window)
-        measured = [name for name in names if name in due]
+        measured = [name for name in candidates if name in due]
         if measured:
             in_force = None if thresholds is None else dict(zip(names, thresholds, strict=True))
             self._measure(run, step, names, measured, in_force)
-        if _is_check(occasion):
-            counts = first_ranks_numbers(run.counted(), self._group)
-            self._count = _Count(occasion + DELAY, list(names), OnItsWay(counts))
-        return measured
+        if is_check(occasion):
+            every, counts = run.census()
+            self._count = _Count(occasion + DELAY, every, OnItsWay(first_ranks_numbers(counts, self._group)))
+        return [name for name in measured if name in self.ledgers]
 
     def thresholds(self, recipe: Recipe, names: Iterable[str]) -> list[float]:
         """The thresholds that the budget has set; ``NEVER`` for layers that were not measured yet, and at the end."""
@@ -182,19 +194,18 @@ class RankWatch:
             "ledgers": {name: vars(ledger).copy() for name, ledger in self.ledgers.items()},
             "occasion": self._occasion,
             "count": None if count is None else [count.due, count.names, count.numbers.read().tolist()],
+            "agreed": None if self._agreed is None else list(self._agreed),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.ledgers = {name: LayerLedger(**ledger) for name, ledger in state["ledgers"].items()}
         self._occasion, self._count = state["occasion"], None
+        if self._agreed is not None and state.get("agreed") is not None:
+            self._agreed = list(state["agreed"])
         if state["count"] is not None:
             due, names, numbers = state["count"]
             self._count = _Count(due, list(names), OnItsWay(torch.from_numpy(np.array(numbers, np.int64))))
-
-
-def _is_check(occasion: int) -> bool:
-    return occasion > 0 and (occasion % CHECK_EVERY == 0 or occasion in (2, 4, 8))
 
 
 def _set_threshold(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from torch import nn
 
 from ..draw import MAX_STEP, check_word
-from ..effect import callers_level
-from ..merge import merge_plan_
+from ..effect import NO_EFFECT_CALLS, callers_level
+from ..merge import merge_plan_, several_ranks
 from ..merge_plan import MergePlan
 from ..paths.path import Call
 from ..plan.candidates import is_mergeable_module
 from ..plan.plan import Target
 from ..rank_cost import NEVER
-from ..stats import MergeStats
+from ..stats import MergeStats, NoEffectWarning
 from ..thresholds import NoiseThreshold, QuantileThreshold, RankBudget, by_layer, quantile_threshold
+from .agreement import Comparison
+from .copies import OnlyHere
 from .distributed import ShardedPlan, broadcast_from_first, is_sharded
 from .guard import CollapseGuard
 from .monitor import Monitor, Observation
@@ -47,6 +50,7 @@ class MergeRun:
     Attributes:
         plan: the layers that are merged.
         step_count: optimizer steps so far; the number of the next one.
+        group: the ranks that train this model; None for all.
         stopped: names of layers that the guard has stopped.
         watch: what keeps account of what merging costs; None without guard and budget.
     """
@@ -61,8 +65,10 @@ class MergeRun:
         observe_every: int,
         group: Any,
     ) -> None:
+        self._copied: dict[str, Any] | None = None  # what a copy goes on from that has not planned yet
         self.model, self.recipe, self.guard, self.monitor = model, recipe, guard, monitor
-        self._selection, self._observe_every, self._group = selection, observe_every, group
+        self.group = group
+        self._selection, self._observe_every = selection, observe_every
         self._quantiles: dict[str, float] = {}
         self._quantiles_of: int | None = None  # the step that they were computed at
         self.stopped: set[str] = set()
@@ -70,11 +76,58 @@ class MergeRun:
         self._earlier: dict[str, tuple[int, int]] = {}  # sampled and merged by plans before this one
         self._before: torch.Tensor | None = None  # the same where the plan's counts are, in its order
         budget = recipe.threshold if isinstance(recipe.threshold, RankBudget) else None
-        self.watch = None if budget is None and guard is None else RankWatch(budget, group)
+        self._waited = 0  # steps that would have merged, had not all layers been frozen
         self.plan = self._new_plan()
+        self.watch = None if budget is None and guard is None else RankWatch(budget, group, self.plan.names)
+        self._comparison = Comparison(group) if several_ranks(group) else None
         self._fixed = self._fixed_thresholds(self.plan)
         if budget is not None:
             self.plan.effect.advise(NOTHING_TO_SPEND)
+
+    # ---------------------------------------------------------------------------------------------------------- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy goes on from: all but the plan, which belongs to the memory of the weights, and the loggers."""
+        if self._copied is not None:
+            return dict(self._copied)
+        return {
+            "model": self.model,
+            "selection": dict(self._selection),
+            "recipe": self.recipe,
+            "observe_every": self._observe_every,
+            "guard": copy.deepcopy(self.guard),
+            "group": None if self.group is None else OnlyHere(self.group),
+            "step_count": self.step_count,
+            "quantiles": (dict(self._quantiles), self._quantiles_of),
+            "stopped": set(self.stopped),
+            "counted": self.counted_by_layer(),
+            "watch": None if self.watch is None else self.watch.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.model, self.recipe, self.step_count = state["model"], state["recipe"], state["step_count"]
+        self._copied = state
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy plans when it is first used: with a deep copy of a model its InMerge is copied before the layers are.
+        state = self.__dict__.get("_copied")
+        if state is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        group, step_count = state["group"], self.step_count
+        try:
+            self.__init__(  # type: ignore[misc]
+                self.model, state["selection"], self.recipe, state["guard"], Monitor(()), state["observe_every"],
+                None if group is None else group.value,
+            )  # fmt: skip
+        except BaseException:
+            self._copied, self.step_count = state, step_count
+            raise
+        self.step_count, self.stopped = step_count, state["stopped"]
+        self._quantiles, self._quantiles_of = state["quantiles"]
+        if self.watch is not None and state["watch"] is not None:
+            self.watch.load_state_dict(state["watch"])
+        self._count_from(state["counted"])
+        return getattr(self, name)
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -88,12 +141,30 @@ class MergeRun:
         if observed:
             self.monitor.log_due()
         weights = self.current_weights()
+        if self._comparison is not None:
+            self._comparison.look(self.recipe.occasion(step), step, self.plan.device, self.described)
         call = self.call_at(step)
+        if not weights:
+            self.step_count = step + 1
+            self._wait()
+            return None
         stats = merge_plan_(self.plan, weights, call)
         self.step_count = step + 1
         if observed:
             self.observe(call, stats)
         return stats
+
+    def _wait(self) -> None:
+        """Count a step at which all layers were frozen."""
+        self._waited += 1
+        if self._waited == NO_EFFECT_CALLS and not self.plan.effect.calls:
+            warnings.warn(
+                f"nothing was merged in {self._waited} steps, because all {len(self.plan.frozen)} layers are frozen "
+                "(requires_grad is False). They are merged from when they are trained; include_frozen=True merges them "
+                "as they are",
+                NoEffectWarning,
+                stacklevel=callers_level(),
+            )
 
     def call_at(self, step: int) -> Call:
         """The numbers of a step. Thresholds are one per layer, ``NEVER`` for a layer that is not merged any more."""
@@ -111,10 +182,10 @@ class MergeRun:
     def _new_plan(self) -> MergePlan:
         is_model = isinstance(self.model, nn.Module) and not is_mergeable_module(self.model)
         if is_model and is_sharded(self.model):  # type: ignore[arg-type]
-            return ShardedPlan(self.model, **self._selection)  # type: ignore[arg-type]
+            return ShardedPlan(self.model, may_wait=True, **self._selection)  # type: ignore[arg-type]
         # Layers and weights that were given one by one are meant, frozen or not.
         selection = self._selection if is_model else {**self._selection, "include_frozen": True}
-        return MergePlan(self.model, **selection)
+        return MergePlan(self.model, may_wait=True, **selection)
 
     def current_weights(self) -> list[torch.Tensor]:
         """The plan's weights as they are now; a new plan where one was moved, replaced or frozen."""
@@ -147,6 +218,17 @@ class MergeRun:
         """Pairs sampled and merged in each layer over the whole run, int64 ``(layers, 2)``; nothing waits."""
         found, before = self.plan.totals(), self._before
         return found if before is None else found.to(before.device) + before
+
+    def census(self) -> tuple[list[str], torch.Tensor]:
+        """Names of all candidate layers, and the counts of each, -1 for those that are not merged now.
+
+        So many and in this order whatever is frozen, that ranks can compare them.
+        """
+        every, counted = list(self.plan.candidates), self.counted()
+        places = {name: place for place, name in enumerate(every)}
+        own = torch.tensor([places[name] for name in self.plan.names], dtype=torch.int64)
+        found = counted.new_full((len(every), 2), -1)
+        return every, found.index_copy_(0, own.to(found.device), counted)
 
     def _count_from(self, earlier: dict[str, tuple[int, int]]) -> None:
         """Count on from what earlier plans have counted by layer."""
@@ -198,10 +280,13 @@ class MergeRun:
         if not isinstance(chosen, QuantileThreshold):
             return [self.recipe.threshold_at(step)] * len(self.plan.layers)
         is_due = self._quantiles_of is None or step - self._quantiles_of >= chosen.every
-        if is_due or not self._quantiles.keys() >= set(self.plan.names):
-            self._quantiles = broadcast_from_first(self._measure_quantiles(chosen.rate), self._group)
+        # A layer that is trained from now on is measured at once; with several ranks, where one cannot know whether the
+        # others have it, the next time that all of them measure.
+        is_new = self._comparison is None and not self._quantiles.keys() >= set(self.plan.names)
+        if is_due or is_new:
+            self._quantiles = broadcast_from_first(self._measure_quantiles(chosen.rate), self.group)
             self._quantiles_of = step
-        return [self._quantiles[name] for name in self.plan.names]
+        return [self._quantiles.get(name, NEVER) for name in self.plan.names]
 
     def peek_thresholds(self, step: int) -> dict[str, float] | None:
         """The thresholds of :meth:`chosen_thresholds` by layer, without measuring anything for the run."""
@@ -234,6 +319,7 @@ class MergeRun:
         return {
             "version": STATE_VERSION,
             "layers": list(self.plan.names),
+            "choice": self._choice(),
             "step_count": self.step_count,
             "recipe": self.recipe.to_plain(),
             "quantiles": dict(self._quantiles),
@@ -245,11 +331,17 @@ class MergeRun:
             "pending": [observation.to_plain() for observation in self.monitor.pending],
         }
 
+    def _choice(self) -> dict[str, Any]:
+        """What chooses the layers, and from which, as plain data."""
+        choice = {name: list(value) if isinstance(value, tuple) else value for name, value in self._selection.items()}
+        return choice | {"candidates": list(self.plan.candidates)}
+
     def load_state_dict(self, state: Mapping[str, Any], keep: Sequence[str]) -> None:
         """See :meth:`inmerge_fast.InMerge.load_state_dict`."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state has version {state.get('version')!r}, expected {STATE_VERSION}")
-        if state["layers"] != self.plan.names:
+        # The same layers, or the same choice of them, which are others while some are frozen.
+        if state["layers"] != self.plan.names and state.get("choice") != self._choice():
             other = sorted(set(state["layers"]) ^ set(self.plan.names)) or "their order"
             raise ValueError(
                 f"state was saved for other layers, the difference is {other}; construct with the same model and the "
@@ -260,7 +352,7 @@ class MergeRun:
         self._warn_of_differences(restored)
         self.recipe, self._fixed = restored, None
         budget = restored.threshold if isinstance(restored.threshold, RankBudget) else None
-        self.watch = None if budget is None and self.guard is None else RankWatch(budget, self._group)
+        self.watch = None if budget is None and self.guard is None else RankWatch(budget, self.group, self.plan.names)
         if self.watch is not None and state["watch"] is not None:
             self.watch.load_state_dict(state["watch"])
         self._fixed = self._fixed_thresholds(self.plan)

@@ -88,7 +88,7 @@ class RunSummary:
             writer.writerows(self.rows())
 
     def __str__(self) -> str:
-        width = max(len("layer"), *(len(s.name) for s in self.layers))
+        width = max(map(len, ["layer", *(s.name for s in self.layers)]))
         lines = [
             f"{self.steps} optimizer steps: {self.merged:,} merges in {self.sampled:,} sampled pairs",
             f"{'layer':{width}}  filters     sampled      merged  per filter  rank, start to now  "
@@ -182,7 +182,7 @@ class Preview:
         return math.fsum(layer.merges for layer in self.layers)
 
     def __str__(self) -> str:
-        width = max(len("layer"), *(len(s.name) for s in self.layers))
+        width = max(map(len, ["layer", *(s.name for s in self.layers)]))
         idle = [s.name for s in self.layers if not s.can_act]
         lines = [
             f"{self.merges:.3g} merges expected at step {self.step}, for the weights as they are now; training moves "

@@ -6,7 +6,7 @@
 
 /* To be raised together with VERSION in inmerge_fast/native.py whenever anything in this folder changes what a call
    takes, returns or does, so that an older build left in a checkout is not used. */
-#define VERSION 4
+#define VERSION 5
 
 /* The struct code of this name, the best one for None. */
 static const struct code *find_code(PyObject *name) {

@@ -31,20 +31,25 @@ struct dl_exchange {
 enum { MOST_DIMENSIONS = 8 };
 
 struct memory {
-  Py_ssize_t holder; /* place among the holders and, after them, the tensors */
   const void *type;  /* torch.utils.swap_tensors makes another kind of tensor of the same object */
   struct dl_tensor seen;
   int64_t shape[MOST_DIMENSIONS], strides[MOST_DIMENSIONS];
 };
 
+/* What must stay as it is of a holder's weight, or of a tensor. */
+struct held {
+  const void *address;
+  Py_ssize_t pick; /* its place among the plan's weights, -1 for none */
+  enum { MAY_BE_EITHER, MUST_BE_FROZEN, MUST_BE_TRAINED } gradient;
+};
+
 typedef struct {
   PyObject_HEAD
-  PyObject *died, *childless, *parents, *holders, *others, *frozen, *tensors;
-  Py_ssize_t child_count, weight_count;
+  PyObject *died, *childless, *parents, *holders, *others, *tensors;
+  Py_ssize_t child_count, held_count, weight_count;
   const void **children; /* addresses of all children of all parents */
-  const void **held;     /* addresses of the holders' weights, and of the tensors */
-  struct memory *memory;
-  int must_be_trained;
+  struct held *held;     /* of the holders and, after them, the tensors */
+  struct memory *memory; /* of the plan's weights */
 } Watch;
 
 static PyObject *word_modules, *word_parameters, *word_weight, *word_is_leaf, *word_requires_grad;
@@ -111,19 +116,10 @@ static Py_ssize_t go_through_children(const Watch *self, const void **note) {
   return count;
 }
 
-/* The weights of all holders, and the tensors, in a new list; NULL where one is not what it was, or without memory. */
-static PyObject *held_now(const Watch *self) {
-  const Py_ssize_t holders = PyList_Size(self->holders), count = holders + PyList_Size(self->tensors);
-  PyObject *found = PyList_New(count);
-  for (Py_ssize_t i = 0; found && i < count; i++) {
-    PyObject *weight = i < holders ? weight_at(self->holders, i) : object_at(self->tensors, i - holders);
-    if (weight && (!self->held || weight == self->held[i])) PyList_SetItem(found, i, weight);
-    else {
-      Py_XDECREF(weight);
-      Py_CLEAR(found);
-    }
-  }
-  return found;
+/* The weight of a holder, or a tensor; NULL without an error where there is none. */
+static PyObject *held_at(const Watch *self, Py_ssize_t index) {
+  const Py_ssize_t holders = PyList_Size(self->holders);
+  return index < holders ? weight_at(self->holders, index) : object_at(self->tensors, index - holders);
 }
 
 static int look(PyObject *weight, struct dl_tensor *found) {
@@ -158,103 +154,107 @@ static PyObject *weights(PyObject *object, PyObject *unused) {
     Py_XDECREF(parameters);
     if (!has_none) Py_RETURN_NONE;
   }
-  for (Py_ssize_t i = 0, count = PyList_Size(self->frozen); i < count; i++) {
-    PyObject *weight = weight_at(self->frozen, i);
-    const int is_frozen = weight && !is_true(weight, word_requires_grad);
-    Py_XDECREF(weight);
-    if (!is_frozen) Py_RETURN_NONE;
+  PyObject *found = PyList_New(self->weight_count);
+  for (Py_ssize_t i = 0; found && i < self->held_count; i++) {
+    const struct held *held = &self->held[i];
+    PyObject *weight = held_at(self, i);
+    int is_the_same = weight && weight == held->address;
+    if (is_the_same && held->gradient != MAY_BE_EITHER)
+      is_the_same = is_true(weight, word_requires_grad) == (held->gradient == MUST_BE_TRAINED);
+    if (is_the_same && held->pick >= 0)
+      is_the_same = is_in_the_same_memory(weight, &self->memory[held->pick]) && is_true(weight, word_is_leaf);
+    if (is_the_same && held->pick >= 0) PyList_SetItem(found, held->pick, weight);
+    else Py_XDECREF(weight);
+    if (!is_the_same) Py_CLEAR(found);
   }
-  PyObject *held = held_now(self), *found = held ? PyList_New(self->weight_count) : NULL;
-  for (Py_ssize_t i = 0; found && i < self->weight_count; i++) {
-    const struct memory *memory = &self->memory[i];
-    PyObject *weight = PyList_GetItem(held, memory->holder);
-    if (is_in_the_same_memory(weight, memory) && is_true(weight, word_is_leaf) &&
-        (!self->must_be_trained || is_true(weight, word_requires_grad)))
-      PyList_SetItem(found, i, Py_NewRef(weight));
-    else Py_CLEAR(found);
-  }
-  Py_XDECREF(held);
   if (found) return found;
   if (PyErr_Occurred()) return NULL;
   Py_RETURN_NONE;
 }
 
 /* Note what is to be compared; 0 with an error set where that cannot be done. */
-static int note(Watch *self, PyObject *picks) {
+static int note(Watch *self, PyObject *picks, PyObject *gradients) {
+  char *must;
+  Py_ssize_t must_count;
+  if (PyBytes_AsStringAndSize(gradients, &must, &must_count)) return 0;
   self->child_count = go_through_children(self, NULL);
   if (self->child_count < 0) return PyErr_SetString(PyExc_ValueError, "a parent without a dict of modules"), 0;
-  PyObject *held = held_now(self);
-  if (!held) return PyErr_Occurred() ? 0 : (PyErr_SetString(PyExc_ValueError, "a holder without a weight"), 0);
-  const Py_ssize_t held_count = PyList_Size(held);
+  self->held_count = PyList_Size(self->holders) + PyList_Size(self->tensors);
+  if (must_count != self->held_count) return PyErr_SetString(PyExc_ValueError, "not one gradient for each weight"), 0;
   self->weight_count = PyList_Size(picks);
   self->children = calloc((size_t)self->child_count + 1, sizeof *self->children);
-  self->held = calloc((size_t)held_count + 1, sizeof *self->held);
+  self->held = calloc((size_t)self->held_count + 1, sizeof *self->held);
   self->memory = calloc((size_t)self->weight_count + 1, sizeof *self->memory);
-  if (!self->children || !self->held || !self->memory) return Py_DECREF(held), PyErr_NoMemory(), 0;
+  if (!self->children || !self->held || !self->memory) return PyErr_NoMemory(), 0;
   go_through_children(self, self->children);
-  for (Py_ssize_t i = 0; i < held_count; i++) self->held[i] = PyList_GetItem(held, i);
+  for (Py_ssize_t i = 0; i < self->held_count; i++) {
+    PyObject *weight = held_at(self, i);
+    if (!weight) return PyErr_SetString(PyExc_ValueError, "a holder without a weight"), 0;
+    self->held[i].address = weight, self->held[i].pick = -1, self->held[i].gradient = must[i];
+    Py_DECREF(weight);
+  }
   for (Py_ssize_t i = 0; i < self->weight_count; i++) {
     struct memory *memory = &self->memory[i];
-    memory->holder = PyLong_AsSsize_t(PyList_GetItem(picks, i));
-    const int is_there = memory->holder >= 0 && memory->holder < held_count;
-    PyObject *weight = is_there ? PyList_GetItem(held, memory->holder) : NULL;
-    if (!weight || !look(weight, &memory->seen) || memory->seen.ndim > MOST_DIMENSIONS) {
-      Py_DECREF(held);
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a weight that is not there or not described by DLPack");
-      return 0;
+    const Py_ssize_t index = PyLong_AsSsize_t(PyList_GetItem(picks, i));
+    const int is_there = index >= 0 && index < self->held_count && self->held[index].pick < 0;
+    PyObject *weight = is_there ? held_at(self, index) : NULL;
+    const int is_described = weight && look(weight, &memory->seen) && memory->seen.ndim <= MOST_DIMENSIONS;
+    if (is_described) {
+      const size_t bytes = (size_t)memory->seen.ndim * sizeof(int64_t);
+      memory->type = Py_TYPE(weight), self->held[index].pick = i;
+      memcpy(memory->shape, memory->seen.shape, bytes), memcpy(memory->strides, memory->seen.strides, bytes);
     }
-    const size_t bytes = (size_t)memory->seen.ndim * sizeof(int64_t);
-    memory->type = Py_TYPE(weight);
-    memcpy(memory->shape, memory->seen.shape, bytes), memcpy(memory->strides, memory->seen.strides, bytes);
+    Py_XDECREF(weight);
+    if (is_described) continue;
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a weight that is not there or not described by DLPack");
+    return 0;
   }
-  Py_DECREF(held);
   return 1;
 }
 
 PyDoc_STRVAR(watch_doc,
-             "Watch(exchange, died, childless, parents, holders, others, frozen, tensors, picks, trained)\n--\n\n"
+             "Watch(exchange, died, childless, parents, holders, others, tensors, picks, gradients)\n--\n\n"
              "Notes what a plan's target is made of.\n\n"
              "Args:\n"
              "    exchange: torch.Tensor.__dlpack_c_exchange_api__.\n"
              "    died: a list that something is appended to when any of the objects below dies.\n"
              "    childless: the _modules of modules that have none.\n"
-             "    parents: list of weak references to all other modules, as are the next four.\n"
+             "    parents: list of weak references to all other modules, as are the next three.\n"
              "    holders: modules with a weight.\n"
              "    others: modules that have no weight, and must not get one.\n"
-             "    frozen: modules whose weight must not require a gradient.\n"
              "    tensors: tensors.\n"
              "    picks: list of int, the plan's weights as places among the holders' and the tensors.\n"
-             "    trained: whether all of these must require a gradient.\n\n"
+             "    gradients: a byte for each of the holders' weights and the tensors: 1 if it must not require a\n"
+             "        gradient, 2 if it must, 0 for either.\n\n"
              "Raises:\n"
              "    ValueError: something cannot be watched.\n");
 
 static int initialise(PyObject *object, PyObject *arguments, PyObject *keywords) {
   Watch *self = (Watch *)object;
-  PyObject *capsule, *picks;
+  PyObject *capsule, *picks, *gradients;
   (void)keywords;
   if (self->died) return PyErr_SetString(PyExc_TypeError, "a Watch is initialised once"), -1;
-  if (!PyArg_ParseTuple(arguments, "OO!O!O!O!O!O!O!O!p:Watch", &capsule, &PyList_Type, &self->died, &PyList_Type,
+  if (!PyArg_ParseTuple(arguments, "OO!O!O!O!O!O!O!S:Watch", &capsule, &PyList_Type, &self->died, &PyList_Type,
                         &self->childless, &PyList_Type, &self->parents, &PyList_Type, &self->holders, &PyList_Type,
-                        &self->others, &PyList_Type, &self->frozen, &PyList_Type, &self->tensors, &PyList_Type, &picks,
-                        &self->must_be_trained)) {
-    self->died = self->childless = self->parents = self->holders = self->others = self->frozen = self->tensors = NULL;
+                        &self->others, &PyList_Type, &self->tensors, &PyList_Type, &picks, &gradients)) {
+    self->died = self->childless = self->parents = self->holders = self->others = self->tensors = NULL;
     return -1;
   }
   Py_INCREF(self->died), Py_INCREF(self->childless), Py_INCREF(self->parents), Py_INCREF(self->holders);
-  Py_INCREF(self->others), Py_INCREF(self->frozen), Py_INCREF(self->tensors);
+  Py_INCREF(self->others), Py_INCREF(self->tensors);
   const struct dl_exchange *found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!found) return -1;
   if (found->header.major != 1 || !found->tensor_from_object)
     return PyErr_SetString(PyExc_ValueError, "another DLPack"), -1;
   exchange = found;
-  return note(self, picks) ? 0 : -1;
+  return note(self, picks, gradients) ? 0 : -1;
 }
 
 static void destroy(PyObject *object) {
   Watch *self = (Watch *)object;
   PyTypeObject *type = Py_TYPE(object);
   Py_XDECREF(self->died), Py_XDECREF(self->childless), Py_XDECREF(self->parents), Py_XDECREF(self->holders);
-  Py_XDECREF(self->others), Py_XDECREF(self->frozen), Py_XDECREF(self->tensors);
+  Py_XDECREF(self->others), Py_XDECREF(self->tensors);
   free(self->children), free(self->held), free(self->memory);
   ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
   Py_DECREF(type);

@@ -1,0 +1,82 @@
+"""Arguments of ``InMerge`` by name and type, and what becomes of them before there is a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from ..thresholds import check_count
+from .guard import CollapseGuard
+from .monitor import Logger
+from .recipe import Recipe, Threshold, in_steps, selection
+from .schedules import Schedule
+
+
+class InMergeArguments(TypedDict, total=False):
+    """What :class:`inmerge_fast.InMerge` takes beside the model, for functions that pass it on.
+
+    ``def f(**recipe: Unpack[InMergeArguments])`` shows each argument to editors and type checkers; what they mean is
+    said there.
+    """
+
+    alpha: Schedule
+    prob: Schedule
+    threshold: Threshold
+    partner: str
+    skip_first: float | str | Sequence[str]
+    exclude: str | Sequence[str]
+    include_linear: bool
+    include_frozen: bool
+    start: float
+    stop: float | None
+    every: int
+    steps_per_epoch: int | None
+    seed: int
+    guard: CollapseGuard | str | None
+    loggers: Sequence[Logger]
+    observe_every: int
+    process_group: Any
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Arguments of :class:`inmerge_fast.InMerge` that are right in themselves, whatever the model is.
+
+    Attributes:
+        recipe: what to do at which step.
+        selection: the arguments of a plan that choose layers.
+        guard: what watches for collapsing layers; None for nothing.
+        loggers: functions that get the observed rows.
+        observe_every: every how many merging steps are observed.
+    """
+
+    recipe: Recipe
+    selection: dict[str, Any]
+    guard: CollapseGuard | None
+    loggers: list[Logger]
+    observe_every: int
+
+
+def checked(given: Mapping[str, Any]) -> Checked:
+    """Check the arguments of :class:`inmerge_fast.InMerge`, all of them.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+    """
+    first, last = in_steps(given["start"], given["stop"], given["steps_per_epoch"])
+    names = ("alpha", "prob", "threshold", "partner", "every", "seed")
+    recipe = Recipe(start=first, stop=last, **{name: given[name] for name in names})
+    check_count("observe_every", given["observe_every"])
+    for name in ("include_linear", "include_frozen"):
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{name} must be a bool, got {given[name]!r}")
+    guard = CollapseGuard() if given["guard"] == "default" else given["guard"]
+    if guard is not None and not isinstance(guard, CollapseGuard):
+        raise TypeError(f"guard must be a CollapseGuard or None, got {guard!r}")
+    for log in given["loggers"]:
+        if not callable(log):
+            raise TypeError(f"loggers must be callable, got {log!r}")
+    chosen = selection(*(given[name] for name in ("skip_first", "exclude", "include_linear", "include_frozen")))
+    return Checked(recipe, chosen, guard, list(given["loggers"]), int(given["observe_every"]))

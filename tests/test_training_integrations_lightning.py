@@ -1,0 +1,413 @@
+"""The callback in Lightning's Trainer: what it follows, and what it leaves alone."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from test_training import loss_of, net
+from torch import nn
+from trainers import (
+    ALWAYS,
+    BUDGET,
+    DATA,
+    RECIPE,
+    STEPS,
+    Batches,
+    assert_as_plain,
+    assert_same_weights,
+    hooks_of,
+    lightning_parts,
+    plain_loop,
+)
+
+from inmerge_fast import DictLogger, InMerge, RankBudget
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from inmerge_fast.integrations.lightning import InMergeCallback  # noqa: E402
+
+Module, fit = lightning_parts()
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::inmerge_fast.NoEffectWarning"
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+def test_gives_the_same_weights(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    module, log = Module(), DictLogger()
+    callback = InMergeCallback(observe_every=2, loggers=[log], **RECIPE)
+    fit(module, [callback], tmp_path, logger=CSVLogger(tmp_path, flush_logs_every_n_steps=1))
+    assert_as_plain(module.net, callback.merger, plain_loop())
+    assert callback.merger.plan.names == ["net.3", "net.5"]
+    assert [row["step"] for row in log.rows] == [2, 4]
+    [metrics] = tmp_path.rglob("metrics.csv")
+    assert "inmerge/net.3/mean_similarity" in metrics.read_text()
+
+
+def test_resumes_bit_identically(tmp_path):
+    """Two epochs in one go, and with the state through a checkpoint between them."""
+    with pytest.raises(ValueError, match=r"optimizer=3, but the module has 1 optimizers"):
+        fit(Module(), [InMergeCallback(optimizer=3, **RECIPE)], tmp_path)
+    whole, in_one_go = Module(), InMergeCallback(**RECIPE)
+    fit(whole, [in_one_go], tmp_path, max_epochs=2)
+    trainer = fit(Module(), [InMergeCallback(**RECIPE)], tmp_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    module, callback = Module(), InMergeCallback(**RECIPE)
+    fit(module, [callback], tmp_path, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert callback.merger.state_dict() == in_one_go.merger.state_dict()
+    assert callback.merger.step_count == 2 * STEPS
+    assert_same_weights(module, whole)
+
+
+OTHER_PACKAGE = """
+import pytorch_lightning as pl, torch
+from inmerge_fast.integrations.lightning import InMergeCallback
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    def training_step(self, batch, _):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+callback = InMergeCallback(threshold=-1.0, prob=1.0)
+trainer = pl.Trainer(callbacks=callback, max_epochs=2, accelerator="cpu", devices=1, logger=False,
+                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(Module(), torch.utils.data.DataLoader(torch.randn(8, 3, 8, 8), batch_size=2))
+assert isinstance(callback, pl.Callback)
+assert callback.merger.step_count == trainer.global_step == 8, callback.merger
+"""
+
+
+def test_pytorch_lightning_is_served_too():
+    pytest.importorskip("pytorch_lightning")
+    root = __file__.rpartition("/tests/")[0]
+    command = [sys.executable, "-W", "ignore", "-c", OTHER_PACKAGE]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- several optimizers
+
+
+class Gan(pl.LightningModule):
+    """Manual optimization: the critic steps with every batch, the generator with every second one."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1))
+        self.critic = net()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.generator, self.critic)]
+
+    def training_step(self, batch, index):
+        self.steps(batch["x"], index, self.optimizers(), self.manual_backward)
+
+    def steps(self, x, index, optimizers, backward):
+        backward(loss_of(self.critic, self.generator(x)))
+        optimizers[1].step()
+        if index % 2:
+            optimizers[0].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+
+def callbacks_of_a_gan():
+    return [
+        InMergeCallback(target="generator", optimizer=0, seed=1, **ALWAYS),
+        InMergeCallback(target="critic", optimizer=1, seed=2, **ALWAYS),
+    ]
+
+
+def fit_gan(module, callbacks, folder, **arguments):
+    return fit(module, callbacks, folder, accumulate_grad_batches=1, **arguments)
+
+
+def test_a_gan_has_a_merger_for_each_optimizer(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    plain = Gan()
+    optimizers = plain.configure_optimizers()
+    mergers = [InMerge(plain.generator, seed=1, **ALWAYS), InMerge(plain.critic, seed=2, **ALWAYS)]
+    for merger, optimizer in zip(mergers, optimizers, strict=True):
+        merger.attach(optimizer)
+    for index, x in [*enumerate(DATA)] * 2:
+        plain.steps(x, index, optimizers, lambda loss: loss.backward())
+    whole, callbacks = Gan(), callbacks_of_a_gan()
+    fit_gan(whole, callbacks, tmp_path, max_epochs=2, logger=CSVLogger(tmp_path, flush_logs_every_n_steps=1))
+    assert [callback.merger.step_count for callback in callbacks] == [len(DATA), 2 * len(DATA)]
+    assert_same_weights(whole, plain)
+    [metrics] = tmp_path.rglob("metrics.csv")
+    tags = metrics.read_text().partition("\n")[0].split(",")
+    assert {"inmerge/generator/merged", "inmerge/generator/1/merged", "inmerge/critic/3/merged"} <= set(tags)
+
+    trainer = fit_gan(Gan(), callbacks_of_a_gan(), tmp_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"]
+    assert len({callback.state_key for callback in callbacks} & kept.keys()) == 2
+    module, resumed = Gan(), callbacks_of_a_gan()
+    fit_gan(module, resumed, tmp_path, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert_same_weights(module, plain)
+
+
+def test_two_callbacks_for_the_same_part_are_refused_by_lightning(tmp_path):
+    with pytest.raises(RuntimeError, match=r"more than one stateful callback of type `InMergeCallback`"):
+        fit_gan(Gan(), [InMergeCallback(target="critic", optimizer=1, **RECIPE) for _ in range(2)], tmp_path)
+    keys = [InMergeCallback(target=target, optimizer=index, **RECIPE).state_key
+            for target, index in itertools.product([None, "a", "b", net], [0, 1])]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_budget_is_told_the_steps_of_its_optimizer(tmp_path):
+    budgets = [InMergeCallback(target="generator", optimizer=0, **BUDGET | {"skip_first": 0}),
+               InMergeCallback(target="critic", optimizer=1, **BUDGET)]  # fmt: skip
+    fit_gan(Gan(), budgets, tmp_path, max_epochs=-1, max_steps=18)  # of both optimizers together, as Lightning counts
+    assert [callback.merger._run.recipe.merging_steps for callback in budgets] == [9, 9]
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_budget_is_told_its_steps_and_epochs_are_known(tmp_path):
+    callback = InMergeCallback(**BUDGET, start=2)
+    fit(Module(), [callback], tmp_path, max_epochs=2)
+    assert callback.merger._run.recipe.merging_steps == 2 * STEPS - 2
+    with pytest.warns(UserWarning, match=r"steps_per_epoch=12, but this trainer makes 6 optimizer steps per epoch"):
+        fit(Module(), [InMergeCallback(steps_per_epoch=len(DATA), stop=2)], tmp_path, max_epochs=2)
+    with pytest.raises(ValueError, match=r"has to know how many they are: pass stop="):
+        fit(Module(), [InMergeCallback(**BUDGET, start=50)], tmp_path)
+
+
+def test_a_changing_accumulation_is_counted(tmp_path):
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    for schedule, steps in (({0: 1, 1: 3}, 12 + 4 + 4), ({0: 5}, 3 * 3)):
+        callback = InMergeCallback(**BUDGET)
+        trainer = fit(Module(), [callback, GradientAccumulationScheduler(schedule)], tmp_path, max_epochs=3,
+                      accumulate_grad_batches=1)  # fmt: skip
+        assert callback.merger._run.recipe.merging_steps == trainer.global_step == steps
+
+
+def test_nobody_knows_the_steps_of_a_stream(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([{"x": x} for x in DATA])
+
+    with pytest.raises(ValueError, match=r"has to know how many they are: pass stop="):
+        fit(Module(), [InMergeCallback(**BUDGET)], tmp_path, data=Stream())
+    callback = InMergeCallback(steps_per_epoch=3, stop=2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(Module(), [callback], tmp_path, data=Stream())
+    assert not [w for w in said if "steps_per_epoch" in str(w.message)]
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_longer_run_resumed_spends_its_budget_over_the_longer_run(tmp_path):
+    fit(Module(), [InMergeCallback(**BUDGET)], tmp_path).save_checkpoint(tmp_path / "last.ckpt")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        callback = InMergeCallback(**BUDGET)
+        fit(Module(), [callback], tmp_path, max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    assert callback.merger._run.recipe.merging_steps == callback.merger.step_count == 3 * STEPS
+    assert not [w for w in said if "the checkpoint's" in str(w.message)]
+    changed = BUDGET | {"threshold": RankBudget(0.2)}
+    with pytest.warns(UserWarning, match=r"the checkpoint's threshold=RankBudget\(loss=0.3, .* replace"):
+        fit(Module(), [InMergeCallback(**changed)], tmp_path, max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    callback = InMergeCallback(**changed, keep=["threshold"])
+    fit(Module(), [callback], tmp_path, max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    assert callback.merger._run.recipe.threshold == RankBudget(0.2, steps=3 * STEPS)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_callback_that_joins_later_counts_the_steps_before_it(tmp_path):
+    """As in the paper: plain epochs, then some with merging; here from the plain run's checkpoint."""
+    fit(Module(), [], tmp_path).save_checkpoint(tmp_path / "plain.ckpt")
+    recipe = RECIPE | {"start": STEPS}
+    module, callback = Module(), InMergeCallback(**recipe)
+    with pytest.warns(UserWarning, match=r"resumes after 6 optimizer steps from a checkpoint that was saved without"):
+        fit(module, [callback], tmp_path, max_epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+    assert_as_plain(module.net, callback.merger, plain_loop(recipe, epochs=2))
+
+
+# ----------------------------------------------------------------------------------------------------- several runs
+
+
+def sampled(callback):
+    return {name: sampled for name, (sampled, _) in callback.merger._run.counted_by_layer().items()}
+
+
+def fit_on(trainer, module, epochs):
+    trainer.fit_loop.max_epochs = epochs
+    trainer.fit(module, torch.utils.data.DataLoader(Batches(), batch_size=None))
+
+
+def test_fit_twice_goes_on_in_the_same_trainer(tmp_path):
+    in_one_go, callback, module = InMergeCallback(**RECIPE), InMergeCallback(**RECIPE), Module()
+    fit(Module(), [in_one_go], tmp_path, max_epochs=3)
+    trainer = fit(module, [callback], tmp_path)
+    fit_on(trainer, module, 3)
+    assert callback.merger.step_count == trainer.global_step == 3 * STEPS
+    assert sampled(callback) == sampled(in_one_go)
+    budget = InMergeCallback(**BUDGET)
+    fit_on(fit(module, [budget], tmp_path), module, 3)
+    assert budget.merger._run.recipe.merging_steps == 3 * STEPS
+
+
+def test_fit_begins_anew_in_another_trainer(tmp_path):
+    module, callback, other = Module(), InMergeCallback(**RECIPE), InMergeCallback(**RECIPE)
+    fit(module, [callback], tmp_path, max_epochs=2)
+    fit(module, [callback], tmp_path)
+    fit(Module(), [other], tmp_path)
+    assert callback.merger.step_count == STEPS
+    assert sampled(callback) == sampled(other)
+    fit(module, [], tmp_path).save_checkpoint(tmp_path / "plain.ckpt")
+    for one, resumed in ((callback, module), (InMergeCallback(**RECIPE), Module())):
+        other = one
+        fit(resumed, [one], tmp_path, max_epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+    assert sampled(callback) == sampled(other)  # neither has anything of a run before
+
+
+class StopsAt(pl.Callback):
+    def __init__(self, hook, error):
+        setattr(self, hook, self.stop)
+        self.error = error
+
+    def stop(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("error", [RuntimeError("no more memory"), KeyboardInterrupt()])
+def test_an_exception_leaves_nothing_attached(hook, error, tmp_path):
+    module, callback = Module(), InMergeCallback(**ALWAYS)
+    optimizers = []
+    callback.on_fit_start = lambda trainer, _: optimizers.extend(trainer.optimizers)
+    with pytest.raises((RuntimeError, SystemExit)):
+        fit(module, [callback, StopsAt(hook, error)], tmp_path)
+    [optimizer] = optimizers
+    assert hooks_of(optimizer) == 0
+    assert callback.merger.attached is False
+    steps = callback.merger.step_count
+    optimizer.step()
+    assert callback.merger.step_count == steps
+    trainer = fit(module, [callback], tmp_path)  # and goes on
+    assert callback.merger.step_count == trainer.global_step == STEPS
+
+
+def test_a_replaced_optimizer_is_followed(tmp_path):
+    class SecondStage(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.strategy.optimizers = [torch.optim.Adam(pl_module.parameters(), lr=1e-3)]
+
+    for order in (1, -1):
+        callback = InMergeCallback(**ALWAYS)
+        trainer = fit(Module(), [callback, SecondStage()][::order], tmp_path, max_epochs=2)
+        assert callback.merger.step_count == trainer.global_step == 2 * STEPS
+        assert hooks_of(trainer.optimizers[0]) == 0
+
+
+# ------------------------------------------------------------------------------------------------- Lightning's helpers
+
+
+def test_the_learning_rate_finder_merges_nothing(tmp_path):
+    """It trains on the side, without the trainer's callbacks, and puts everything back."""
+    from lightning.pytorch.callbacks import LearningRateFinder
+
+    log, module = DictLogger(), Module()
+    module.lr = 0.05
+    callback = InMergeCallback(**ALWAYS, loggers=[log], observe_every=1)
+    trainer = fit(module, [callback, LearningRateFinder(num_training_steps=5)], tmp_path, max_epochs=2)
+    assert trainer.global_step > 5  # old Lightnings end a step after the search
+    assert [row["step"] for row in log.rows] == list(range(trainer.global_step))
+    assert callback.merger.step_count == trainer.global_step
+
+
+def test_the_learning_rate_finder_in_mid_run_leaves_no_trace(tmp_path):
+    from lightning.pytorch.callbacks import LearningRateFinder
+
+    class Later(LearningRateFinder):
+        def on_fit_start(self, *_):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    runs = []
+    for helpers in ([], [Later(num_training_steps=5, update_attr=False)]):
+        module, callback = Module(), InMergeCallback(**BUDGET)
+        module.lr = 0.05
+        fit(module, [callback, *helpers], tmp_path, max_epochs=3)
+        runs.append((module, callback))
+    assert runs[0][1].merger.state_dict() == runs[1][1].merger.state_dict()
+    assert_same_weights(runs[1][0], runs[0][0])
+
+
+def test_averaged_weights_are_left_alone(tmp_path):
+    """StochasticWeightAveraging takes one more epoch for the averaged weights' statistics, with a step at its end."""
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    log = DictLogger()
+    callback = InMergeCallback(**ALWAYS, loggers=[log], observe_every=1)
+
+    def averaging():
+        return StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+
+    trainer = fit(Module(), [callback, averaging()], tmp_path, max_epochs=2)
+    assert [row["step"] for row in log.rows] == list(range(2 * STEPS))
+    assert callback.merger.step_count == trainer.global_step == 2 * STEPS + 1
+    callback = InMergeCallback(**BUDGET)
+    fit(Module(), [averaging(), callback], tmp_path, max_epochs=2)
+    assert callback.merger._run.recipe.merging_steps == 2 * STEPS
+
+
+def test_an_average_follows(tmp_path):
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+    callback = InMergeCallback(**ALWAYS)
+    trainer = fit(Module(), [callback, callbacks.EMAWeightAveraging(decay=0.5)], tmp_path, max_epochs=2)
+    assert callback.merger.step_count == trainer.global_step == 2 * STEPS
+
+
+@pytest.mark.xfail(strict=True, reason="InMerge refuses a network all of whose layers are frozen for now")
+def test_a_backbone_waits_until_it_is_trained(tmp_path):
+    from lightning.pytorch.callbacks import BackboneFinetuning
+
+    class Transfer(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.backbone, self.head = net()[:-1], nn.Linear(12, 4)
+
+        def training_step(self, batch, _):
+            return loss_of(nn.Sequential(self.backbone, self.head), batch["x"])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.05)
+
+    module, callback = Transfer(), InMergeCallback(**ALWAYS)
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.01)
+    for callbacks in ([callback, finetuning], [finetuning, callback]):
+        trainer = fit(module, callbacks, tmp_path, max_epochs=2)
+        assert callback.merger.step_count == trainer.global_step == 2 * STEPS
+        totals = callback.merger._run.counted_by_layer()
+        assert {name: sampled for name, (sampled, _) in totals.items()} == {
+            "backbone.0": 6 * STEPS, "backbone.3": 8 * STEPS, "backbone.5": 12 * STEPS
+        }  # fmt: skip
