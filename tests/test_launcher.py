@@ -24,7 +24,7 @@ from test_kernels import (  # noqa: E402
 
 from inmerge_fast.effect import similarity_of  # noqa: E402
 from inmerge_fast.kernels import tables  # noqa: E402
-from inmerge_fast.paths.triton import launch  # noqa: E402
+from inmerge_fast.paths.triton import layer_table  # noqa: E402
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD  # noqa: E402
 from inmerge_fast.paths.triton.handle import Handle  # noqa: E402
 from inmerge_fast.paths.triton.slots import KEPT_CALLS, SLOTS  # noqa: E402
@@ -189,16 +189,16 @@ def test_a_schedule_of_prob_allocates_scratch_a_few_times_at_most():
 @pytest.mark.parametrize(("limit", "value"), [("MAX_BYTES", 719), ("MAX_ELEMENTS", 19)])
 def test_what_32_bits_cannot_count_raises(monkeypatch, limit, value):
     weights = [alike(9, 20)]
-    monkeypatch.setattr(launch, limit, value + 1)
+    monkeypatch.setattr(layer_table, limit, value + 1)
     launcher_of(weights)
-    monkeypatch.setattr(launch, limit, value)
+    monkeypatch.setattr(layer_table, limit, value)
     with pytest.raises(ValueError, match="720 bytes and up to 20 elements per filter.*INMERGE_FORCE_EAGER=1"):
         launcher_of(weights)
 
 
 def test_limits_are_within_31_bits():
-    assert launch.MAX_ELEMENTS + 1024 <= 2**31
-    assert launch.MAX_BYTES / 16 * 2 <= 2**31
+    assert layer_table.MAX_ELEMENTS + 1024 <= 2**31
+    assert layer_table.MAX_BYTES / 16 * 2 <= 2**31
 
 
 @pytest.mark.parametrize("capacity", [0, 1000])

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from ..forward_only import ALPHA, PROB, SKIP_FIRST, THRESHOLD
+from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..thresholds import check_count
 from .guard import CollapseGuard
 from .monitor import Logger
@@ -20,11 +22,11 @@ class InMergeArguments(TypedDict, total=False):
     said there.
     """
 
-    alpha: Schedule
-    prob: Schedule
-    threshold: Threshold
+    alpha: Schedule | None
+    prob: Schedule | None
+    threshold: Threshold | None
     partner: str
-    skip_first: float | str | Sequence[str]
+    skip_first: float | str | Sequence[str] | None
     exclude: str | Sequence[str]
     include_linear: bool
     include_frozen: bool
@@ -37,6 +39,14 @@ class InMergeArguments(TypedDict, total=False):
     loggers: Sequence[Logger]
     observe_every: int
     process_group: Any
+    lasting: bool
+
+
+# What the arguments are that are None: the paper's for lasting merging, and what helped for forward-only merging.
+DEFAULTS: dict[bool, dict[str, Any]] = {
+    True: {"alpha": 0.8, "prob": 0.3, "threshold": 0.3, "skip_first": DEFAULT_SKIP_FIRST},
+    False: {"alpha": ALPHA, "prob": PROB, "threshold": THRESHOLD, "skip_first": SKIP_FIRST},
+}
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,22 @@ def checked(given: Mapping[str, Any]) -> Checked:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range.
     """
+    lasting = given["lasting"]
+    if not isinstance(lasting, bool):
+        raise TypeError(f"lasting must be a bool, got {lasting!r}")
+    given = {**given, **{name: value for name, value in DEFAULTS[lasting].items() if given[name] is None}}
     first, last = in_steps(given["start"], given["stop"], given["steps_per_epoch"])
-    names = ("alpha", "prob", "threshold", "partner", "every", "seed")
+    names = ("alpha", "prob", "threshold", "partner", "every", "seed", "lasting")
     recipe = Recipe(start=first, stop=last, **{name: given[name] for name in names})
     check_count("observe_every", given["observe_every"])
     for name in ("include_linear", "include_frozen"):
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be a bool, got {given[name]!r}")
-    guard = CollapseGuard() if given["guard"] == "default" else given["guard"]
+    guard = given["guard"]
+    if guard == "default":
+        guard = CollapseGuard() if lasting else None  # what does not last collapses nothing
+    elif guard is not None and not lasting:
+        raise ValueError("guard watches what merging costs for good, and with lasting=False nothing is; leave it out")
     if guard is not None and not isinstance(guard, CollapseGuard):
         raise TypeError(f"guard must be a CollapseGuard or None, got {guard!r}")
     for log in given["loggers"]:

@@ -164,6 +164,12 @@ def gathered(weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         del full
 
 
+SHARDED = (
+    "weights that are sharded (FSDP2) cannot be merged for a forward pass only; use DistributedDataParallel, or "
+    "lasting merging"
+)
+
+
 class ShardedPath:
     """Gathers one weight after the other, merges it as a whole as one rank would, and keeps this rank's filters.
 
@@ -203,10 +209,7 @@ class ShardedPath:
         Raises:
             ValueError: always.
         """
-        raise ValueError(
-            "weights that are sharded (FSDP2) cannot be merged for a forward pass only; use "
-            "DistributedDataParallel, or lasting merging"
-        )
+        raise ValueError(SHARDED)
 
 
 def _path_of(rows: Rows) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,19 @@ from ..effect import callers_level
 from ..lease import Lease
 from ..plan.candidates import unwrap_compiled
 from ..stats import MergeStats, NoEffectWarning
+from .distributed import SHARDED, is_sharded
 from .run import MergeRun
 
-# Methods beside step() with which an optimizer of two passes (SAM) writes to the weights.
-OTHER_STEPS = ("first_step", "second_step", "ascent_step", "descent_step")
+# What is not done with or without ``lasting=False``, and what to do instead.
+NO_STEP = (
+    "with lasting=False a step begins before the forward pass and ends before the optimizer step: attach() this "
+    "InMerge, or put forward and backward into `with merger.merged():`"
+)
+NO_CAPTURE = "lasting=False does not work in CUDA graphs: the host draws and restores; capture without it"
+NO_BLOCK = (
+    "merged() is for an InMerge with lasting=False that is not attached: one that merges for good has step(), and an "
+    "attached one merges by itself unless you detach() it"
+)
 
 
 class ForwardSteps:
@@ -33,9 +42,20 @@ class ForwardSteps:
     Args:
         run: the run.
         model: what is called for a forward pass, as it was given: compiled or not, wrapped or not.
+
+    Raises:
+        TypeError: it is not a module.
+        ValueError: its weights are sharded.
     """
 
-    def __init__(self, run: MergeRun, model: nn.Module) -> None:
+    def __init__(self, run: MergeRun, model: object) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "with lasting=False the model must be the module that the training loop calls, got "
+                f"{type(model).__name__}; merge single weights with `with inmerge_fast.merged(weights):`"
+            )
+        if is_sharded(model):
+            raise ValueError(SHARDED)
         self._run, self._model = run, model
         self._lease: Lease | None = None
         self._merged_at = -1  # the step that was merged last
@@ -55,6 +75,8 @@ class ForwardSteps:
         if observed:
             run.monitor.log_due()
         weights, call = run.current_weights(), run.call_at(step)
+        if not weights:  # all are frozen
+            return None
         self._lease = Lease(run.plan, weights, call)
         stats = self._lease.merge(count=not again)
         if observed:
@@ -90,7 +112,7 @@ class ForwardSteps:
             warnings.warn(
                 "an optimizer step was taken, and before it no forward pass in training mode was seen of the "
                 f"{type(self._model).__name__} that InMerge(lasting=False) was given: nothing was merged. Give it the "
-                "module that the training loop calls, or use `with merger.merged():`",
+                "module that the training loop calls, a compiled one as compiled, or use `with merger.merged():`",
                 NoEffectWarning,
                 stacklevel=callers_level(),
             )
@@ -98,20 +120,10 @@ class ForwardSteps:
 
     # ---------------------------------------------------------------------------------------------------------- hooks
 
-    def attach(self, optimizers: Iterable[Any]) -> None:
-        """Merge before forward passes of the model, and restore before each of these optimizers writes.
-
-        Args:
-            optimizers: all that write to the weights in a step, wrappers and what they wrap.
-        """
+    def attach(self) -> None:
+        """Merge before forward passes of the model in training mode. :meth:`before_write` has to be called, too."""
         for module in self._called():
             self._undo.append(module.register_forward_pre_hook(self._before_forward).remove)
-        for optimizer in optimizers:
-            if isinstance(optimizer, torch.optim.Optimizer):
-                self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
-            for name in OTHER_STEPS:
-                if callable(getattr(optimizer, name, None)):
-                    self._wrap(optimizer, name)
 
     def detach(self) -> None:
         """Undo :meth:`attach`, and restore."""
@@ -134,42 +146,30 @@ class ForwardSteps:
         else:
             self.restore()
 
-    def _before_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Restore, ahead of a call with these arguments that may write to the weights.
+
+        Returns:
+            The arguments, with a closure that evaluates the model changed to do so with merged weights.
+        """
         self.restore()
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            return None
-        if "closure" in kwargs:
-            return args, kwargs | {"closure": self._restoring(closure)}
-        return (args[0], self._restoring(closure), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            kwargs = kwargs | {"closure": self._merging(kwargs["closure"])}
+        if args and callable(args[0]):
+            args = (self._merging(args[0]), *args[1:])
+        return args, kwargs
 
-    def _restoring(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """A closure of an optimizer that evaluates the model inside its step, each time with merged weights."""
-
+    def _merging(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(closure)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             try:
+                if torch.is_grad_enabled():
+                    self.begin()
                 return closure(*args, **kwargs)
             finally:
                 self.restore()
 
         return evaluate
-
-    def _wrap(self, optimizer: Any, name: str) -> None:
-        method = getattr(optimizer, name)
-
-        @functools.wraps(method)
-        def restored(*args: Any, **kwargs: Any) -> Any:
-            self.restore()
-            return method(*args, **kwargs)
-
-        setattr(optimizer, name, restored)
-
-        def undo() -> None:
-            if optimizer.__dict__.get(name) is restored:
-                delattr(optimizer, name)
-
-        self._undo.append(undo)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardSteps:
         """The hooks of a model's copy must not merge the original."""

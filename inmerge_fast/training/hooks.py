@@ -7,7 +7,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,6 +15,8 @@ from ..effect import callers_level
 from ..plan.plan import LayerPlan
 from .optimizers import Stepping, check_held, stepping_of
 from .silence import Silence
+
+Before: TypeAlias = "Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]"
 
 
 class AttachedStep:
@@ -29,6 +31,8 @@ class AttachedStep:
         plan: gives the plan as it is now, of whose weights it must hold at least one, unless all are frozen.
         call: the function.
         let_go: what is called when a newer one is attached for these weights; it must :meth:`remove` this one.
+        before: what is called before anything of a step can write, with the arguments of the method that may, which it
+            returns; None for nothing.
 
     Raises:
         TypeError: not an optimizer.
@@ -41,20 +45,28 @@ class AttachedStep:
         plan: Callable[[], LayerPlan],
         call: Callable[[], object],
         let_go: Callable[[], object],
+        before: Before | None = None,
     ) -> None:
         weights = plan().weights()
         stepping = stepping_of(optimizer, weights)
         _let_others_go(plan().weights(waiting=True))
-        self._plan, self._call, self._let_go = plan, call, let_go
+        self._plan, self._call, self._let_go, self._before = plan, call, let_go, before
         self._is_checked = bool(weights)
         self._real = [weakref.ref(real) for real in stepping.real]
         self._is_on = True
         self._depth = 0  # calls around a step that have begun
         self._taken = False  # whether a step was taken inside them
         self._handles = [real.register_step_post_hook(self._after_step) for real in stepping.real]
+        if before is not None:
+            self._handles += [real.register_step_pre_hook(self._before_step) for real in stepping.real]
         self._replaced = [self._surround(owner, name, stepping) for owner, name in stepping.around]
         self._silence = Silence(self, type(optimizer).__name__, weights, stepping.real)
         _attached.add(self)
+
+    def _before_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._before is not None
+        rest, kwargs = self._before(args[1:], kwargs)  # the first one is the optimizer
+        return (args[0], *rest), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Other optimizers are not called for a step that is skipped; fused and capturable ones get the scaler's verdict
@@ -86,6 +98,8 @@ class AttachedStep:
                 return getattr(type(self), name)(self, *args, **kwargs)
             if not attached._is_on:
                 return method(*args, **kwargs)
+            if attached._before is not None:
+                args, kwargs = attached._before(args, kwargs)
             attached._depth += 1
             try:
                 result = method(*args, **kwargs)

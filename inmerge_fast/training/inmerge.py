@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from ..merge import several_ranks
 from ..merge_plan import MergePlan
 from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
-from ..plan.plan import DEFAULT_SKIP_FIRST, Target
+from ..plan.plan import Target
 from ..stats import MergeStats
 from .agreement import check_agreement
 from .arguments import InMergeArguments, checked
 from .copies import check_is_no_average
+from .forward import NO_BLOCK, NO_CAPTURE, NO_STEP, ForwardSteps
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
@@ -49,12 +51,12 @@ class InMerge:
         model: the model, possibly compiled, wrapped by ``DistributedDataParallel`` or sharded by ``fully_shard``; or an
             iterable of convolutions, ``Linear`` layers and weights, e.g. the float32 master weights.
         alpha: share of itself that a merged filter keeps, in [0, 1]: a number, a ramp (:func:`inmerge_fast.linear`,
-            :func:`inmerge_fast.cosine`), or a function of the step.
-        prob: probability that a filter looks at a partner, in [0, 1]; likewise.
-        threshold: similarity that a pair must exceed, in [-1, 1]; likewise, or a dict of one for each layer by name
-            (:meth:`inmerge_fast.Similarity.threshold_for_rate`), or what follows the layer:
-            :class:`inmerge_fast.RankBudget`, which is the one to recommend, :class:`inmerge_fast.NoiseThreshold` or
-            :class:`inmerge_fast.QuantileThreshold`.
+            :func:`inmerge_fast.cosine`), or a function of the step. None is 0.8.
+        prob: probability that a filter looks at a partner, in [0, 1]; likewise. None is 0.3.
+        threshold: similarity that a pair must exceed, in [-1, 1]; likewise. None is the paper's 0.3. Or a
+            dict of one for each layer by name (:meth:`inmerge_fast.Similarity.threshold_for_rate`), or what follows the
+            layer: :class:`inmerge_fast.RankBudget`, which is the one to recommend, :class:`inmerge_fast.NoiseThreshold`
+            or :class:`inmerge_fast.QuantileThreshold`.
         partner: the partner rule, see :func:`inmerge_fast.merge_`.
         skip_first: see :func:`inmerge_fast.merge_`; or name patterns of the layers to leave out, and no others.
         exclude: name patterns of layers to leave out as well, see :func:`inmerge_fast.merge_`.
@@ -74,6 +76,11 @@ class InMerge:
         observe_every: every how many merging steps are observed by loggers. Nothing waits for the numbers: they are
             passed on when the next ones are taken.
         process_group: ranks that train this same model, all of which must construct it; None for all ranks.
+        lasting: True for the paper's merging, which stays in the weights. **False for forward-only merging**, which
+            lasts for the forward and backward passes of one optimizer step: see :class:`inmerge_fast.merged`. Then
+            ``alpha``, ``prob``, ``threshold`` and ``skip_first`` are 0.5, 0.5, -1 (every sampled pair) and 0 unless
+            they are given, ``guard`` and ``RankBudget`` have nothing to do, and the model must be the module that the
+            training loop calls.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -85,11 +92,11 @@ class InMerge:
         self,
         model: Target,
         *,
-        alpha: Schedule = 0.8,
-        prob: Schedule = 0.3,
-        threshold: Threshold = 0.3,
+        alpha: Schedule | None = None,
+        prob: Schedule | None = None,
+        threshold: Threshold | None = None,
         partner: str = "random",
-        skip_first: float | str | Sequence[str] = DEFAULT_SKIP_FIRST,
+        skip_first: float | str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = False,
@@ -102,6 +109,7 @@ class InMerge:
         loggers: Sequence[Logger] = (),
         observe_every: int = 10,
         process_group: Any = None,
+        lasting: bool = True,
     ) -> None:
         parts = checked({name: value for name, value in locals().items() if name in InMergeArguments.__annotations__})
         check_is_no_average(unwrap_compiled(model) if isinstance(model, nn.Module) else model)
@@ -116,6 +124,7 @@ class InMerge:
             parts.observe_every,
             process_group,
         )
+        self._forward = None if parts.recipe.lasting else ForwardSteps(self._run, model)
         self._attached: AttachedStep | None = None
         self._evaluation = Evaluation()
         self._graph = GraphSteps(self._run)
@@ -134,6 +143,7 @@ class InMerge:
         self._run = MergeRun.__new__(MergeRun)
         self._run.__setstate__(state)
         self._attached, self._evaluation, self._graph = None, Evaluation(), GraphSteps(self._run)
+        self._forward = None if self._run.recipe.lasting else ForwardSteps(self._run, self._run.model)
 
     @property
     def plan(self) -> MergePlan:
@@ -177,6 +187,8 @@ class InMerge:
         """
         if self._attached is not None:
             raise RuntimeError("this InMerge is attached to an optimizer and steps with it; detach() it first")
+        if self._forward is not None:
+            raise RuntimeError(NO_STEP)
         if not self._is_training():
             self._skip()
             return None
@@ -188,6 +200,9 @@ class InMerge:
     def _advance(self) -> MergeStats | None:
         """A step that was taken, whatever mode the model is in: whoever asks for it knows that it is training."""
         check_outside_transforms()
+        if self._forward is not None:
+            self._forward.count()
+            return None
         if self._graph.is_capturing():
             self._graph.capture()
             return None
@@ -275,12 +290,18 @@ class InMerge:
             RuntimeError: the weights take the eager path, whose decisions are drawn on the host.
             ValueError: a weight was moved or replaced after the capture: the graph would still write to the old one.
         """
+        if self._forward is not None:
+            raise RuntimeError(NO_CAPTURE)
         self._graph.prepare()
 
     # ------------------------------------------------------------------------------------------------------ optimizer
 
     def attach(self, optimizer: torch.optim.Optimizer) -> InMerge:
         """Merge after each step of ``optimizer``, so that nothing is left to call, whatever mode the model is in.
+
+        With ``lasting=False``: merge before the first training forward pass of each step, restore before the optimizer
+        writes. All micro-batches of a step see the same merge, and so does every evaluation of a closure. An evaluation
+        in between, ``state_dict()`` and copies of the model see the weights as they were.
 
         With gradient accumulation that is once per optimizer step. A step that a ``GradScaler`` skips merges nothing
         and is not counted; with fused and capturable optimizers, which decide on the device whether to skip, the host
@@ -307,8 +328,28 @@ class InMerge:
             raise RuntimeError(
                 "this InMerge is attached already; of several optimizers, attach it to the last one to step"
             )
-        self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach)
+        forward = self._forward
+        before = None if forward is None else forward.before_write
+        self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach, before)
+        if forward is not None:
+            forward.attach()
         return self
+
+    def merged(self) -> AbstractContextManager[MergeStats | None]:
+        """Forward-only merging without :meth:`attach`: merge for a block, restore at its end, and count the step.
+
+        For ``lasting=False``. All forward and backward passes of one optimizer step belong into the block, and the
+        optimizer step after it. If the block raises, the weights are restored and the step is not counted.
+
+        Returns:
+            A context manager that gives what was merged; None at a step that does not merge.
+
+        Raises:
+            RuntimeError: ``lasting`` is True, or it is attached.
+        """
+        if self._forward is None or self._attached is not None:
+            raise RuntimeError(NO_BLOCK)
+        return self._forward.merged()
 
     @property
     def attached(self) -> bool:
@@ -320,6 +361,8 @@ class InMerge:
         attached, self._attached = self._attached, None
         if attached is not None:
             attached.remove()
+            if self._forward is not None:
+                self._forward.detach()
 
     def __enter__(self) -> InMerge:
         return self

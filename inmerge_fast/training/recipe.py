@@ -33,6 +33,7 @@ class Recipe:
     stop: int | None
     every: int
     seed: int
+    lasting: bool = True
 
     def __post_init__(self) -> None:
         check_schedule("alpha", self.alpha)
@@ -44,6 +45,11 @@ class Recipe:
         check_partner_rule(self.partner)
         check_count("every", self.every)
         check_word("seed", self.seed, MAX_SEED)
+        if not self.lasting and isinstance(self.threshold, RankBudget):
+            raise ValueError(
+                "threshold=RankBudget() limits what merging costs for good, and with lasting=False nothing is; give a "
+                "number, NoiseThreshold or QuantileThreshold, or leave it out to merge every sampled filter"
+            )
         if isinstance(self.threshold, RankBudget) and self.merging_steps is None:
             raise ValueError(
                 "threshold=RankBudget() spends its budget evenly over the steps that merge, and has to know how many "
@@ -116,6 +122,11 @@ class Recipe:
         if isinstance(keep, str) or not set(keep) <= set(names):
             raise ValueError(f"keep must name arguments of the recipe, among {', '.join(names)}; got {keep!r}")
         values = dict(plain)
+        if values.setdefault("lasting", True) != self.lasting:  # checkpoints of version 2 may be from before
+            raise ValueError(
+                f"the checkpoint is of a run with lasting={values['lasting']}, and this InMerge has "
+                f"lasting={self.lasting}; construct it with the same"
+            )
         for name in ("alpha", "prob", "threshold"):
             if name not in keep:
                 values[name] = self._restored_value(name, plain[name])
@@ -147,6 +158,7 @@ class Recipe:
             "prob": [self.prob_at(step) for step in probes],
             "threshold": threshold,
             "partner": self.partner,
+            "lasting": self.lasting,
             "start, stop and every": (self.start, self.stop, self.every),
         }
 

@@ -128,18 +128,22 @@ static int look(PyObject *weight, struct dl_tensor *found) {
   return 0;
 }
 
-static int is_in_the_same_memory(PyObject *weight, const struct memory *memory) {
+/* Whether a weight is read as it was; says whether its memory is where it was. */
+static int is_read_alike(PyObject *weight, const struct memory *memory, int *is_elsewhere) {
   const struct dl_tensor *seen = &memory->seen;
   struct dl_tensor now;
   if (Py_TYPE(weight) != memory->type || !look(weight, &now)) return 0;
   const size_t bytes = (size_t)seen->ndim * sizeof(int64_t);
-  return now.data == seen->data && now.byte_offset == seen->byte_offset && now.device_type == seen->device_type &&
-         now.device_id == seen->device_id && now.code == seen->code && now.bits == seen->bits &&
-         now.lanes == seen->lanes && now.ndim == seen->ndim && !memcmp(now.shape, memory->shape, bytes) &&
-         !memcmp(now.strides, memory->strides, bytes);
+  *is_elsewhere |= now.data != seen->data || now.byte_offset != seen->byte_offset;
+  return now.device_type == seen->device_type && now.device_id == seen->device_id && now.code == seen->code &&
+         now.bits == seen->bits && now.lanes == seen->lanes && now.ndim == seen->ndim &&
+         !memcmp(now.shape, memory->shape, bytes) && !memcmp(now.strides, memory->strides, bytes);
 }
 
-PyDoc_STRVAR(weights_doc, "weights()\n--\n\nThe plan's weights in its order, or None if anything has changed.");
+PyDoc_STRVAR(weights_doc,
+             "weights()\n--\n\n"
+             "The plan's weights in its order, in a list; in a tuple if nothing has changed but where some of them lie\n"
+             "(take_note() then); None if anything else has.");
 
 static PyObject *weights(PyObject *object, PyObject *unused) {
   Watch *self = (Watch *)object;
@@ -154,6 +158,7 @@ static PyObject *weights(PyObject *object, PyObject *unused) {
     Py_XDECREF(parameters);
     if (!has_none) Py_RETURN_NONE;
   }
+  int is_elsewhere = 0;
   PyObject *found = PyList_New(self->weight_count);
   for (Py_ssize_t i = 0; found && i < self->held_count; i++) {
     const struct held *held = &self->held[i];
@@ -162,13 +167,36 @@ static PyObject *weights(PyObject *object, PyObject *unused) {
     if (is_the_same && held->gradient != MAY_BE_EITHER)
       is_the_same = is_true(weight, word_requires_grad) == (held->gradient == MUST_BE_TRAINED);
     if (is_the_same && held->pick >= 0)
-      is_the_same = is_in_the_same_memory(weight, &self->memory[held->pick]) && is_true(weight, word_is_leaf);
+      is_the_same = is_read_alike(weight, &self->memory[held->pick], &is_elsewhere) && is_true(weight, word_is_leaf);
     if (is_the_same && held->pick >= 0) PyList_SetItem(found, held->pick, weight);
     else Py_XDECREF(weight);
     if (!is_the_same) Py_CLEAR(found);
   }
+  if (found && is_elsewhere) {
+    PyObject *moved = PyList_AsTuple(found);
+    Py_DECREF(found);
+    return moved;
+  }
   if (found) return found;
   if (PyErr_Occurred()) return NULL;
+  Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(take_note_doc, "take_note()\n--\n\nExpect the plan's weights where they lie now.");
+
+static PyObject *take_note(PyObject *object, PyObject *unused) {
+  Watch *self = (Watch *)object;
+  (void)unused;
+  for (Py_ssize_t i = 0; i < self->held_count; i++) {
+    if (self->held[i].pick < 0) continue;
+    struct memory *memory = &self->memory[self->held[i].pick];
+    PyObject *weight = held_at(self, i);
+    struct dl_tensor now;
+    int is_elsewhere;
+    if (weight && is_read_alike(weight, memory, &is_elsewhere) && look(weight, &now))
+      memory->seen.data = now.data, memory->seen.byte_offset = now.byte_offset;
+    Py_XDECREF(weight);
+  }
   Py_RETURN_NONE;
 }
 
@@ -260,7 +288,11 @@ static void destroy(PyObject *object) {
   Py_DECREF(type);
 }
 
-static PyMethodDef methods[] = {{"weights", weights, METH_NOARGS, weights_doc}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {
+  {"weights", weights, METH_NOARGS, weights_doc},
+  {"take_note", take_note, METH_NOARGS, take_note_doc},
+  {NULL, NULL, 0, NULL},
+};
 static PyType_Slot slots[] = {
   {Py_tp_doc, (void *)watch_doc}, {Py_tp_init, initialise},   {Py_tp_new, PyType_GenericNew},
   {Py_tp_dealloc, destroy},       {Py_tp_methods, methods}, {0, NULL},

@@ -39,6 +39,10 @@ class Keeper:
         self._blend = Handle(_blend_kernel, constants | {"NAIVE": False}, options)
         self._restore = Handle(_restore_kernel, constants, options)
 
+    def belongs_to(self, launcher: Launcher) -> bool:
+        """Whether it launches with the tables of this launcher."""
+        return self._launcher is launcher
+
     def reserve(self, prob: float) -> None:
         """Make packed memory large enough for what a call with ``prob`` samples."""
         every = sum(filters * units for filters, units in self._units)

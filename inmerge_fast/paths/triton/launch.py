@@ -21,7 +21,7 @@ from ...plan.candidates import MergeLayer
 from .draw_ahead import DRAW_AHEAD, Drawn, next_draw
 from .handle import Arguments, Handle, check_not_capturing, merge_options, merge_programs, merge_shape
 from .launch_match import Matcher
-from .layer_table import layer_table
+from .layer_table import check_size, kind_at, layer_table
 from .results import Results
 from .running import Running
 from .slots import CAPTURED_CALLS, SLOTS, Slot, Slots
@@ -32,27 +32,16 @@ SCRATCH_SHARE = 0.12  # of the layers' bytes, at prob 0.3; merged rows with read
 SMALL_SCRATCH = 1 << 16  # bytes up to which scratch may be SMALL_SHARE: a few rows of a small layer are above average
 SMALL_SHARE = 0.15
 _NOTHING = contextlib.nullcontext()
-MAX_ELEMENTS = 2**31 - 2**13  # per filter: the last span of one begins and ends within 31 bits
-MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
 
 
 class Launcher:
-    """Tables and buffers of one plan on its device. Built at the first call, and with new weights built anew."""
+    """Tables and buffers of one plan on its device. Built at the first call; weights that move are taken in."""
 
     def __init__(self, layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor], row_start: np.ndarray) -> None:
         device = weights[0].device
         check_not_capturing(device, "builds its tables and compiles its kernels")
         rows = int(row_start[-1])
-        if rows >= 2**31:
-            raise ValueError(f"the plan has {rows} filters, the kernels number them with 32 bits")
-        longest = max((layer.layout.elements for layer in layers), default=0)
-        self.bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        if longest > MAX_ELEMENTS or self.bytes > MAX_BYTES:
-            raise ValueError(
-                f"the weights of this plan hold {self.bytes} bytes and up to {longest} elements per filter, more than "
-                f"the kernels count with 32 bits ({MAX_BYTES} and {MAX_ELEMENTS}); merge fewer layers per call, or set "
-                "INMERGE_FORCE_EAGER=1"
-            )
+        self.bytes = check_size(layers, weights, rows)
         self.device, self.on_gpu = device, device.type == "cuda"
         self.row_start = row_start
         self.rows = rows
@@ -121,6 +110,17 @@ class Launcher:
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
             self.programs = multiprocessors * merge_programs(self._constants, self._target)
         self.programs = min(self.programs, rows)
+
+    def move(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Take in where weights lie now that have moved; False if they lie so that the kernels must be chosen anew."""
+        addresses = list(map(torch.Tensor.data_ptr, weights))
+        if list(map(kind_at, self.layers, addresses)) != self._kinds:
+            return False
+        with self.lock, self.on_device():
+            check_not_capturing(self.device, "after a weight has moved copies a table")
+            self.follow_current_stream()  # kernels of earlier calls may still be reading the table
+            self.layer_table[:, tables.BASE.value] = torch.tensor(addresses, dtype=torch.int64).to(self.device)
+        return True
 
     def reserve_scratch(self, prob: float) -> None:
         """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average.

@@ -15,6 +15,10 @@ from ...plan.candidates import MergeLayer
 _KINDS = {torch.float32: tables.FLOAT32, torch.bfloat16: tables.BFLOAT16, torch.float16: tables.FLOAT16}
 
 
+MAX_ELEMENTS = 2**31 - 2**13  # per filter: the last span of one begins and ends within 31 bits
+MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, is counted in 31 bits
+
+
 def can_merge(layers: Sequence[MergeLayer]) -> bool:
     """Whether the kernels know the dtypes of all layers; float64 takes the eager path."""
     return all(layer.dtype in _KINDS and layer.layout.filters < FLAG.value for layer in layers)
@@ -30,16 +34,23 @@ def layer_table(
     return table
 
 
+def kind_at(layer: MergeLayer, address: int) -> int:
+    """What the table's KIND says of a layer whose weight lies at ``address``: its dtype, and how it may be read."""
+    layout = layer.layout
+    aligned = layout.is_dense and address % 16 == 0 and layout.elements * layer.dtype.itemsize % 16 == 0
+    kind: int = _KINDS[layer.dtype].value + (0 if aligned else tables.STRIDED.value)
+    return kind
+
+
 def _fill_line(line: np.ndarray, layer: MergeLayer, weight: torch.Tensor, first_row: int) -> None:
-    layout, size = layer.layout, weight.element_size()
-    aligned = layout.is_dense and weight.data_ptr() % 16 == 0 and layout.elements * size % 16 == 0
+    layout = layer.layout
     columns = {
         tables.BASE: weight.data_ptr(),
         tables.ELEMENTS: layout.elements,
         tables.GROUP_SIZE: layout.group_size,
         tables.FIRST_ROW: first_row,
         tables.LAYER_ID: layer.layer_id,
-        tables.KIND: _KINDS[layer.dtype].value + (0 if aligned else tables.STRIDED.value),
+        tables.KIND: kind_at(layer, weight.data_ptr()),
         tables.GROUP_STRIDE: layout.group_stride,
         tables.FILTER_STRIDE: layout.filter_stride,
         tables.RUN: layout.run,
@@ -48,3 +59,22 @@ def _fill_line(line: np.ndarray, layer: MergeLayer, weight: torch.Tensor, first_
     }
     for column, value in columns.items():
         line[column.value] = value
+
+
+def check_size(layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor], rows: int) -> int:
+    """The bytes of all weights; raises if there is more than the kernels can count.
+
+    Raises:
+        ValueError: too many filters or bytes, or too long filters.
+    """
+    if rows >= 2**31:
+        raise ValueError(f"the plan has {rows} filters, the kernels number them with 32 bits")
+    longest = max((layer.layout.elements for layer in layers), default=0)
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    if longest > MAX_ELEMENTS or size > MAX_BYTES:
+        raise ValueError(
+            f"the weights of this plan hold {size} bytes and up to {longest} elements per filter, more than "
+            f"the kernels count with 32 bits ({MAX_BYTES} and {MAX_ELEMENTS}); merge fewer layers per call, or set "
+            "INMERGE_FORCE_EAGER=1"
+        )
+    return size

@@ -32,6 +32,7 @@ class TritonPath:
         self._rows = rows
         self._launcher: Launcher | None = None
         self._keeper: Keeper | None = None
+        self._moves = 0  # of weights that the launcher has taken in
         self._lock = threading.Lock()
 
     @property
@@ -57,11 +58,13 @@ class TritonPath:
 
     def launcher(self, weights: Sequence[torch.Tensor]) -> Launcher:
         """The kernels' tables and buffers for these weights, built at the first call."""
+        rows = self._rows
         with self._lock:
-            if self._launcher is None:
+            if self._launcher is None or (self._moves != rows.moves and not self._launcher.move(weights)):
                 from .launch import Launcher
 
-                self._launcher = Launcher(self._rows.layers, weights, self._rows.start)
+                self._launcher = Launcher(rows.layers, weights, rows.start)
+            self._moves = rows.moves
             return self._launcher
 
     def follow(self) -> None:
@@ -79,10 +82,9 @@ class TritonPath:
 
     def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> ForNow:
         """See :class:`inmerge_fast.paths.path.Path`."""
-        with self._lock:
-            keeper = self._keeper
-        if keeper is None:
+        launcher, keeper = self.launcher(weights), self._keeper
+        if keeper is None or not keeper.belongs_to(launcher):
             from .for_now import Keeper
 
-            keeper = self._keeper = Keeper(self.launcher(weights))
+            keeper = self._keeper = Keeper(launcher)
         return keeper.for_now(weights, call)
