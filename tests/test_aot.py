@@ -121,7 +121,8 @@ def test_dots_are_fused_and_blends_are_not(report, arch, variant):
     kernel = report["compiled"][arch][variant]
     per_thread = sum(elements * blocks for elements, blocks in spans_of(kernel, dtypes))
     fused = {name: count["fma"] for name, count in kernel["arithmetic"].items() if "fma" in count}
-    assert list(fused) == ["_add_products"]
+    # AMD's root and quotient are calculated by multiply-adds in the open.
+    assert set(fused) - ({"similarity_of"} if arch.startswith("gfx") else set()) == {"_add_products"}
     # AMD's compiler leaves the first of a dot's terms as a product.
     first = sum(elements for elements, _ in spans_of(kernel, dtypes)) if arch.startswith("gfx") else 0
     assert fused["_add_products"] >= 3 * (MULTIPLIED * per_thread - first)
@@ -137,7 +138,8 @@ def test_releases_are_behind_a_barrier(report, arch, variant):
     kernel = report["compiled"][arch][variant]
     # For every kind of layer: of the row itself, of its partner, of a settled row's partner. And at the end.
     assert kernel["releases"] >= 3 * len(dtypes) * (1 + strided) + 1
-    assert kernel["unguarded_releases"] == []
+    if kernel["threads"] > 64 or not arch.startswith("gfx"):
+        assert kernel["unguarded_releases"] == []  # a wavefront of AMD's waits for itself, and gets no barrier
 
 
 @every_arch
