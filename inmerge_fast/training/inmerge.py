@@ -25,7 +25,7 @@ from .guard import CollapseGuard
 from .hooks import AttachedStep
 from .monitor import Logger, Monitor
 from .recipe import Recipe, Threshold, in_steps, selection
-from .run import MergeRun
+from .run import CopiedRun, MergeRun
 from .schedules import Schedule
 from .silence import Evaluation
 from .summary import Preview, RunSummary, preview, summarise
@@ -119,7 +119,7 @@ class InMerge:
             model = tuple(model)
         if guard == "default":
             guard = CollapseGuard()
-        self._run = MergeRun(
+        self._run: MergeRun = MergeRun(
             unwrap_compiled(model) if isinstance(model, nn.Module) else model,
             selection(skip_first, exclude, include_linear, include_frozen),
             recipe,
@@ -143,8 +143,7 @@ class InMerge:
         return self._run.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._run = MergeRun.__new__(MergeRun)
-        self._run.__setstate__(state)
+        self._run = CopiedRun(state)
         self._attached, self._evaluation, self._graph = None, Evaluation(), GraphSteps(self._run)
 
     @property

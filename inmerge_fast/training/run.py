@@ -65,7 +65,6 @@ class MergeRun:
         observe_every: int,
         group: Any,
     ) -> None:
-        self._copied: dict[str, Any] | None = None  # what a copy goes on from that has not planned yet
         self.model, self.recipe, self.guard, self.monitor = model, recipe, guard, monitor
         self.group = group
         self._selection, self._observe_every = selection, observe_every
@@ -88,8 +87,6 @@ class MergeRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy goes on from: all but the plan, which belongs to the memory of the weights, and the loggers."""
-        if self._copied is not None:
-            return dict(self._copied)
         return {
             "model": self.model,
             "selection": dict(self._selection),
@@ -103,31 +100,6 @@ class MergeRun:
             "counted": self.counted_by_layer(),
             "watch": None if self.watch is None else self.watch.state_dict(),
         }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.model, self.recipe, self.step_count = state["model"], state["recipe"], state["step_count"]
-        self._copied = state
-
-    def __getattr__(self, name: str) -> Any:
-        # A copy plans when it is first used: with a deep copy of a model its InMerge is copied before the layers are.
-        state = self.__dict__.get("_copied")
-        if state is None or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        group, step_count = state["group"], self.step_count
-        try:
-            self.__init__(  # type: ignore[misc]
-                self.model, state["selection"], self.recipe, state["guard"], Monitor(()), state["observe_every"],
-                None if group is None else group.value,
-            )  # fmt: skip
-        except BaseException:
-            self._copied, self.step_count = state, step_count
-            raise
-        self.step_count, self.stopped = step_count, state["stopped"]
-        self._quantiles, self._quantiles_of = state["quantiles"]
-        if self.watch is not None and state["watch"] is not None:
-            self.watch.load_state_dict(state["watch"])
-        self._count_from(state["counted"])
-        return getattr(self, name)
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -386,3 +358,35 @@ class MergeRun:
             "observe_every": self._observe_every,
             "layers": [(layer.name, layer.layer_id, tuple(layer.shape)) for layer in self.plan.layers],
         }
+
+
+class CopiedRun(MergeRun):
+    """A run that plans when it is first used: with a deep copy of a model its InMerge is copied before the layers are.
+
+    Then it becomes a :class:`MergeRun`. That one has no ``__getattr__``, which would slow down every look at it.
+
+    Args:
+        state: what :meth:`MergeRun.__getstate__` gave, copied.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.model, self.step_count, self._state = state["model"], state["step_count"], state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._state | {"step_count": self.step_count}
+
+    def __getattr__(self, name: str) -> Any:
+        state = self.__dict__.get("_state")
+        if state is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        group = None if state["group"] is None else state["group"].value
+        run = MergeRun(
+            self.model, state["selection"], state["recipe"], state["guard"], Monitor(()), state["observe_every"], group
+        )
+        run.step_count, run.stopped = self.step_count, state["stopped"]
+        run._quantiles, run._quantiles_of = state["quantiles"]
+        if run.watch is not None and state["watch"] is not None:
+            run.watch.load_state_dict(state["watch"])
+        run._count_from(state["counted"])
+        self.__class__, self.__dict__ = MergeRun, run.__dict__  # type: ignore[assignment]
+        return getattr(self, name)
