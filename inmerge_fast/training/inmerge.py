@@ -19,13 +19,13 @@ from ..plan.plan import DEFAULT_SKIP_FIRST, Target
 from ..stats import MergeStats
 from ..thresholds import check_count
 from .agreement import check_agreement
-from .copies import check_is_no_average
+from .copies import CopiedRun, check_is_no_average, state_of
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
 from .monitor import Logger, Monitor
 from .recipe import Recipe, Threshold, in_steps, selection
-from .run import CopiedRun, MergeRun
+from .run import MergeRun
 from .schedules import Schedule
 from .silence import Evaluation
 from .summary import Preview, RunSummary, preview, summarise
@@ -140,7 +140,7 @@ class InMerge:
         A copy has the recipe and goes on from the same step. It plans when it is first used, for the copy of the model;
         it is attached to nothing, and has no loggers.
         """
-        return self._run.__getstate__()
+        return state_of(self._run)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._run = CopiedRun(state)

@@ -21,7 +21,6 @@ from ..rank_cost import NEVER
 from ..stats import MergeStats, NoEffectWarning
 from ..thresholds import NoiseThreshold, QuantileThreshold, RankBudget, by_layer, quantile_threshold
 from .agreement import Comparison
-from .copies import OnlyHere
 from .distributed import ShardedPlan, broadcast_from_first, is_sharded
 from .guard import CollapseGuard
 from .monitor import Monitor, Observation
@@ -93,7 +92,7 @@ class MergeRun:
             "recipe": self.recipe,
             "observe_every": self._observe_every,
             "guard": copy.deepcopy(self.guard),
-            "group": None if self.group is None else OnlyHere(self.group),
+            "group": self.group,
             "step_count": self.step_count,
             "quantiles": (dict(self._quantiles), self._quantiles_of),
             "stopped": set(self.stopped),
@@ -358,35 +357,3 @@ class MergeRun:
             "observe_every": self._observe_every,
             "layers": [(layer.name, layer.layer_id, tuple(layer.shape)) for layer in self.plan.layers],
         }
-
-
-class CopiedRun(MergeRun):
-    """A run that plans when it is first used: with a deep copy of a model its InMerge is copied before the layers are.
-
-    Then it becomes a :class:`MergeRun`. That one has no ``__getattr__``, which would slow down every look at it.
-
-    Args:
-        state: what :meth:`MergeRun.__getstate__` gave, copied.
-    """
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.model, self.step_count, self._state = state["model"], state["step_count"], state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self._state | {"step_count": self.step_count}
-
-    def __getattr__(self, name: str) -> Any:
-        state = self.__dict__.get("_state")
-        if state is None or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        group = None if state["group"] is None else state["group"].value
-        run = MergeRun(
-            self.model, state["selection"], state["recipe"], state["guard"], Monitor(()), state["observe_every"], group
-        )
-        run.step_count, run.stopped = self.step_count, state["stopped"]
-        run._quantiles, run._quantiles_of = state["quantiles"]
-        if run.watch is not None and state["watch"] is not None:
-            run.watch.load_state_dict(state["watch"])
-        run._count_from(state["counted"])
-        self.__class__, self.__dict__ = MergeRun, run.__dict__  # type: ignore[assignment]
-        return getattr(self, name)
