@@ -230,8 +230,8 @@ def _plan_for(
         weights = target.current_weights()
         if weights is None:
             raise ValueError(
-                "the plan is out of date: a module or weight of its target was moved, replaced, (un)frozen, added or "
-                "removed; build a new MergePlan, or pass the target itself"
+                "the plan is out of date: a module or weight of its target was replaced, converted, (un)frozen, "
+                "added or removed; build a new MergePlan, or pass the target itself"
             )
         return target, weights
     if isinstance(target, (nn.Module, torch.Tensor)):

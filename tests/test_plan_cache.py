@@ -101,7 +101,7 @@ def _reshape_in_place(model):
 
 CHANGES = [
     _replace_conv, _replace_nested, _replace_container, _add_conv, _add_conv_to_a_leaf, _remove_conv,
-    _replace_parameter, _assign_data, _load_by_assignment, _to_half, _to_channels_last, _reshape_in_place,
+    _replace_parameter, _load_by_assignment, _to_half, _to_channels_last, _reshape_in_place,
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ and for any number of threads, so that replicas on unlike machines stay equal; b
 
 from __future__ import annotations
 
+import copy
 import math
 import struct
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ class CpuPath:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._unavailable: str | None = None
-        self._merge: tuple[CpuMerge, tuple[list[int], list[int]]] | None = None
+        self._merge: tuple[CpuMerge, tuple[list[int], list[int], int]] | None = None
 
     @property
     def reason(self) -> str:
@@ -119,11 +120,14 @@ class CpuPath:
         # The kernel writes to addresses while other threads run. One of them may give a weight other memory, as
         # model.half() does, and would free what is written to. 17 us for 110 layers.
         held = list(map(torch.Tensor.untyped_storage, weights))
-        memory = list(map(torch.UntypedStorage.data_ptr, held)), list(map(torch.UntypedStorage.nbytes, held))
+        starts, sizes = list(map(torch.UntypedStorage.data_ptr, held)), list(map(torch.UntypedStorage.nbytes, held))
+        memory = starts, sizes, self._rows.moves  # the last one since a weight may move inside its storage
         found = self._merge
         if found is None or found[1] != memory:
-            kernel = CpuMerge(self._rows.layers, weights, self._rows.start)
-            if not (kernel.lies_in(*memory) and all(layer.is_current() for layer in self._rows.layers)):
+            kernel = (
+                CpuMerge(self._rows.layers, weights, self._rows.start) if found is None else found[0].moved(weights)
+            )
+            if not (kernel.lies_in(starts, sizes) and all(layer.is_current() for layer in self._rows.layers)):
                 raise ValueError("a weight was moved or replaced by another thread while this call of merge_ began")
             found = self._merge = kernel, memory
         kernel, _ = found
@@ -192,6 +196,15 @@ class CpuMerge:
         self._same_for_all = math.nan, b""
         self._first = table[:, 0]
         self._end = self._first + table[:, 1] * table[:, 2] * [layer.dtype.itemsize for layer in layers]
+
+    def moved(self, weights: Sequence[torch.Tensor]) -> CpuMerge:
+        """The same for weights that lie elsewhere: another one, since another thread may be using this one."""
+        other = copy.copy(self)
+        table = np.frombuffer(self._table, np.int64).reshape(self._layers, -1).copy()
+        table[:, 0] = list(map(torch.Tensor.data_ptr, weights))
+        other._table = table.tobytes()
+        other._first, other._end = table[:, 0], self._end - self._first + table[:, 0]
+        return other
 
     def lies_in(self, starts: Sequence[int], sizes: Sequence[int]) -> bool:
         """Whether each layer lies inside the memory of so many bytes from its start."""

@@ -49,6 +49,7 @@ class MergeLayer:
         shape: shape of the weight.
         dtype: dtype of the weight.
         device: device of the weight.
+        pointer: address of the weight.
     """
 
     def __init__(self, candidate: Candidate, weight: torch.Tensor, layout: FilterLayout) -> None:
@@ -57,7 +58,8 @@ class MergeLayer:
         # Weak, because a cached plan must not keep its target alive, not even through a hook that refers back to it.
         self._holder = weakref.ref(candidate.holder)
         self._id = id(weight)  # a weak reference would keep torch.utils.swap_tensors from converting the module
-        self._type, self._pointer, self._stride = type(weight), weight.data_ptr(), weight.stride()
+        self._type, self._stride = type(weight), weight.stride()
+        self.pointer = weight.data_ptr()
 
     @property
     def weight(self) -> torch.Tensor | None:
@@ -66,14 +68,19 @@ class MergeLayer:
         return holder._parameters.get("weight") if isinstance(holder, nn.Module) else holder
 
     def is_current(self) -> bool:
-        """Whether the weight is the same object of the same type at the same address, with dtype, shape and strides."""
+        """Whether the weight is read as it was, at the same address."""
+        weight = self.weight
+        return self.is_read_alike() and weight is not None and weight.data_ptr() == self.pointer
+
+    def is_read_alike(self) -> bool:
+        """Whether the weight is the same object of the same type, with dtype, device, shape and strides."""
         weight = self.weight
         return (
             weight is not None
             and id(weight) == self._id  # first: a tensor put in its place may have no address to ask for
             and type(weight) is self._type  # torch.utils.swap_tensors makes another kind of tensor of the same object
-            and weight.data_ptr() == self._pointer
             and weight.dtype is self.dtype
+            and weight.device == self.device
             and weight.shape == self.shape
             and weight.stride() == self._stride
             and (weight.is_leaf or not weight.requires_grad)

@@ -132,6 +132,12 @@ def check_weight(weight: object, name: str) -> torch.Tensor:
     return weight
 
 
+def has_memory(weight: torch.Tensor) -> bool:
+    """Whether the storage of a dense weight holds all its elements: it may have been freed or resized."""
+    end = weight.storage_offset() + weight.numel()  # dense: the last element is the numel-th
+    return weight.untyped_storage().nbytes() >= end * weight.element_size()
+
+
 def filter_layout(weight: torch.Tensor, name: str, *, groups: int = 1, transposed: bool = False) -> FilterLayout:
     """Layout of the filters of ``weight``; no copy is made.
 
@@ -162,8 +168,7 @@ def filter_layout(weight: torch.Tensor, name: str, *, groups: int = 1, transpose
             "place: make it a contiguous Parameter of its own (weight.detach().clone(memory_format="
             "torch.contiguous_format))"
         )
-    end = weight.storage_offset() + weight.numel()  # dense: the last element is the numel-th
-    if weight.untyped_storage().nbytes() < end * weight.element_size():
+    if not has_memory(weight):
         raise ValueError(f"{name}: the storage of the weight has been freed or resized (storage().resize_(0))")
     return layout
 

@@ -100,9 +100,10 @@ class LayerPlan:
         if not layers and not (may_wait and choice.frozen):
             raise ValueError(self._why_nothing(target, candidates, include_linear))
 
+        self._tabulate()
         self._structure = Structure(roots)
         weights = self.weights()
-        self._storage = Storage(self.layers, weights)
+        self._storage = Storage(self.rows, weights)
         held = self._structure.weights() or []
         place_of = {id(weight): place for place, weight in enumerate(held)}
         self._places = [place_of.get(id(weight), -1) for weight in weights]
@@ -122,7 +123,6 @@ class LayerPlan:
         ):
             raise ValueError("the target was changed by another thread while its layers were looked at; try again")
         self._has_inference_weights = any(w.is_inference() for w in weights)
-        self._tabulate()
 
     def _set_layers(
         self,
@@ -187,7 +187,10 @@ class LayerPlan:
         return weights
 
     def is_current(self) -> bool:
-        """Whether every layer is still the same module with the same weight at the same place, and no other came."""
+        """Whether every layer is still the same module with the same weight, read in the same way, and no other came.
+
+        Where the weight lies may change (``weight.data = other``): that is taken note of.
+        """
         return self.current_weights() is not None
 
     def current_weights(self) -> list[torch.Tensor] | None:
@@ -197,7 +200,8 @@ class LayerPlan:
         if forward_ad._current_level >= 0 and self._have_tangents():
             return None
         if self._watch is not None:
-            return self._watch.weights()
+            seen = self._watch.weights()
+            return seen if seen is None or type(seen) is list else self._moved(seen)
         found = self._structure.weights()
         if found is None:
             return None
@@ -205,6 +209,14 @@ class LayerPlan:
         if not self._same_are_frozen(found):
             return None
         return weights if self._storage.holds(weights) else None
+
+    def _moved(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        assert self._watch is not None
+        self._watch.take_note()  # before: what another thread moves from here on is seen at the next call
+        if self._storage.move(weights):
+            return list(weights)
+        self._watch = None  # it takes the new place for the right one
+        return None
 
     def _have_tangents(self) -> bool:
         weights = (layer.weight for layer in self.layers)

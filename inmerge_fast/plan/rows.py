@@ -24,10 +24,13 @@ class Rows:
         layers: the layers.
         device: device of all the weights.
         start: int64 ``(layers + 1,)``, the first row of each layer, and the number of rows.
+        moves: how often weights were found elsewhere in memory than before. Who keeps addresses looks whether it has
+            changed.
     """
 
     def __init__(self, layers: Sequence[MergeLayer], device: torch.device | None = None) -> None:
         self.layers = tuple(layers)
+        self.moves = 0
         self.device = layers[0].device if device is None else device
         sizes = np.array([layer.layout.filters for layer in layers], np.int64)
         self.start = np.concatenate([[0], np.cumsum(sizes)])

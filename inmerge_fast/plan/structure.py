@@ -9,18 +9,26 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from .. import native
-from .candidates import MergeLayer, is_mergeable_module
+from .candidates import is_mergeable_module
+from .filters import has_memory
+from .rows import Rows
+
+_PROPERTIES = (torch.Tensor.is_leaf, torch.Tensor.requires_grad)
 
 
 class Watch(Protocol):
     """Whether a target is still what it was, in C (``kernels/cpu/watch.c``)."""
 
-    def weights(self) -> list[torch.Tensor] | None:
-        """The plan's weights in its order; None if anything has changed."""
+    def weights(self) -> list[torch.Tensor] | tuple[torch.Tensor, ...] | None:
+        """The plan's weights in its order; a tuple if some of them lie elsewhere; None if anything else has changed."""
+
+    def take_note(self) -> None:
+        """Expect the weights where they lie now."""
 
 
 class Structure:
@@ -68,8 +76,8 @@ class Structure:
             return None
         try:
             watch: Watch = kernel.Watch(
-                exchange, self._died, self._childless, self._parents, self._holders, self._others, self._tensors,
-                list(picks), bytes(0 if must is None else 1 + must for must in trained),
+                exchange, _PROPERTIES, self._died, self._childless, self._parents, self._holders, self._others,
+                self._tensors, list(picks), bytes(0 if must is None else 1 + must for must in trained),
             )  # fmt: skip
         except ValueError:  # e.g. a weight of more than eight dimensions
             return None
@@ -111,11 +119,16 @@ class Storage:
 
     PyTorch's own guards compare dtype, shape and strides of many tensors in one call of C++ code, 14 us instead of 50
     for 110 layers. They also compare modes that do not matter here, so what they refuse is looked at again, one by one.
+
+    Args:
+        rows: the filters of the plan, which are told where the weights have moved.
+        weights: the weights that hold them.
     """
 
-    def __init__(self, layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor]) -> None:
-        self._layers = layers
+    def __init__(self, rows: Rows, weights: Sequence[torch.Tensor]) -> None:
+        self._rows, self._layers = rows, rows.layers
         self._pointers = [weight.data_ptr() for weight in weights]
+        self._bytes = np.array([weight.numel() * weight.element_size() for weight in weights], np.int64)
         self._types = list(map(type, weights))
         self._guards: Callable[..., bool] = _refuse
         self._renew_guards(weights)
@@ -128,9 +141,35 @@ class Storage:
         except (AttributeError, TypeError):  # they are PyTorch's private business
             self._guards = _refuse
 
+    def move(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Take note of where the same tensors lie now, read in the same way.
+
+        ``weight.data = other`` moves a weight, as sharpness-aware optimizers do at every step.
+
+        Returns:
+            False where they cannot be merged there: what a fresh plan would refuse, it shall refuse.
+        """
+        pointers = list(map(torch.Tensor.data_ptr, weights))
+        for weight, pointer, before in zip(weights, pointers, self._pointers, strict=True):
+            if pointer != before and (weight.is_inference() or weight.is_neg() or not has_memory(weight)):
+                return False
+        start = np.array(pointers, np.int64)
+        order = np.argsort(start)
+        if (start[order[:-1]] + self._bytes[order[:-1]] > start[order[1:]]).any():
+            return False  # two of them share memory
+        for layer, pointer in zip(self._layers, pointers, strict=True):
+            layer.pointer = pointer
+        self._pointers = pointers
+        self._rows.moves += 1
+        return True
+
     def holds(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether the same tensors are still in the same memory, read in the same way."""
-        if list(map(type, weights)) != self._types or list(map(torch.Tensor.data_ptr, weights)) != self._pointers:
+        """Whether the same tensors are read in the same way; where they lie now is taken note of."""
+        if list(map(type, weights)) != self._types:
+            return False
+        if list(map(torch.Tensor.data_ptr, weights)) != self._pointers and not (
+            all(layer.is_read_alike() for layer in self._layers) and self.move(weights)
+        ):
             return False
         # Without grad mode some versions of the guards do not see that a tensor has come to require a gradient.
         if torch.is_grad_enabled() and self._guards(*weights):

@@ -23,6 +23,7 @@ class GraphSteps:
     def __init__(self, run: MergeRun) -> None:
         self._run = run
         self._captured: Results | None = None
+        self._moves = 0  # of weights until the capture
         self._prepared: Call | None = None
         self._merges = False  # whether the prepared step does
 
@@ -41,7 +42,7 @@ class GraphSteps:
             raise RuntimeError(
                 f"CUDA graphs need the kernels, but this plan takes the {path.name} path ({path.reason})"
             )
-        if self._captured is not None and not plan.is_current():
+        if self._captured is not None and not (plan.is_current() and plan.rows.moves == self._moves):
             raise ValueError("a weight was moved, replaced or (un)frozen after the capture; capture the graph again")
         launcher = self._launcher(run.current_weights())
         if self._prepared is None:
@@ -68,6 +69,7 @@ class GraphSteps:
         if weights is None or self._prepared is None:
             raise RuntimeError("call prepare() right before capturing: nothing is prepared, or a weight has changed")
         self._captured = self._launcher(weights).run_from_memory(partner=run.recipe.partner, again=self._captured)
+        self._moves = run.plan.rows.moves
         mark_written(weights)
         self._merges = False
         run.step_count -= 1

@@ -19,7 +19,7 @@ from ..plan.plan import DEFAULT_SKIP_FIRST, Target
 from ..stats import MergeStats
 from .agreement import check_agreement
 from .arguments import InMergeArguments, checked
-from .copies import check_is_no_average
+from .copies import CopiedRun, check_is_no_average, state_of
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
@@ -107,7 +107,7 @@ class InMerge:
         check_is_no_average(unwrap_compiled(model) if isinstance(model, nn.Module) else model)
         if not isinstance(model, (nn.Module, torch.Tensor)) and isinstance(model, Iterable):
             model = tuple(model)
-        self._run = MergeRun(
+        self._run: MergeRun = MergeRun(
             unwrap_compiled(model) if isinstance(model, nn.Module) else model,
             parts.selection,
             parts.recipe,
@@ -128,11 +128,10 @@ class InMerge:
         A copy has the recipe and goes on from the same step. It plans when it is first used, for the copy of the model;
         it is attached to nothing, and has no loggers.
         """
-        return self._run.__getstate__()
+        return state_of(self._run)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._run = MergeRun.__new__(MergeRun)
-        self._run.__setstate__(state)
+        self._run = CopiedRun(state)
         self._attached, self._evaluation, self._graph = None, Evaluation(), GraphSteps(self._run)
 
     @property

@@ -21,7 +21,7 @@ from ...plan.candidates import MergeLayer
 from .draw_ahead import DRAW_AHEAD, Drawn, next_draw
 from .handle import Arguments, Handle, check_not_capturing, merge_options, merge_programs, merge_shape
 from .launch_match import Matcher
-from .layer_table import layer_table
+from .layer_table import kind_at, layer_table
 from .results import Results
 from .running import Running
 from .slots import CAPTURED_CALLS, SLOTS, Slot, Slots
@@ -37,7 +37,7 @@ MAX_BYTES = 2**34  # of all layers: scratch of all rows, in units of 16 bytes, i
 
 
 class Launcher:
-    """Tables and buffers of one plan on its device. Built at the first call, and with new weights built anew."""
+    """Tables and buffers of one plan on its device. Built at the first call; weights that move are taken in."""
 
     def __init__(self, layers: Sequence[MergeLayer], weights: Sequence[torch.Tensor], row_start: np.ndarray) -> None:
         device = weights[0].device
@@ -118,6 +118,17 @@ class Launcher:
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
             self.programs = multiprocessors * merge_programs(self._constants, self._target)
         self.programs = min(self.programs, rows)
+
+    def move(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Take in where weights lie now that have moved; False if they lie so that the kernels must be chosen anew."""
+        addresses = list(map(torch.Tensor.data_ptr, weights))
+        if list(map(kind_at, self._layers, addresses)) != self._kinds:
+            return False
+        with self.lock, self._on_device():
+            check_not_capturing(self.device, "after a weight has moved copies a table")
+            self.follow_current_stream()  # kernels of earlier calls may still be reading the table
+            self.layer_table[:, tables.BASE.value] = torch.tensor(addresses, dtype=torch.int64).to(self.device)
+        return True
 
     def reserve_scratch(self, prob: float) -> None:
         """Make scratch large enough for ``prob``: rows that merge and are read, p (1 - e**-p) of all on average.

@@ -30,16 +30,23 @@ def layer_table(
     return table
 
 
+def kind_at(layer: MergeLayer, address: int) -> int:
+    """What the table's KIND says of a layer whose weight lies at ``address``: its dtype, and how it may be read."""
+    layout = layer.layout
+    aligned = layout.is_dense and address % 16 == 0 and layout.elements * layer.dtype.itemsize % 16 == 0
+    kind: int = _KINDS[layer.dtype].value + (0 if aligned else tables.STRIDED.value)
+    return kind
+
+
 def _fill_line(line: np.ndarray, layer: MergeLayer, weight: torch.Tensor, first_row: int) -> None:
     layout, size = layer.layout, weight.element_size()
-    aligned = layout.is_dense and weight.data_ptr() % 16 == 0 and layout.elements * size % 16 == 0
     columns = {
         tables.BASE: weight.data_ptr(),
         tables.ELEMENTS: layout.elements,
         tables.GROUP_SIZE: layout.group_size,
         tables.FIRST_ROW: first_row,
         tables.LAYER_ID: layer.layer_id,
-        tables.KIND: _KINDS[layer.dtype].value + (0 if aligned else tables.STRIDED.value),
+        tables.KIND: kind_at(layer, weight.data_ptr()),
         tables.GROUP_STRIDE: layout.group_stride,
         tables.FILTER_STRIDE: layout.filter_stride,
         tables.RUN: layout.run,

@@ -30,6 +30,7 @@ class TritonPath:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._launcher: Launcher | None = None
+        self._moves = 0  # of weights that the launcher has taken in
         self._lock = threading.Lock()
 
     @property
@@ -55,11 +56,13 @@ class TritonPath:
 
     def launcher(self, weights: Sequence[torch.Tensor]) -> Launcher:
         """The kernels' tables and buffers for these weights, built at the first call."""
+        rows = self._rows
         with self._lock:
-            if self._launcher is None:
+            if self._launcher is None or (self._moves != rows.moves and not self._launcher.move(weights)):
                 from .launch import Launcher
 
-                self._launcher = Launcher(self._rows.layers, weights, self._rows.start)
+                self._launcher = Launcher(rows.layers, weights, rows.start)
+            self._moves = rows.moves
             return self._launcher
 
     def follow(self) -> None:
