@@ -107,7 +107,7 @@ def test_schedules_start_and_stop_hold():
 def test_an_evaluation_in_the_middle_of_accumulation_sees_the_weights_as_they_were():
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    InMerge(model, lasting=False, seed=SEED).attach(optimizer)
+    merger = InMerge(model, lasting=False, seed=SEED).attach(optimizer)
     before = weights_of(model)
     loss_of(model, 0).backward()
     merged_weight = model[3].weight.detach().clone()
@@ -121,6 +121,10 @@ def test_an_evaluation_in_the_middle_of_accumulation_sees_the_weights_as_they_we
     assert_same_bits(model[3].weight.detach(), merged_weight)
     optimizer.step()
     assert_same(model, by_hand(1, micro=2))
+    with merged(make(), seed=SEED, step=0) as stats:
+        pass
+    summary = merger.summary()
+    assert (summary.sampled, summary.merged) == (stats.sampled, stats.merged)  # counted once
 
 
 def test_statistics_are_recomputed_without_merging():
@@ -276,6 +280,37 @@ def test_an_average_that_follows_the_steps_has_no_merged_weights():
     loss_of(early, 1).backward()  # its hooks merge nothing, and not the original
     assert lease_of(early[0].weight) is None
     assert lease_of(model[0].weight) is None
+
+
+class Holder(nn.Module):
+    """A model that holds its InMerge."""
+
+    def __init__(self):
+        super().__init__()
+        self.merger = None
+        self.net = make()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_that_holds_its_merger_is_copied_while_it_is_merged(copied):
+    model = Holder()
+    model.merger = InMerge(model, lasting=False, seed=SEED)
+    model.merger.attach(torch.optim.SGD(model.parameters(), 0.1))
+    loss_of(model, 0).backward()
+    other = copied(model)
+    for own, old in zip(other.net.parameters(), make().parameters(), strict=True):
+        assert_same_bits(own.detach(), old.detach())
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    other.merger.attach(optimizer)
+    loss_of(other, 1).backward()
+    assert lease_of(other.net[0].weight) is not None
+    optimizer.step()
+    assert lease_of(other.net[0].weight) is None
+    assert other.merger.step_count == 1
+    assert model.merger.step_count == 0
 
 
 @pytest.mark.parametrize("given", ["compiled", "inner"])

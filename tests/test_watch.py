@@ -253,24 +253,26 @@ def test_bad_arguments_are_errors_and_no_crash():
     exchange = torch.Tensor.__dlpack_c_exchange_api__
     conv = nn.Conv2d(2, 4, 3)
     holder = weakref.ref(conv)
-    empty = [[]] * 6
+    empty, properties = [[]] * 6, (torch.Tensor.is_leaf, torch.Tensor.requires_grad)
     with pytest.raises(TypeError):
         watch(exchange)
     with pytest.raises(ValueError, match="PyCapsule_GetPointer"):
-        watch(None, *empty, [], b"")
+        watch(None, properties, *empty, [], b"")
+    with pytest.raises(ValueError, match="properties of another kind"):
+        watch(exchange, (1, 2), [], [], [], [holder], [], [], [0], b"\2")
     for pick in (1, -1, 7):
         with pytest.raises(ValueError, match="not there"):
-            watch(exchange, [], [], [], [holder], [], [], [pick], b"\2")
+            watch(exchange, properties, [], [], [], [holder], [], [], [pick], b"\2")
     with pytest.raises(ValueError, match="not there"):
-        watch(exchange, [], [], [], [holder], [], [], [0, 0], b"\2")
+        watch(exchange, properties, [], [], [], [holder], [], [], [0, 0], b"\2")
     for gradients in (b"", b"\2\2"):
         with pytest.raises(ValueError, match="not one gradient for each weight"):
-            watch(exchange, [], [], [], [holder], [], [], [0], gradients)
+            watch(exchange, properties, [], [], [], [holder], [], [], [0], gradients)
     with pytest.raises(ValueError, match="without a weight"):
-        watch(exchange, [], [], [], [weakref.ref(nn.Conv2d(1, 1, 1))], [], [], [], b"\0")
-    made = watch(exchange, [], [], [], [holder], [], [], [0], b"\2")
+        watch(exchange, properties, [], [], [], [weakref.ref(nn.Conv2d(1, 1, 1))], [], [], [], b"\0")
+    made = watch(exchange, properties, [], [], [], [holder], [], [], [0], b"\2")
     with pytest.raises(TypeError, match="initialised once"):
-        made.__init__(exchange, [], [], [], [holder], [], [], [0], b"\2")
+        made.__init__(exchange, properties, [], [], [], [holder], [], [], [0], b"\2")
     assert made.weights()[0] is conv.weight
     with pytest.raises(ValueError, match="without a weight"):
-        watch(exchange, [], [], [], [conv], [], [], [0], b"\2")  # no weak reference
+        watch(exchange, properties, [], [], [], [conv], [], [], [0], b"\2")  # no weak reference

@@ -18,6 +18,8 @@ from .candidates import is_mergeable_module
 from .filters import has_memory
 from .rows import Rows
 
+_PROPERTIES = (torch.Tensor.is_leaf, torch.Tensor.requires_grad)
+
 
 class Watch(Protocol):
     """Whether a target is still what it was, in C (``kernels/cpu/watch.c``)."""
@@ -74,8 +76,8 @@ class Structure:
             return None
         try:
             watch: Watch = kernel.Watch(
-                exchange, self._died, self._childless, self._parents, self._holders, self._others, self._tensors,
-                list(picks), bytes(0 if must is None else 1 + must for must in trained),
+                exchange, _PROPERTIES, self._died, self._childless, self._parents, self._holders, self._others,
+                self._tensors, list(picks), bytes(0 if must is None else 1 + must for must in trained),
             )  # fmt: skip
         except ValueError:  # e.g. a weight of more than eight dimensions
             return None

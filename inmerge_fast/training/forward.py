@@ -42,20 +42,9 @@ class ForwardSteps:
     Args:
         run: the run.
         model: what is called for a forward pass, as it was given: compiled or not, wrapped or not.
-
-    Raises:
-        TypeError: it is not a module.
-        ValueError: its weights are sharded.
     """
 
-    def __init__(self, run: MergeRun, model: object) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                "with lasting=False the model must be the module that the training loop calls, got "
-                f"{type(model).__name__}; merge single weights with `with inmerge_fast.merged(weights):`"
-            )
-        if is_sharded(model):
-            raise ValueError(SHARDED)
+    def __init__(self, run: MergeRun, model: nn.Module) -> None:
         self._run, self._model = run, model
         self._lease: Lease | None = None
         self._merged_at = -1  # the step that was merged last
@@ -178,6 +167,23 @@ class ForwardSteps:
     def __reduce__(self) -> tuple[type[Idle], tuple[()]]:
         self.restore()  # a module's hooks are saved before the modules in it, so the weights are saved as they were
         return Idle, ()
+
+
+def check_is_called(model: object) -> nn.Module:
+    """The model, if its forward passes can be followed.
+
+    Raises:
+        TypeError: it is not a module.
+        ValueError: its weights are sharded.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "with lasting=False the model must be the module that the training loop calls, got "
+            f"{type(model).__name__}; merge single weights with `with inmerge_fast.merged(weights):`"
+        )
+    if is_sharded(model):
+        raise ValueError(SHARDED)
+    return model
 
 
 class Idle(ForwardSteps):

@@ -20,8 +20,8 @@ from ..plan.plan import Target
 from ..stats import MergeStats
 from .agreement import check_agreement
 from .arguments import InMergeArguments, checked
-from .copies import check_is_no_average
-from .forward import NO_BLOCK, NO_CAPTURE, NO_STEP, ForwardSteps
+from .copies import CopiedRun, check_is_no_average, state_of
+from .forward import NO_BLOCK, NO_CAPTURE, NO_STEP, ForwardSteps, check_is_called
 from .graphs import GraphSteps
 from .guard import CollapseGuard
 from .hooks import AttachedStep
@@ -115,7 +115,7 @@ class InMerge:
         check_is_no_average(unwrap_compiled(model) if isinstance(model, nn.Module) else model)
         if not isinstance(model, (nn.Module, torch.Tensor)) and isinstance(model, Iterable):
             model = tuple(model)
-        self._run = MergeRun(
+        self._run: MergeRun = MergeRun(
             unwrap_compiled(model) if isinstance(model, nn.Module) else model,
             parts.selection,
             parts.recipe,
@@ -124,7 +124,7 @@ class InMerge:
             parts.observe_every,
             process_group,
         )
-        self._forward = None if parts.recipe.lasting else ForwardSteps(self._run, model)
+        self._forward = None if parts.recipe.lasting else ForwardSteps(self._run, check_is_called(model))
         self._attached: AttachedStep | None = None
         self._evaluation = Evaluation()
         self._graph = GraphSteps(self._run)
@@ -137,13 +137,13 @@ class InMerge:
         A copy has the recipe and goes on from the same step. It plans when it is first used, for the copy of the model;
         it is attached to nothing, and has no loggers.
         """
-        return self._run.__getstate__()
+        return state_of(self._run)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._run = MergeRun.__new__(MergeRun)
-        self._run.__setstate__(state)
+        self._run = CopiedRun(state)
         self._attached, self._evaluation, self._graph = None, Evaluation(), GraphSteps(self._run)
-        self._forward = None if self._run.recipe.lasting else ForwardSteps(self._run, self._run.model)
+        # From the state: a copied run that is asked for anything plans, for a model that may not be copied yet.
+        self._forward = None if state["recipe"].lasting else ForwardSteps(self._run, state["model"])
 
     @property
     def plan(self) -> MergePlan:

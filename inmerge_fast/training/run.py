@@ -21,7 +21,6 @@ from ..rank_cost import NEVER
 from ..stats import MergeStats, NoEffectWarning
 from ..thresholds import NoiseThreshold, QuantileThreshold, RankBudget, by_layer, quantile_threshold
 from .agreement import Comparison
-from .copies import OnlyHere
 from .distributed import ShardedPlan, broadcast_from_first, is_sharded
 from .guard import CollapseGuard
 from .monitor import Monitor, Observation
@@ -65,7 +64,6 @@ class MergeRun:
         observe_every: int,
         group: Any,
     ) -> None:
-        self._copied: dict[str, Any] | None = None  # what a copy goes on from that has not planned yet
         self.model, self.recipe, self.guard, self.monitor = model, recipe, guard, monitor
         self.group = group
         self._selection, self._observe_every = selection, observe_every
@@ -88,46 +86,19 @@ class MergeRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy goes on from: all but the plan, which belongs to the memory of the weights, and the loggers."""
-        if self._copied is not None:
-            return dict(self._copied)
         return {
             "model": self.model,
             "selection": dict(self._selection),
             "recipe": self.recipe,
             "observe_every": self._observe_every,
             "guard": copy.deepcopy(self.guard),
-            "group": None if self.group is None else OnlyHere(self.group),
+            "group": self.group,
             "step_count": self.step_count,
             "quantiles": (dict(self._quantiles), self._quantiles_of),
             "stopped": set(self.stopped),
             "counted": self.counted_by_layer(),
             "watch": None if self.watch is None else self.watch.state_dict(),
         }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.model, self.recipe, self.step_count = state["model"], state["recipe"], state["step_count"]
-        self._copied = state
-
-    def __getattr__(self, name: str) -> Any:
-        # A copy plans when it is first used: with a deep copy of a model its InMerge is copied before the layers are.
-        state = self.__dict__.get("_copied")
-        if state is None or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        group, step_count = state["group"], self.step_count
-        try:
-            self.__init__(  # type: ignore[misc]
-                self.model, state["selection"], self.recipe, state["guard"], Monitor(()), state["observe_every"],
-                None if group is None else group.value,
-            )  # fmt: skip
-        except BaseException:
-            self._copied, self.step_count = state, step_count
-            raise
-        self.step_count, self.stopped = step_count, state["stopped"]
-        self._quantiles, self._quantiles_of = state["quantiles"]
-        if self.watch is not None and state["watch"] is not None:
-            self.watch.load_state_dict(state["watch"])
-        self._count_from(state["counted"])
-        return getattr(self, name)
 
     # ------------------------------------------------------------------------------------------------------ one step
 
