@@ -76,7 +76,7 @@ class Launcher:
         self._may_capture = False
         kinds = table[:, tables.KIND.value]
         self._kinds: list[int] = kinds.tolist()
-        self._target = "hip" if torch.version.hip else "cuda"
+        self.target = "hip" if torch.version.hip else "cuda"
         self._constants = {
             "HAS_FLOAT32": any(layer.dtype == torch.float32 for layer in layers),
             "HAS_BFLOAT16": any(layer.dtype == torch.bfloat16 for layer in layers),
@@ -84,14 +84,14 @@ class Launcher:
             "HAS_DENSE": bool((kinds < tables.STRIDED.value).any()),
             "HAS_STRIDED": bool((kinds >= tables.STRIDED.value).any()),
             "IN_MEMORY": False,
-            **merge_shape(sum(weight.numel() for weight in weights) / max(rows, 1), self._target),
+            **merge_shape(sum(weight.numel() for weight in weights) / max(rows, 1), self.target),
             "BARRIER": True,
             "SEM": "acq_rel",
             "NAIVE": False,
         }
         rows_of = ("HAS_FLOAT32", "HAS_BFLOAT16", "HAS_FLOAT16", "HAS_DENSE", "HAS_STRIDED", "BLOCK", "STRIDED_BLOCK")
         self.row_constants = {name: self._constants[name] for name in rows_of}
-        self.row_warps = merge_options(self._constants, self._target)["num_warps"]
+        self.row_warps = merge_options(self._constants, self.target)["num_warps"]
         in_turns = {"BLOCK": ROW_BLOCK, "SLOTS": SLOTS}
         in_any = in_turns | {"SLOTS": SLOTS + CAPTURED_CALLS}  # for a single call, which may be in a graph
         self._draw = Handle(_draw_kernel, in_turns | {"IN_MEMORY": False, "COUNT": True}, {})
@@ -108,7 +108,7 @@ class Launcher:
         self.programs = 4  # the interpreter runs them one after the other
         if self.on_gpu:
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-            self.programs = multiprocessors * merge_programs(self._constants, self._target)
+            self.programs = multiprocessors * merge_programs(self._constants, self.target)
         self.programs = min(self.programs, rows)
 
     def move(self, weights: Sequence[torch.Tensor]) -> bool:
@@ -380,7 +380,7 @@ class Launcher:
         key = tuple(sorted(overrides.items())) if overrides else ()
         if key not in self._merges:
             constants = self._constants | overrides
-            options = merge_options(constants, self._target)
+            options = merge_options(constants, self.target)
             options |= {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in overrides}
             self._merges[key] = Handle(_merge_kernel, constants, options)
         return self._merges[key]
