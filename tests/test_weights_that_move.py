@@ -95,6 +95,19 @@ def test_a_weight_that_moves_is_merged_where_it_lies(device, move):
     assert plan.rows.moves == moves, "nothing has moved"
 
 
+def test_a_weight_may_move_inside_its_storage(device):
+    model = same_shapes().to(device)
+    weight = model[0].weight
+    buffer = torch.zeros(2, weight.numel(), device=device)
+    weight.data = buffer[0].view(weight.shape).copy_(weight.data)
+    plan = MergePlan(model, skip_first=0)
+    inmerge_fast.merge_(plan, **MERGE_ALL)
+    kept = weight.detach().clone()
+    weight.data = buffer[1].view(weight.shape).copy_(kept)
+    assert_merges_as_defined(model, plan)
+    assert torch.equal(buffer[0].view_as(kept), kept)
+
+
 def test_nothing_is_written_to_where_a_weight_was(device):
     model = same_shapes().to(device)
     plan = MergePlan(model, skip_first=0)
