@@ -90,8 +90,9 @@ CORRECT = [
         gpu_tests("test_compile", 70, 30, "torch.compile around merge_"),
         *(
             gpu_tests(f"test_{name}", 70, 20, "a few kernels")
-            for name in ("default_device", "draw", "effect", "hazards", "history", "inputs", "match", "merge_plan",
-                         "plan", "plan_cache", "readme_training", "similarity", "stats", "training_summary")
+            for name in ("default_device", "draw", "effect", "forward_only", "hazards", "history", "inputs", "match",
+                         "merge_plan", "plan", "plan_cache", "readme_training", "similarity", "stats",
+                         "training_summary", "weights_that_move")
         ),
     ),
     (gpu_tests("test_gpu_memory", 130, 75, "compute-sanitizer, three runs, PyTorch started in each"),),
