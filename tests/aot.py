@@ -73,7 +73,7 @@ LISTS = {"list": (DTYPES[:1], False), "list all strided": (DTYPES, True)}
 FORWARD_PARTS = ["save", "blend", "restore"]
 FORWARDS = {
     f"{part} {name}": MERGES[f"merge {name}"]
-    for name in ("float32", "bfloat16", "all strided", "short float32", "long float32", "long bfloat16")
+    for name in ("short float32", "all strided", "long bfloat16")
     for part in FORWARD_PARTS
 }
 VARIANTS = [
