@@ -26,7 +26,7 @@ import numpy.typing as npt
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
 
 MAX_SEED = 2**64 - 1
@@ -47,19 +47,21 @@ def philox4x32(
     Returns:
         The four output words as uint64 arrays of the broadcast shape, each value below 2**32.
     """
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    # In uint64 throughout: NumPy 1 makes float64 of a uint64 and a Python integer.
+    key = np.asarray(key, np.uint64)
+    k0, k1 = key & _MASK, key >> _SHIFT
     x0, x1, x2, x3 = np.broadcast_arrays(*(np.asarray(c).astype(np.uint64) for c in (c0, c1, c2, c3)))
     for _ in range(_ROUNDS):
         product0 = x0 * _MULTIPLIERS[0]  # 32 x 32 bits: exact in 64
         product1 = x2 * _MULTIPLIERS[1]
         x0, x1, x2, x3 = (
-            (product1 >> _SHIFT) ^ x1 ^ np.uint64(k0),
+            (product1 >> _SHIFT) ^ x1 ^ k0,
             product1 & _MASK,
-            (product0 >> _SHIFT) ^ x3 ^ np.uint64(k1),
+            (product0 >> _SHIFT) ^ x3 ^ k1,
             product0 & _MASK,
         )
-        k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
-        k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
+        k0 = (k0 + _WEYL[0]) & _MASK
+        k1 = (k1 + _WEYL[1]) & _MASK
     return x0, x1, x2, x3
 
 

@@ -118,6 +118,7 @@ def test_threshold_that_is_too_low_is_called_harmful(capsys):
     assert "Threshold of arm c: -1, as given by --threshold." in text
     assert "c --threshold: merge_ at every step with alpha=0.5, prob=0.6, threshold=-1" in text
     assert "merging did harm here" in text
+    assert "CollapseWarning, raised by merge_ in arm c: layer conv" in text
     assert "collapsed" in text
 
 

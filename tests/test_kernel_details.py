@@ -37,7 +37,6 @@ from inmerge_fast.paths.choice import Paths  # noqa: E402
 from inmerge_fast.paths.triton.handle import Arguments, Handle  # noqa: E402
 from inmerge_fast.paths.triton.launch import Launcher  # noqa: E402
 from inmerge_fast.paths.triton.layer_table import can_merge  # noqa: E402
-from inmerge_fast.plan.rows import Rows  # noqa: E402
 
 CALL = {"alpha": ALPHA, "threshold": -1.0}
 
@@ -287,9 +286,9 @@ def test_every_path_and_its_reason(monkeypatch, interpret, force_eager, change, 
     conv = nn.Conv2d(3, 4, 3)
     plan = MergePlan(conv.double() if change == "float64" else conv)
     if change == "other device":
-        monkeypatch.setattr(Rows, "device", _OtherDevice())
+        monkeypatch.setattr(plan.rows, "device", _OtherDevice())
     elif change is not None and change.startswith("CUDA"):
-        monkeypatch.setattr(Rows, "device", torch.device("cuda:0"))
+        monkeypatch.setattr(plan.rows, "device", torch.device("cuda:0"))
         if change.endswith("without Triton"):
             monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     why = "it was not built" if change == "no compiler" else ""

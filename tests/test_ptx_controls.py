@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
 from ptx import barriers, cases
 from ptx.launch import program_of
 from ptx.machine import Schedule
@@ -98,11 +99,20 @@ CASES = {
     "count": ("_count_kernel", barriers.merge_case(ARCH), 3),
     "draw": ("_draw_kernel", barriers.plan_case(ARCH), 4),
 }
+# Of a sum over warps: before their parts are written, when they are, and, up to Triton 3.7, when one thread's sum of
+# them is. Since 3.8 every warp adds all parts.
+OF_A_SUM = 3 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+# Of count_rows: three to hand partners and coins over to the threads that count, two of the running sum, two that give
+# all warps the list's old length.
+OF_COUNTS = 7 + OF_A_SUM
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_barrier_deleted_from_the_ptx_is_missed(name):
     kernel, run, schedules = CASES[name]
     found = barriers.deletions(kernel, run, schedules)
-    assert len(found) >= 10
+    if name in ("count", "draw"):
+        assert len(found) == OF_COUNTS
+    else:
+        assert len(found) >= 20
     assert not [deletion.name for deletion in found if not deletion.noticed_by]

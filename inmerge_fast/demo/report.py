@@ -69,8 +69,8 @@ def _print_notices(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         history = outcome.history
         for notice in history.notices:
-            print(f"\nNoEffectWarning, raised by merge_ in arm {outcome.arm.key}:")
-            print(textwrap.fill(notice, TEXT_WIDTH, initial_indent="  ", subsequent_indent="  "))
+            print(f"\n{type(notice).__name__}, raised by merge_ in arm {outcome.arm.key}:")
+            print(textwrap.fill(str(notice), TEXT_WIDTH, initial_indent="  ", subsequent_indent="  "))
         sampled = sum(layer.sampled for layer in history.layers.values())
         if sampled and not sum(history.merged) and not history.notices:
             print(f"\nArm {outcome.arm.key} merged nothing; merge_ warns after more calls than its {history.calls}.")

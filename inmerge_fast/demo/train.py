@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import MergeStats, NoEffectWarning, merge_
+from .. import CollapseWarning, MergeStats, NoEffectWarning, merge_
 from .data import ImageSet, require
 
 WIDTHS = (16, 16, 32, 32, 64, 64, 128, 128)
@@ -29,6 +29,7 @@ MODULES: dict[int, tuple[Any, Any, Any, Any]] = {
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 EVAL_BATCH = 100  # of volumes, 500 take twice as long: the activations do not fit in the caches
 DRY_RUNS = 32
+NOTICES = (NoEffectWarning, CollapseWarning)  # what merge_ says of the settings; the report repeats it
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class History:
         merge_ms: median time of a ``merge_`` call, NaN without merging.
         step_ms: median time of a training step, merging included.
         calls: ``merge_`` calls made.
-        notices: texts of the ``NoEffectWarning`` that ``merge_`` raised.
+        notices: what ``merge_`` warned of: no effect, or a layer that collapses.
         right: int64 ``(test images,)``, how many labels of each image were judged right at the end.
     """
 
@@ -76,7 +77,7 @@ class History:
     merge_ms: float = math.nan
     step_ms: float = math.nan
     calls: int = 0
-    notices: list[str] = field(default_factory=list)
+    notices: list[Warning] = field(default_factory=list)
     right: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
 
     def count(self, stats: MergeStats) -> None:
@@ -160,11 +161,12 @@ def train(net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSett
     """Train ``net`` in place, merging at every step if there is a setting, and test it after every epoch."""
     history = History()
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", NoEffectWarning)
+        for category in NOTICES:
+            warnings.simplefilter("always", category)
         _run_epochs(net, data, schedule, setting, label, history)
     for warning in caught:
-        if issubclass(warning.category, NoEffectWarning):
-            history.notices.append(str(warning.message))
+        if isinstance(warning.message, NOTICES):
+            history.notices.append(warning.message)
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return history

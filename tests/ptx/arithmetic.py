@@ -77,6 +77,11 @@ def mul_hi(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([(int(x) * int(y) >> 64) & (2**64 - 1) for x, y in zip(a, b, strict=True)], "u8").view(a.dtype)
 
 
+def count_bits(a: np.ndarray) -> np.ndarray:
+    """How many bits of each word are set, uint32; NumPy has a function for it since 2.0 only."""
+    return np.unpackbits(a[..., None].view("u1"), axis=-1).sum(axis=-1, dtype="u4")
+
+
 def shift(a: np.ndarray, n: np.ndarray, left: bool) -> np.ndarray:
     """Shifts by more than the width give what is left: zeros, or the sign."""
     bits = a.dtype.itemsize * 8

@@ -47,7 +47,7 @@ class Translator:
         self.shared = shared
         self.constants: list[np.ndarray] = []
         self._known: dict[tuple[str, bytes], str] = {}
-        names = ("bf16", "f16", "tf32", "fma", "quotient", "mul_hi", "shift", "shuffle", "reduce_warp")
+        names = ("bf16", "f16", "tf32", "fma", "quotient", "mul_hi", "count_bits", "shift", "shuffle", "reduce_warp")
         self._scope = {name: getattr(arithmetic, name) for name in names}
         self._scope |= {"np": np, "where": np.where, "c": self.constants}
 
@@ -168,7 +168,7 @@ class Translator:
         return self._plain(i, "np.sqrt({})", d, a, allowed=("rn",))
 
     def _popc(self, i, d, a):
-        return self.store(d, f"np.bitwise_count({self.value(a, i.mods[0])}).astype('u4')", "u32")
+        return self.store(d, f"count_bits({self.value(a, i.mods[0])})", "u32")
 
     def _max(self, i, d, a, b):
         function = {"max": "maximum", "min": "minimum"}[i.op] if not is_float(i.mods[-1]) else f"f{i.op}"
