@@ -197,9 +197,9 @@ class MergeRun:
         """
         every, counted = list(self.plan.candidates), self.counted()
         places = {name: place for place, name in enumerate(every)}
-        own = torch.tensor([places[name] for name in self.plan.names], dtype=torch.int64)
+        own = torch.tensor([places[name] for name in self.plan.names], dtype=torch.int64, device=counted.device)
         found = counted.new_full((len(every), 2), -1)
-        return every, found.index_copy_(0, own.to(found.device), counted)
+        return every, found.index_copy_(0, own, counted)
 
     def _count_from(self, earlier: dict[str, tuple[int, int]]) -> None:
         """Count on from what earlier plans have counted by layer."""
