@@ -1,5 +1,6 @@
 """What the calls of a plan are counted to do, and what is said where that is next to nothing."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -190,10 +191,12 @@ def test_warnings_point_at_the_users_line_through_libraries(monkeypatch):
     """Lightning and contextlib call the optimizer and the block; where all is installed, the first of them."""
     model = torch.nn.Conv2d(3, 8, 3)
     merger = InMerge(model, lasting=False, threshold=0.999, skip_first=0)
+    for _ in range(NO_EFFECT_CALLS - 1):
+        with merger.merged():
+            pass
+    block = merger.merged()
     with pytest.warns(NoEffectWarning) as seen:
-        for _ in range(NO_EFFECT_CALLS):
-            with merger.merged():
-                pass
+        contextlib.ExitStack().enter_context(block)
     assert [warning.filename for warning in seen] == [__file__]
     library = "/usr/lib/site-packages/trainer.py"
     call = types.FunctionType(compile("f = lambda g: g()", library, "exec").co_consts[0], {"__name__": "trainer"})
