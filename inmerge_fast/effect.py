@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import inspect
 import math
+import os
 import sys
+import sysconfig
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -333,23 +336,38 @@ def similarity_of(key: int) -> float:
 
 
 def callers_level() -> int:
-    """``stacklevel``, for a warning in the calling function, of the first frame outside this package and PyTorch."""
-    level, frame = 1, inspect.currentframe()
-    while (frame := frame.f_back if frame else None) is not None:
-        if frame.f_globals.get("__name__", "").split(".")[0] not in (__package__, "torch"):
-            return level
-        level += 1
-    return level
+    """``stacklevel``, for a warning in the calling function, of the user's frame."""
+    return _users_frame(inspect.currentframe())[0] - 1
 
 
 def callers_place() -> tuple[str, int]:
-    """File and line of the first frame outside this package and PyTorch."""
-    frame = inspect.currentframe()
+    """File and line of the user's frame."""
+    frame = _users_frame(inspect.currentframe())[1]
+    return (sys.argv[0], 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def _users_frame(frame: FrameType | None) -> tuple[int, FrameType | None]:
+    """The first frame, and how far out it is, that is in no library: it calls Lightning, which calls the optimizer.
+
+    Where all are, as in a training script that is installed itself, the first outside this package and PyTorch.
+    """
+    level, first = 1, (0, None)  # type: tuple[int, tuple[int, FrameType | None]]
     while frame is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] not in (__package__, "torch"):
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-    return sys.argv[0], 0
+            if first[1] is None:
+                first = level, frame
+            if not _is_of_a_library(frame.f_code.co_filename):
+                return level, frame
+        level, frame = level + 1, frame.f_back
+    return first if first[1] is not None else (level, None)
+
+
+def _is_of_a_library(file: str) -> bool:
+    return (
+        file.startswith(("<frozen ", os.path.join(sysconfig.get_path("stdlib"), "")))
+        or f"{os.sep}site-packages{os.sep}" in file
+        or f"{os.sep}dist-packages{os.sep}" in file
+    )
 
 
 # Monitors that have not looked yet, oldest first: what they have to say at the end of the process. They are kept alive

@@ -1,8 +1,10 @@
 """What the calls of a plan are counted to do, and what is said where that is next to nothing."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -12,8 +14,15 @@ import torch
 from torch import nn
 
 import inmerge_fast
-from inmerge_fast import MergePlan, NoEffectWarning
-from inmerge_fast.effect import MAX_WITHOUT_A_WORD, NO_EFFECT_CALLS, SHORTEST, EffectMonitor, _without_a_word
+from inmerge_fast import InMerge, MergePlan, NoEffectWarning
+from inmerge_fast.effect import (
+    MAX_WITHOUT_A_WORD,
+    NO_EFFECT_CALLS,
+    SHORTEST,
+    EffectMonitor,
+    _without_a_word,
+    callers_place,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,3 +185,21 @@ def test_a_new_largest_similarity_is_that_of_all_layers(device):
     )  # fmt: skip
     with pytest.warns(NoEffectWarning, match=f"the largest similarity seen was {largest:.4f}"):
         plan.effect.end()
+
+
+def test_warnings_point_at_the_users_line_through_libraries(monkeypatch):
+    """Lightning and contextlib call the optimizer and the block; where all is installed, the first of them."""
+    model = torch.nn.Conv2d(3, 8, 3)
+    merger = InMerge(model, lasting=False, threshold=0.999, skip_first=0)
+    for _ in range(NO_EFFECT_CALLS - 1):
+        with merger.merged():
+            pass
+    block = merger.merged()
+    with pytest.warns(NoEffectWarning) as seen:
+        contextlib.ExitStack().enter_context(block)
+    assert [warning.filename for warning in seen] == [__file__]
+    library = "/usr/lib/site-packages/trainer.py"
+    call = types.FunctionType(compile("f = lambda g: g()", library, "exec").co_consts[0], {"__name__": "trainer"})
+    assert call(callers_place)[0] == __file__
+    monkeypatch.setattr("inmerge_fast.effect._is_of_a_library", lambda file: True)
+    assert call(callers_place)[0] == library

@@ -9,6 +9,7 @@ import torch
 from test_training import batches, loss_of, net, optimizer_of, train
 from test_training_attach import SETTINGS, AroundAnother, Sharpness, one_call, sgd, two_calls
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks_of_all
 
 from inmerge_fast import InMerge, NoEffectWarning
 
@@ -36,6 +37,58 @@ def test_training_by_something_else_is_noticed():
 
     with pytest.warns(NoEffectWarning, match="the Adam that InMerge is attached to has not stepped"):
         train(model, ByHand(), data)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((), (0, 3)), ((0, 3, 5), ()), ((0,), (3,))], ids=["first ones", "all at first", "others"]
+)
+def test_another_optimizer_is_noticed_whatever_is_frozen_by_then(before, after):
+    """Before it takes over, and when it does."""
+    model, data = net(), batches(20)
+    for index in before:
+        model[index].weight.requires_grad_(False)
+    merger = InMerge(model, threshold=-1.0, skip_first=0).attach(sgd(model))
+    one_call(model, merger._attached._real[0](), data[0])
+    for index in before:
+        model[index].weight.requires_grad_(True)
+    for index in after:
+        model[index].weight.requires_grad_(False)
+    with pytest.warns(NoEffectWarning, match="the SGD that InMerge is attached to has not stepped") as seen:
+        train(model, optimizer_of("adam", model), data)
+    assert len(seen) == 1
+    assert seen[0].filename.endswith("test_training.py")
+    assert merger.step_count == 1
+
+
+def test_other_optimizers_that_step_as_well_are_in_order():
+    """The last one of two is attached to; another one trains other weights."""
+    model, other, data = net(), net(), batches(40)
+    first, last, apart = sgd(model), sgd(model), sgd(other)
+    merger = InMerge(model, **SETTINGS).attach(last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in data:
+            loss_of(model, x).backward()
+            loss_of(other, x).backward()
+            for optimizer in (first, last, apart, apart):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=optimizer is not first)
+    assert merger.step_count == 40
+
+
+def test_nothing_listens_to_optimizers_afterwards():
+    model = net()
+    gc.collect()
+    before = len(hooks_of_all)
+    merger = InMerge(model, **SETTINGS).attach(sgd(model))
+    merger.detach()
+    assert len(hooks_of_all) == before
+    optimizer = sgd(model)
+    InMerge(model, **SETTINGS).attach(optimizer)
+    assert len(hooks_of_all) == before + 1
+    del optimizer
+    gc.collect()
+    assert len(hooks_of_all) == before
 
 
 def test_what_is_no_training_by_something_else():

@@ -202,6 +202,16 @@ def test_a_changing_accumulation_is_counted(tmp_path):
         assert callback.merger._run.recipe.merging_steps == trainer.global_step == steps
 
 
+def test_warnings_point_at_the_users_line(tmp_path):
+    """Not at Lightning's, whichever of its hooks was called."""
+    callback = InMergeCallback(threshold=0.999, skip_first=0, steps_per_epoch=5000, stop=1)
+    with pytest.warns(UserWarning, match="this trainer makes") as seen:
+        fit(Module(), [callback], tmp_path, max_epochs=3)
+    ours = [w for w in seen if "of merge_ sampled" in str(w.message) or "this trainer makes" in str(w.message)]
+    assert len(ours) == 2
+    assert all(w.filename.endswith("trainers.py") for w in ours)
+
+
 def test_nobody_knows_the_steps_of_a_stream(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

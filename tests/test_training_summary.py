@@ -16,6 +16,7 @@ from inmerge_fast import (
     NoiseThreshold,
     QuantileThreshold,
     RankBudget,
+    linear,
 )
 
 
@@ -172,6 +173,14 @@ def test_a_preview_names_the_layers_that_cannot_act():
     assert "2 layers cannot act, no pair is above the threshold: 0, 2" in text
     assert ranks(merger._run.model)["1"] == pytest.approx(preview.layers[1].rank)
     assert repr(preview).startswith("Preview(layers=3, step=12, merges=")
+
+
+def test_a_layer_of_which_nothing_is_sampled_yet_can_act():
+    """Where the probability begins at 0, the first step says nothing about the pairs."""
+    preview = InMerge(deep(), prob=linear(0.0, 0.3, end=50), threshold=-1.0, skip_first=0).preview()
+    assert preview.merges == 0
+    assert all(layer.can_act and layer.share == 1 for layer in preview.layers)
+    assert "cannot act" not in str(preview)
 
 
 def test_a_preview_of_a_budget_has_its_thresholds():

@@ -60,7 +60,8 @@ class AttachedStep:
         if before is not None:
             self._handles += [real.register_step_pre_hook(self._before_step) for real in stepping.real]
         self._replaced = [self._surround(owner, name, stepping) for owner, name in stepping.around]
-        self._silence = Silence(self, type(optimizer).__name__, weights, stepping.real)
+        name = type(optimizer).__name__
+        self._silence = Silence(self, name, weights, stepping.real, lambda: plan().weights(waiting=True))
         _attached.add(self)
 
     def _before_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,7 +72,7 @@ class AttachedStep:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Other optimizers are not called for a step that is skipped; fused and capturable ones get the scaler's verdict
         # as this attribute, skip on the device, and call their hooks all the same.
-        self._silence.heard = True
+        self._silence.hear()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             if found_inf.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -110,7 +111,8 @@ class AttachedStep:
             finally:
                 attached._depth -= 1
             if attached._taken and not attached._depth:
-                attached._taken, attached._silence.heard = False, True
+                attached._taken = False
+                attached._silence.hear()
                 attached._call()
             return result
 

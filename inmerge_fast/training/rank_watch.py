@@ -21,6 +21,20 @@ MEASUREMENTS = 32  # of a budget's run, about; at its beginning, when a network 
 LEAST_PRICE = 1e-7
 
 
+def as_one(by_layer: Mapping[str, Any]) -> tuple[dict[str, Any]]:
+    """A dict with keys that come in the course of a run, as one value of a checkpoint.
+
+    ``torch.distributed.checkpoint`` takes dicts apart and reads those keys only that the state has which it loads into,
+    that of a run which has not begun: without a word it would leave out the rest.
+    """
+    return (dict(by_layer),)
+
+
+def from_one(saved: Any) -> Mapping[str, Any]:
+    """What :func:`as_one` was given; checkpoints of version 2 may be from before, and have it as it is."""
+    return saved if isinstance(saved, Mapping) else saved[0]
+
+
 class Watched(Protocol):
     """What a watch looks at: the run."""
 
@@ -191,7 +205,7 @@ class RankWatch:
         """All that is remembered, as plain data; waits for counts that are on their way."""
         count = self._count
         return {
-            "ledgers": {name: vars(ledger).copy() for name, ledger in self.ledgers.items()},
+            "ledgers": as_one({name: vars(ledger).copy() for name, ledger in self.ledgers.items()}),
             "occasion": self._occasion,
             "count": None if count is None else [count.due, count.names, count.numbers.read().tolist()],
             "agreed": None if self._agreed is None else list(self._agreed),
@@ -199,7 +213,7 @@ class RankWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.ledgers = {name: LayerLedger(**ledger) for name, ledger in state["ledgers"].items()}
+        self.ledgers = {name: LayerLedger(**ledger) for name, ledger in from_one(state["ledgers"]).items()}
         self._occasion, self._count = state["occasion"], None
         if self._agreed is not None and state.get("agreed") is not None:
             self._agreed = list(state["agreed"])

@@ -24,7 +24,7 @@ from .agreement import Comparison
 from .distributed import ShardedPlan, broadcast_from_first, is_sharded
 from .guard import CollapseGuard
 from .monitor import Monitor, Observation
-from .rank_watch import RankWatch
+from .rank_watch import RankWatch, as_one, from_one
 from .recipe import Recipe
 
 STATE_VERSION = 2
@@ -293,13 +293,13 @@ class MergeRun:
             "choice": self._choice(),
             "step_count": self.step_count,
             "recipe": self.recipe.to_plain(),
-            "quantiles": dict(self._quantiles),
+            "quantiles": as_one(self._quantiles),
             "quantiles_of": self._quantiles_of,
             "stopped": sorted(self.stopped),
-            "counted": {name: list(counts) for name, counts in self.counted_by_layer().items()},
+            "counted": as_one({name: list(counts) for name, counts in self.counted_by_layer().items()}),
             "watch": None if self.watch is None else self.watch.state_dict(),
             "guard": None if self.guard is None else self.guard.state_dict(),
-            "pending": [observation.to_plain() for observation in self.monitor.pending],
+            "pending": tuple(observation.to_plain() for observation in self.monitor.pending),
         }
 
     def _choice(self) -> dict[str, Any]:
@@ -330,9 +330,9 @@ class MergeRun:
         self.plan.effect.reset()
         if budget is not None:
             self.plan.effect.advise(NOTHING_TO_SPEND)
-        self._count_from({name: (sampled, merged) for name, (sampled, merged) in state["counted"].items()})
+        self._count_from({name: (sampled, merged) for name, (sampled, merged) in from_one(state["counted"]).items()})
         self.step_count = state["step_count"]
-        self._quantiles, self._quantiles_of = dict(state["quantiles"]), state["quantiles_of"]
+        self._quantiles, self._quantiles_of = dict(from_one(state["quantiles"])), state["quantiles_of"]
         self.stopped = set(state["stopped"])
         if self.guard is not None and state["guard"] is not None:
             self.guard.load_state_dict(state["guard"])

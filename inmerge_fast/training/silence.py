@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..dynamo import outside_dynamo
 from ..effect import callers_level
 from ..stats import NoEffectWarning
 
@@ -25,18 +27,18 @@ class Surroundings(Protocol):
 
 
 class Silence:
-    """Looks at the version of one weight after each backward pass, and warns once where it has changed all along.
+    """Warns once where the weights are trained all along without a step that is heard.
 
-    The version is a number on the host that every write in place raises. A look costs less than a microsecond.
+    Looks at the version of one weight after each backward pass, a number on the host that every write in place raises;
+    a look costs less than a microsecond. That weight may be frozen in stage two, of all weights, and its gradients
+    looked at no more: so the steps of all other optimizers that hold some of the weights are listened to as well.
 
     Args:
         around: tells whether a step is under way: what is computed inside it is no evidence.
         name: how the warning calls what is attached to.
         weights: the weights.
         real: the optimizers whose steps are heard.
-
-    Attributes:
-        heard: whether a step was heard since the last backward pass.
+        waiting: gives the weights, and those that are frozen now.
     """
 
     def __init__(
@@ -45,19 +47,34 @@ class Silence:
         name: str,
         weights: Sequence[torch.Tensor],
         real: Sequence[torch.optim.Optimizer],
+        waiting: Callable[[], Sequence[torch.Tensor]],
     ) -> None:
-        self._around, self._name = around, name
-        self.heard = False
-        self._silent = 0
+        self._around, self._name, self._waiting = around, name, waiting
+        self._heard_before_backward = self._heard_before_other = False
+        self._silent = self._others = 0  # changes, and steps of other optimizers, since a step was heard
         self._version = -1
         self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._real = weakref.WeakSet(real)
+        # Which of the weights each other optimizer holds.
+        self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+        of_self = weakref.ref(self)
+
+        @outside_dynamo
+        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            silence = of_self()
+            if silence is not None and optimizer not in silence._real:
+                silence._listen(optimizer)
+
+        self._stop_listening = weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
+        self._stop_listening.atexit = False
         # Some compute gradients time and again within a step, and write in between, as line searches do.
         self._is_deaf = any(isinstance(one, torch.optim.LBFGS) for one in real)
         self.look_at(weights)
 
     def look_at(self, weights: Sequence[torch.Tensor]) -> None:
         """Look at one of these weights from now on, if there is one that can be looked at."""
-        self.remove()
+        self._stop_looking()
+        self._held.clear()
         weight = next((w for w in weights if type(w) in (torch.Tensor, torch.nn.Parameter) and w.requires_grad), None)
         if weight is not None and not self._is_deaf and not weight.is_inference():
             self._version, self._silent = weight._version, 0
@@ -75,22 +92,53 @@ class Silence:
         if version == self._version or self._around.is_in_a_step:
             return
         self._version = version
-        if self.heard:
-            self.heard, self._silent = False, 0
+        if self._heard_before_backward:
+            self._heard_before_backward, self._silent = False, 0
             return
         self._silent += 1
         if self._silent == SILENT_STEPS:
-            self.remove()
-            warnings.warn(
-                f"the weights have changed {SILENT_STEPS} times, and the {self._name} that InMerge is attached to has "
-                "not stepped in between: nothing is merged. Something else trains them now; detach(), and attach to "
-                "what steps, or call merger.step() after each of its steps",
-                NoEffectWarning,
-                stacklevel=callers_level(),
-            )
+            self._warn("Something else trains them now; detach(), and attach to what steps")
+
+    def _listen(self, other: torch.optim.Optimizer) -> None:
+        """Another optimizer has stepped."""
+        if self._around.is_in_a_step:
+            return
+        held = self._held.get(other)
+        if held is None:
+            try:
+                wanted = set(map(id, self._waiting()))
+            except ValueError:  # the weights are gone
+                return
+            held = [p for group in other.param_groups for p in group["params"] if id(p) in wanted]
+            self._held[other] = held
+        if not any(p.grad is not None for p in held):
+            return
+        if self._heard_before_other:
+            self._heard_before_other, self._others = False, 0
+            return
+        self._others += 1
+        if self._others == SILENT_STEPS:
+            self._warn(f"A {type(other).__name__} trains them now; detach(), and attach to that")
+
+    def hear(self) -> None:
+        """A step was taken."""
+        self._heard_before_backward = self._heard_before_other = True
+
+    def _warn(self, cause: str) -> None:
+        self.remove()
+        warnings.warn(
+            f"the weights have changed {SILENT_STEPS} times, and the {self._name} that InMerge is attached to has "
+            f"not stepped in between: nothing is merged. {cause}, or call merger.step() after each of its steps",
+            NoEffectWarning,
+            stacklevel=callers_level(),
+        )
 
     def remove(self) -> None:
-        """Look no more; may be called again."""
+        """Look and listen no more; may be called again."""
+        self._stop_listening()
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

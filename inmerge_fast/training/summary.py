@@ -147,7 +147,8 @@ class LayerPreview:
         filters: number of filters N.
         threshold: similarity that a pair must exceed; infinite where nothing is to merge.
         max_similarity: the largest similarity of its pairs; NaN if there is none.
-        merges: expected merges per step.
+        share: share of the sampled filters that are expected to merge.
+        merges: expected merges per step; 0 also where no filter is sampled, as where ``prob`` begins at 0.
         rank: effective rank now.
     """
 
@@ -155,13 +156,14 @@ class LayerPreview:
     filters: int
     threshold: float
     max_similarity: float
+    share: float
     merges: float
     rank: float
 
     @property
     def can_act(self) -> bool:
         """Whether any pair would merge if it were sampled."""
-        return self.merges > 0
+        return self.share > 0
 
 
 class Preview:
@@ -221,6 +223,6 @@ def preview(run: MergeRun) -> Preview:
             threshold = thresholds[name]
         if name in run.stopped or threshold >= NEVER:
             threshold = math.inf
-        merges = prob * filters * cost.share_above(threshold, recipe.partner)
-        layers.append(LayerPreview(name, filters, threshold, summary.max, merges, cost.rank))
+        share = cost.share_above(threshold, recipe.partner)
+        layers.append(LayerPreview(name, filters, threshold, summary.max, share, prob * filters * share, cost.rank))
     return Preview(layers, step, run.plan.skipped)
