@@ -51,8 +51,10 @@ class Lease:
                 "a CUDA graph is being captured: forward-only merging draws on the host, and every replay would repeat "
                 "this one draw; capture without it"
             )
-        for name, weight in zip(plan.names, weights, strict=True):
-            if lease_of(weight) is not None:
+        self._ids = list(map(id, weights))
+        if not _leases.keys().isdisjoint(self._ids):
+            name = next((name for name, own in zip(plan.names, weights, strict=True) if lease_of(own)), None)
+            if name is not None:
                 raise RuntimeError(
                     f"layer {name} is merged for a forward pass already; one merge at a time can be undone: leave the "
                     "inner merged() out, or detach the InMerge(lasting=False) of the same weights"
@@ -60,7 +62,7 @@ class Lease:
         self._plan, self._weights, self._call, self._before_step = plan, list(weights), call, before_step
         path = plan.paths.choose()
         self._path, self._merge = path.name, path.for_now(weights, call)
-        self._hooks: list[Any] = []
+        self._hooked: list[nn.Module] = []
 
     def merge(self, *, count: bool = True) -> MergeStats:
         """Merge the weights; if that is interrupted, they are restored.
@@ -69,11 +71,15 @@ class Lease:
             count: whether the plan's running counts take it in; not if the same draw is merged again.
         """
         _watch_steps()
-        _leases.update(dict.fromkeys(map(id, self._weights), weakref.ref(self)))
+        of_self = weakref.ref(self)
+        _leases.update(dict.fromkeys(self._ids, of_self))
         try:
             # Before the write: from then on there is something that must not be saved.
-            for holder in self._plan.holders():
-                self._hooks.append(holder.register_state_dict_post_hook(_SavesAsItWas(self, holder)))
+            for hook in _hooks_of(self._plan):
+                holder, hook.lease = hook.holder(), of_self
+                if holder is not None:
+                    self._hooked.append(holder)
+                    holder._state_dict_hooks[id(self)] = hook  # what to register does, in a tenth of the time
             outcome = self._merge.merge()
             if count and coin_threshold(self._call.prob) > 0:
                 outcome.count_in(self._plan.effect)
@@ -93,8 +99,11 @@ class Lease:
         """Places of the layers whose weight somebody has written to, moved or replaced since the merge."""
         if self._written is None:
             return []
-        replaced = [place for place, layer in enumerate(self._plan.layers) if layer.weight is not self._weights[place]]
-        return sorted({*replaced, *self._touched()})
+        return sorted({*self._replaced(), *self._touched()})
+
+    def _replaced(self) -> list[int]:
+        layers = zip(self._plan.layers, self._weights, strict=True)
+        return [place for place, (layer, weight) in enumerate(layers) if layer.weight is not weight]
 
     def _touched(self) -> list[int]:
         """Places of the layers whose weight, perhaps no longer that of the layer, was written to or moved."""
@@ -114,10 +123,10 @@ class Lease:
         """
         if self._written is None:
             return
-        changed = self.changed()
-        self._put_back(self._touched())  # what was replaced too: whoever lent the layer another one gives it back
-        if changed:
-            names = ", ".join(self._plan.names[place] for place in changed)
+        replaced, touched = self._replaced(), self._touched()
+        self._put_back(touched)  # what was replaced too: whoever lent the layer another one gives it back
+        if replaced or touched:
+            names = ", ".join(self._plan.names[place] for place in sorted({*replaced, *touched}))
             raise RuntimeError(
                 f"{names}: the weight was written to, moved or replaced while it was merged for a forward pass; it has "
                 "been left as it is, with merged filters in it, since restoring it would lose what was written. "
@@ -127,13 +136,17 @@ class Lease:
 
     def _put_back(self, changed: Sequence[int]) -> None:
         self._merge.restore(changed)
-        mark_written([weight for place, weight in enumerate(self._weights) if place not in changed])
+        kept = (
+            [weight for place, weight in enumerate(self._weights) if place not in changed] if changed else self._weights
+        )
+        mark_written(kept)
         self._written = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for weight in self._weights:
-            _leases.pop(id(weight), None)
+        key = id(self)
+        for holder in self._hooked:
+            holder._state_dict_hooks.pop(key, None)
+        self._hooked.clear()
+        for identity in self._ids:
+            _leases.pop(identity, None)
 
     def end_before_step(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> None:
         """Restore before ``optimizer``, which holds ``weight``, writes.
@@ -217,11 +230,14 @@ def _before_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
 class _SavesAsItWas:
     """Gives the ``state_dict()`` and deep copies of a module the weights as they were before the merge."""
 
-    def __init__(self, lease: Lease, holder: nn.Module) -> None:
-        self._lease, self._holder = weakref.ref(lease), weakref.ref(holder)
+    _from_public_api = True  # as register_state_dict_post_hook marks it
+
+    def __init__(self, holder: nn.Module) -> None:
+        self.holder = weakref.ref(holder)
+        self.lease: Callable[[], Lease | None] = _nothing
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-        lease = self._lease()
+        lease = self.lease()
         for name, parameter in module._parameters.items():
             if lease is not None and lease.is_merged and parameter is not None and prefix + name in state:
                 copy = lease.as_it_was(parameter)
@@ -230,7 +246,7 @@ class _SavesAsItWas:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A module's parameters are copied before its hooks, and to be found here.
-        lease, holder = self._lease(), self._holder()
+        lease, holder = self.lease(), self.holder()
         if lease is not None and lease.is_merged and holder is not None:
             for parameter in holder._parameters.values():
                 if parameter is not None and isinstance(memo.get(id(parameter)), torch.Tensor):
@@ -238,7 +254,18 @@ class _SavesAsItWas:
         return _nothing
 
     def __reduce__(self) -> NoReturn:
-        refuse_to_pickle(self._holder())
+        refuse_to_pickle(self.holder())
+
+
+_hooks: weakref.WeakKeyDictionary[MergePlan, list[_SavesAsItWas]] = weakref.WeakKeyDictionary()
+
+
+def _hooks_of(plan: MergePlan) -> list[_SavesAsItWas]:
+    """A hook for every module that holds a weight of the plan, made once."""
+    found = _hooks.get(plan)
+    if found is None:
+        found = _hooks[plan] = [_SavesAsItWas(holder) for holder in plan.holders()]
+    return found
 
 
 def _nothing(*_: object) -> None:
