@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .draw import coin_threshold
 from .merge_plan import MergePlan
@@ -15,41 +18,51 @@ from .paths.path import Call
 from .plan.filters import mark_written
 from .stats import MergeStats
 
-_leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()  # by the identity of the weight
+_leases: dict[int, weakref.ref[Lease]] = {}  # by the identity of the weight, which a lease holds
 
 
 class Lease:
     """The weights of a plan from a merge until they are restored.
 
     While it lasts, ``state_dict()`` and ``copy.deepcopy`` of the modules that hold the weights give the filters as they
-    were before the merge, and pickling them raises: what is saved never has merged filters.
+    were before the merge, and pickling them raises: what is saved never has merged filters. No optimizer that holds one
+    of them takes a step. A lease that nobody holds any more restores.
 
     Args:
         plan: the plan.
         weights: its weights as they are now.
         call: what to do.
+        before_step: what restores it before an optimizer steps; None if a step is a mistake, and is to raise.
 
     Raises:
         RuntimeError: one of the weights is merged for a forward pass already.
     """
 
-    def __init__(self, plan: MergePlan, weights: Sequence[torch.Tensor], call: Call) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        weights: Sequence[torch.Tensor],
+        call: Call,
+        before_step: Callable[[], object] | None = None,
+    ) -> None:
+        self._written: list[tuple[int, int]] | None = None  # version and address of each weight
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph is being captured: forward-only merging draws on the host, and every replay would repeat "
                 "this one draw; capture without it"
             )
-        for name, weight in zip(plan.names, weights, strict=True):
-            if id(weight) in _leases:
+        self._ids = list(map(id, weights))
+        if not _leases.keys().isdisjoint(self._ids):
+            name = next((name for name, own in zip(plan.names, weights, strict=True) if lease_of(own)), None)
+            if name is not None:
                 raise RuntimeError(
                     f"layer {name} is merged for a forward pass already; one merge at a time can be undone: leave the "
                     "inner merged() out, or detach the InMerge(lasting=False) of the same weights"
                 )
-        self._plan, self._weights, self._call = plan, list(weights), call
+        self._plan, self._weights, self._call, self._before_step = plan, list(weights), call, before_step
         path = plan.paths.choose()
         self._path, self._merge = path.name, path.for_now(weights, call)
-        self._written: list[tuple[int, int]] | None = None  # version and address of each weight
-        self._hooks: list[Any] = []
+        self._hooked: list[nn.Module] = []
 
     def merge(self, *, count: bool = True) -> MergeStats:
         """Merge the weights; if that is interrupted, they are restored.
@@ -57,11 +70,16 @@ class Lease:
         Args:
             count: whether the plan's running counts take it in; not if the same draw is merged again.
         """
-        _leases.update((id(weight), self) for weight in self._weights)
+        _watch_steps()
+        of_self = weakref.ref(self)
+        _leases.update(dict.fromkeys(self._ids, of_self))
         try:
             # Before the write: from then on there is something that must not be saved.
-            for holder in self._plan.holders():
-                self._hooks.append(holder.register_state_dict_post_hook(_SavesAsItWas(self, holder)))
+            for hook in _hooks_of(self._plan):
+                holder, hook.lease = hook.holder(), of_self
+                if holder is not None:
+                    self._hooked.append(holder)
+                    holder._state_dict_hooks[id(self)] = hook  # what to register does, in a tenth of the time
             outcome = self._merge.merge()
             if count and coin_threshold(self._call.prob) > 0:
                 outcome.count_in(self._plan.effect)
@@ -81,12 +99,19 @@ class Lease:
         """Places of the layers whose weight somebody has written to, moved or replaced since the merge."""
         if self._written is None:
             return []
+        return sorted({*self._replaced(), *self._touched()})
+
+    def _replaced(self) -> list[int]:
+        layers = zip(self._plan.layers, self._weights, strict=True)
+        return [place for place, (layer, weight) in enumerate(layers) if layer.weight is not weight]
+
+    def _touched(self) -> list[int]:
+        """Places of the layers whose weight, perhaps no longer that of the layer, was written to or moved."""
+        assert self._written is not None
         return [
             place
-            for place, (layer, weight, written) in enumerate(
-                zip(self._plan.layers, self._weights, self._written, strict=True)
-            )
-            if layer.weight is not weight or (_version(weight), weight.data_ptr()) != written
+            for place, (weight, written) in enumerate(zip(self._weights, self._written, strict=True))
+            if (_version(weight), weight.data_ptr()) != written
         ]
 
     def restore(self) -> None:
@@ -98,10 +123,10 @@ class Lease:
         """
         if self._written is None:
             return
-        changed = self.changed()
-        self._put_back(changed)
-        if changed:
-            names = ", ".join(self._plan.names[place] for place in changed)
+        replaced, touched = self._replaced(), self._touched()
+        self._put_back(touched)  # what was replaced too: whoever lent the layer another one gives it back
+        if replaced or touched:
+            names = ", ".join(self._plan.names[place] for place in sorted({*replaced, *touched}))
             raise RuntimeError(
                 f"{names}: the weight was written to, moved or replaced while it was merged for a forward pass; it has "
                 "been left as it is, with merged filters in it, since restoring it would lose what was written. "
@@ -111,13 +136,37 @@ class Lease:
 
     def _put_back(self, changed: Sequence[int]) -> None:
         self._merge.restore(changed)
-        mark_written([weight for place, weight in enumerate(self._weights) if place not in changed])
+        kept = (
+            [weight for place, weight in enumerate(self._weights) if place not in changed] if changed else self._weights
+        )
+        mark_written(kept)
         self._written = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for weight in self._weights:
-            _leases.pop(id(weight), None)
+        key = id(self)
+        for holder in self._hooked:
+            holder._state_dict_hooks.pop(key, None)
+        self._hooked.clear()
+        for identity in self._ids:
+            _leases.pop(identity, None)
+
+    def end_before_step(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> None:
+        """Restore before ``optimizer``, which holds ``weight``, writes.
+
+        Raises:
+            RuntimeError: it is not to step now, or see :meth:`restore`.
+        """
+        if self._before_step is not None:
+            self._before_step()
+            return
+        name = next(name for name, own in zip(self._plan.names, self._weights, strict=True) if own is weight)
+        raise RuntimeError(
+            f"{name} is merged for a forward pass, and the {type(optimizer).__name__} that holds it is about to step: "
+            "it would update merged weights. Call optimizer.step() after the merged() block"
+        )
+
+    def __del__(self) -> None:
+        # A block that was never left, as Ctrl-C can have it. There may be no module any more whose weights these are.
+        if self._written is not None and not sys.is_finalizing():
+            self._put_back(self._touched())
 
     def as_it_was(self, weight: torch.Tensor) -> torch.Tensor | None:
         """A copy of a weight, without merged filters; None if it is none of these."""
@@ -150,17 +199,45 @@ class Lease:
 
 def lease_of(weight: torch.Tensor) -> Lease | None:
     """The lease that a weight is merged under; None if it is not merged for a forward pass."""
-    return _leases.get(id(weight))
+    lease = _leases.get(id(weight))
+    return None if lease is None else lease()
+
+
+def refuse_to_pickle(module: nn.Module | None) -> NoReturn:
+    """Raise, because the pickle of a module would have merged filters."""
+    raise RuntimeError(
+        f"this {type(module).__name__} is merged for a forward pass, and would be saved so; save it before "
+        "the merge or after it was restored, or save its state_dict(), which gives what it was"
+    )
+
+
+@functools.cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_before_any_step)
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # Compiled optimizers are not looked at: they would have a graph break, and so would everybody's.
+    if torch.compiler.is_compiling() or not _leases:
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            lease = lease_of(weight)
+            if lease is not None:
+                lease.end_before_step(optimizer, weight)
 
 
 class _SavesAsItWas:
     """Gives the ``state_dict()`` and deep copies of a module the weights as they were before the merge."""
 
-    def __init__(self, lease: Lease, holder: nn.Module) -> None:
-        self._lease, self._holder = weakref.ref(lease), weakref.ref(holder)
+    _from_public_api = True  # as register_state_dict_post_hook marks it
+
+    def __init__(self, holder: nn.Module) -> None:
+        self.holder = weakref.ref(holder)
+        self.lease: Callable[[], Lease | None] = _nothing
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-        lease = self._lease()
+        lease = self.lease()
         for name, parameter in module._parameters.items():
             if lease is not None and lease.is_merged and parameter is not None and prefix + name in state:
                 copy = lease.as_it_was(parameter)
@@ -169,7 +246,7 @@ class _SavesAsItWas:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A module's parameters are copied before its hooks, and to be found here.
-        lease, holder = self._lease(), self._holder()
+        lease, holder = self.lease(), self.holder()
         if lease is not None and lease.is_merged and holder is not None:
             for parameter in holder._parameters.values():
                 if parameter is not None and isinstance(memo.get(id(parameter)), torch.Tensor):
@@ -177,10 +254,18 @@ class _SavesAsItWas:
         return _nothing
 
     def __reduce__(self) -> NoReturn:
-        raise RuntimeError(
-            f"this {type(self._holder()).__name__} is merged for a forward pass, and would be saved so; save it before "
-            "the merge or after it was restored, or save its state_dict(), which gives what it was"
-        )
+        refuse_to_pickle(self.holder())
+
+
+_hooks: weakref.WeakKeyDictionary[MergePlan, list[_SavesAsItWas]] = weakref.WeakKeyDictionary()
+
+
+def _hooks_of(plan: MergePlan) -> list[_SavesAsItWas]:
+    """A hook for every module that holds a weight of the plan, made once."""
+    found = _hooks.get(plan)
+    if found is None:
+        found = _hooks[plan] = [_SavesAsItWas(holder) for holder in plan.holders()]
+    return found
 
 
 def _nothing(*_: object) -> None:

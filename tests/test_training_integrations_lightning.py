@@ -10,6 +10,7 @@ import torch
 from test_training import loss_of, net
 from torch import nn
 from trainers import (
+    ACCUMULATE,
     ALWAYS,
     BUDGET,
     DATA,
@@ -24,6 +25,7 @@ from trainers import (
 )
 
 from inmerge_fast import DictLogger, InMerge, RankBudget
+from inmerge_fast.lease import lease_of
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -317,6 +319,39 @@ def test_an_exception_leaves_nothing_attached(hook, error, tmp_path):
     assert callback.merger.step_count == steps
     trainer = fit(module, [callback], tmp_path)  # and goes on
     assert callback.merger.step_count == trainer.global_step == STEPS
+
+
+class Looks(Module):
+    """Tells in each of its steps whether weights are merged; never called itself."""
+
+    def look(self):
+        return any(lease_of(weight) for weight in self.parameters())
+
+    def training_step(self, batch, _):
+        loss = super().training_step(batch, _)
+        self.seen.append(self.look())
+        return loss
+
+    def validation_step(self, batch, _):
+        self.net(batch["x"])
+        self.validated.append(self.look())
+
+    def on_before_optimizer_step(self, _):
+        self.seen.append("step")
+
+
+def test_forward_only_merging_of_a_module_that_is_never_called(tmp_path):
+    module = Looks()
+    module.seen, module.validated = [], []
+    data = torch.utils.data.DataLoader(Batches(), batch_size=None)
+    callback = InMergeCallback(lasting=False)
+    fit(module, [callback], tmp_path, accumulate_grad_batches=2, val_check_interval=1, val=data)
+    steps = callback.merger.step_count
+    assert module.seen[:6] == [True, True, "step", True, True, "step"]
+    assert steps == module.seen.count("step") == STEPS * ACCUMULATE // 2
+    assert module.validated
+    assert not any(module.validated)
+    assert not module.look()
 
 
 def test_a_replaced_optimizer_is_followed(tmp_path):

@@ -79,13 +79,14 @@ def lightning_parts():
 
     def fit(module, callbacks, folder, **arguments):
         resume, data = arguments.pop("ckpt_path", None), arguments.pop("data", None) or Batches()
+        validation = arguments.pop("val", None)
         arguments = {
             "max_epochs": 1, "accumulate_grad_batches": ACCUMULATE, "accelerator": "cpu", "devices": 1, "logger": False,
             "default_root_dir": folder, "enable_progress_bar": False, "enable_model_summary": False,
             "enable_checkpointing": False,
         } | arguments  # fmt: skip
         trainer = lightning.Trainer(callbacks=callbacks, **arguments)
-        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=resume)
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), validation, ckpt_path=resume)
         return trainer
 
     return Module, fit

@@ -12,6 +12,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ..training.arguments import InMergeArguments
+from ..training.forward import ForwardSteps
 from ..training.inmerge import InMerge
 from ..training.monitor import Row, flat
 from .common import Blueprint, Part
@@ -136,6 +137,18 @@ class InMergeCallback(_Callback):
             self._come_back(trainer)
             self._let_go()
             self._follow(trainer)
+        forward = self._forward
+        if forward is not None:  # now, since training_step() may call parts of the module, which nobody hears of
+            forward.begin()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """With ``lasting=False``: validate the weights as they are, also within an accumulation."""
+        if self._forward is not None:
+            self._forward.restore()
+
+    @property
+    def _forward(self) -> ForwardSteps | None:
+        return self.merger._forward if self.merger is not None and self.merger.attached else None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and log what is left."""

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..dynamo import outside_dynamo
 from ..effect import callers_level
-from ..lease import Lease
+from ..lease import Lease, lease_of, refuse_to_pickle
 from ..plan.candidates import unwrap_compiled
 from ..stats import MergeStats, NoEffectWarning
 from .distributed import SHARDED, is_sharded
+from .hooks import AttachedStep
 from .run import MergeRun
 
 # What is not done with or without ``lasting=False``, and what to do instead.
@@ -50,6 +51,7 @@ class ForwardSteps:
         self._merged_at = -1  # the step that was merged last
         self._undo: list[Callable[[], object]] = []
         self._has_warned = False
+        self._attached: AttachedStep | None = None
 
     # ------------------------------------------------------------------------------------------------- merge, restore
 
@@ -57,6 +59,8 @@ class ForwardSteps:
     def begin(self) -> MergeStats | None:
         """Merge, unless it is merged already or this step does not merge."""
         run, step = self._run, self._run.step_count
+        if self._lease is not None and self._lease.changed():
+            self.restore()  # raises: whatever updates the weights, updates merged ones
         if (self._lease is not None and self._lease.is_merged) or not run.recipe.merges_at(step):
             return None
         again, self._merged_at = self._merged_at == step, step
@@ -66,7 +70,7 @@ class ForwardSteps:
         weights, call = run.current_weights(), run.call_at(step)
         if not weights:  # all are frozen
             return None
-        self._lease = Lease(run.plan, weights, call)
+        self._lease = Lease(run.plan, weights, call, None if self._attached is None else self.restore)
         stats = self._lease.merge(count=not again)
         if observed:
             run.observe(call, stats)
@@ -109,13 +113,20 @@ class ForwardSteps:
 
     # ---------------------------------------------------------------------------------------------------------- hooks
 
-    def attach(self) -> None:
-        """Merge before forward passes of the model in training mode. :meth:`before_write` has to be called, too."""
+    def attach(self, attached: AttachedStep) -> None:
+        """Merge before forward passes of the model in training mode, for as long as ``attached`` may see a step."""
+        self._attached = attached
         for module in self._called():
             self._undo.append(module.register_forward_pre_hook(self._before_forward).remove)
+            self._undo.append(module.register_load_state_dict_pre_hook(self._before_load).remove)
+        inner = unwrap_compiled(self._model)
+        if inner is not self._model:  # evaluated as it is, perhaps
+            self._undo.append(inner.register_forward_pre_hook(self._before_uncompiled).remove)
+            self._undo.append(inner.register_load_state_dict_pre_hook(self._before_load).remove)
 
     def detach(self) -> None:
         """Undo :meth:`attach`, and restore."""
+        self._attached = None
         while self._undo:
             self._undo.pop()()
         self.restore()
@@ -129,11 +140,32 @@ class ForwardSteps:
         return [model] if inner is model or unwrap_compiled(inner) is not inner else [model, inner]
 
     @outside_dynamo
-    def _before_forward(self, module: nn.Module, _: object) -> None:
-        if module.training and torch.is_grad_enabled():
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._attached is not None and not self._attached.may_see_a_step:
+            self._end_alone(module)
+        # Reentrant checkpoints compute without gradients first, of inputs that require one, and again in backward.
+        elif module.training and (torch.is_grad_enabled() or any(map(_requires_grad, args))):
             self.begin()
         else:
             self.restore()
+
+    def _before_uncompiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():  # traced, it is nothing
+            self._before_forward(module, args)
+
+    def _before_load(self, *_: object) -> None:
+        self.restore()
+
+    def _end_alone(self, module: nn.Module) -> None:
+        """The optimizer is gone: another one may be trained with, of whose steps nobody will hear."""
+        self.detach()
+        if module.training and torch.is_grad_enabled():
+            warnings.warn(
+                "the optimizer that InMerge(lasting=False) was attached to is gone, and nothing is merged any more; "
+                "attach an InMerge to the one that steps now",
+                NoEffectWarning,
+                stacklevel=callers_level(),
+            )
 
     def before_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Restore, ahead of a call with these arguments that may write to the weights.
@@ -165,8 +197,15 @@ class ForwardSteps:
         return Idle()
 
     def __reduce__(self) -> tuple[type[Idle], tuple[()]]:
+        for module in self._called():
+            if any(parameter is not None and lease_of(parameter) for parameter in module._parameters.values()):
+                refuse_to_pickle(module)  # its own weights have been pickled already
         self.restore()  # a module's hooks are saved before the modules in it, so the weights are saved as they were
         return Idle, ()
+
+
+def _requires_grad(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def check_is_called(model: object) -> nn.Module:
@@ -190,7 +229,10 @@ class Idle(ForwardSteps):
     """What the hooks of a copied or loaded model call: nothing is attached to it."""
 
     def __init__(self) -> None:
-        self._undo = []
+        self._undo, self._attached = [], None
+
+    def __reduce__(self) -> tuple[type[Idle], tuple[()]]:
+        return Idle, ()
 
     def begin(self) -> None:
         """Nothing."""

@@ -121,6 +121,11 @@ class AttachedStep:
         return owner, name, before, ours
 
     @property
+    def may_see_a_step(self) -> bool:
+        """Whether one of the optimizers is still there."""
+        return any(real() is not None for real in self._real)
+
+    @property
     def is_in_a_step(self) -> bool:
         """Whether a call around a step has begun and not ended."""
         return self._depth > 0
@@ -140,7 +145,7 @@ class AttachedStep:
 
     def holds(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether it merges one of these weights after steps that may come."""
-        if not self._is_on or not any(real() is not None for real in self._real):
+        if not self._is_on or not (self.may_see_a_step or self._before):  # before a step there is a forward pass
             return False
         try:
             return not set(map(id, weights)).isdisjoint(map(id, self._plan().weights(waiting=True)))
@@ -174,6 +179,8 @@ _attached: weakref.WeakSet[AttachedStep] = weakref.WeakSet()  # all that are on
 def _let_others_go(weights: Sequence[torch.Tensor]) -> None:
     for other in [one for one in list(_attached) if one.holds(weights)]:
         other.let_go()
+        if not other.may_see_a_step:
+            continue
         warnings.warn(
             "another InMerge was attached to an optimizer for the same weights, and has been detached: both would have "
             "merged after every step. detach() the old one first, as `with InMerge(model).attach(optimizer):` does",

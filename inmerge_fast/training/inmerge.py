@@ -332,7 +332,7 @@ class InMerge:
         before = None if forward is None else forward.before_write
         self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach, before)
         if forward is not None:
-            forward.attach()
+            forward.attach(self._attached)
         return self
 
     def merged(self) -> AbstractContextManager[MergeStats | None]:
