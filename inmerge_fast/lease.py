@@ -203,6 +203,13 @@ def lease_of(weight: torch.Tensor) -> Lease | None:
     return None if lease is None else lease()
 
 
+def as_it_was(weight: torch.Tensor) -> torch.Tensor:
+    """The weight; a copy of what it was if it is merged for a forward pass."""
+    lease = lease_of(weight)
+    copy = None if lease is None else lease.as_it_was(weight)
+    return weight if copy is None else copy
+
+
 def refuse_to_pickle(module: nn.Module | None) -> NoReturn:
     """Raise, because the pickle of a module would have merged filters."""
     raise RuntimeError(

@@ -190,3 +190,11 @@ def test_a_compiled_model_is_evaluated_as_it_is_without_the_compiler():
     with torch.no_grad():
         loss_of(model)
     assert_restored(model, before)
+
+
+def test_what_a_run_measures_of_its_layers_is_of_the_weights_as_they_were():
+    model, _, optimizer, merger = attach()
+    merged_ranks = merger.effective_rank()
+    assert lease_of(model[0].weight)
+    optimizer.step()
+    assert merged_ranks == merger.effective_rank()
