@@ -45,7 +45,9 @@ class Lease:
         call: Call,
         before_step: Callable[[], object] | None = None,
     ) -> None:
+        self._is_on = False
         self._written: list[tuple[int, int]] | None = None  # version and address of each weight
+        self._found: tuple[list[int], list[int]] | None = None  # what was replaced and touched, looked at once
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph is being captured: forward-only merging draws on the host, and every replay would repeat "
@@ -74,6 +76,7 @@ class Lease:
         of_self = weakref.ref(self)
         _leases.update(dict.fromkeys(self._ids, of_self))
         try:
+            self._is_on = True
             # Before the write: from then on there is something that must not be saved.
             for hook in _hooks_of(self._plan):
                 holder, hook.lease = hook.holder(), of_self
@@ -92,14 +95,15 @@ class Lease:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the weights are merged."""
-        return self._written is not None
+        """Whether the weights are merged, or just being merged or restored."""
+        return self._is_on
 
     def changed(self) -> list[int]:
         """Places of the layers whose weight somebody has written to, moved or replaced since the merge."""
-        if self._written is None:
+        if not self._is_on:
             return []
-        return sorted({*self._replaced(), *self._touched()})
+        replaced, touched = self._found or (self._replaced(), self._touched())
+        return sorted({*replaced, *touched})
 
     def _replaced(self) -> list[int]:
         layers = zip(self._plan.layers, self._weights, strict=True)
@@ -107,7 +111,8 @@ class Lease:
 
     def _touched(self) -> list[int]:
         """Places of the layers whose weight, perhaps no longer that of the layer, was written to or moved."""
-        assert self._written is not None
+        if self._written is None:  # it is just being merged
+            return []
         return [
             place
             for place, (weight, written) in enumerate(zip(self._weights, self._written, strict=True))
@@ -121,9 +126,11 @@ class Lease:
             RuntimeError: a weight was written to, moved or replaced in the meantime. That one stays as it is, and all
                 others are restored.
         """
-        if self._written is None:
+        if not self._is_on:
             return
-        replaced, touched = self._replaced(), self._touched()
+        if self._found is None:  # an interrupt may have it called again, when the weights have versions of its own
+            self._found = self._replaced(), self._touched()
+        replaced, touched = self._found
         self._put_back(touched)  # what was replaced too: whoever lent the layer another one gives it back
         if replaced or touched:
             names = ", ".join(self._plan.names[place] for place in sorted({*replaced, *touched}))
@@ -140,13 +147,13 @@ class Lease:
             [weight for place, weight in enumerate(self._weights) if place not in changed] if changed else self._weights
         )
         mark_written(kept)
-        self._written = None
         key = id(self)
         for holder in self._hooked:
             holder._state_dict_hooks.pop(key, None)
         self._hooked.clear()
         for identity in self._ids:
             _leases.pop(identity, None)
+        self._is_on = False
 
     def end_before_step(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> None:
         """Restore before ``optimizer``, which holds ``weight``, writes.
@@ -165,8 +172,8 @@ class Lease:
 
     def __del__(self) -> None:
         # A block that was never left, as Ctrl-C can have it. There may be no module any more whose weights these are.
-        if self._written is not None and not sys.is_finalizing():
-            self._put_back(self._touched())
+        if self._is_on and not sys.is_finalizing():
+            self._put_back(self._found[1] if self._found else self._touched())
 
     def as_it_was(self, weight: torch.Tensor) -> torch.Tensor | None:
         """A copy of a weight, without merged filters; None if it is none of these."""
@@ -201,6 +208,13 @@ def lease_of(weight: torch.Tensor) -> Lease | None:
     """The lease that a weight is merged under; None if it is not merged for a forward pass."""
     lease = _leases.get(id(weight))
     return None if lease is None else lease()
+
+
+def as_it_was(weight: torch.Tensor) -> torch.Tensor:
+    """The weight; a copy of what it was if it is merged for a forward pass."""
+    lease = lease_of(weight)
+    copy = None if lease is None else lease.as_it_was(weight)
+    return weight if copy is None else copy
 
 
 def refuse_to_pickle(module: nn.Module | None) -> NoReturn:

@@ -10,7 +10,7 @@ from oracle import assert_same_bits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from inmerge_fast import InMerge, NoEffectWarning, merged
+from inmerge_fast import InMerge, NoEffectWarning, lease, merged
 from inmerge_fast.lease import lease_of
 
 DRAW = {"seed": 3, "step": 0}
@@ -190,3 +190,64 @@ def test_a_compiled_model_is_evaluated_as_it_is_without_the_compiler():
     with torch.no_grad():
         loss_of(model)
     assert_restored(model, before)
+
+
+def test_what_a_run_measures_of_its_layers_is_of_the_weights_as_they_were():
+    model, _, optimizer, merger = attach()
+    merged_ranks = merger.effective_rank()
+    assert lease_of(model[0].weight)
+    optimizer.step()
+    assert merged_ranks == merger.effective_rank()
+
+
+@pytest.mark.parametrize("moment", ["merge", "restore"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_handler_may_save_at_any_moment(moment, when, monkeypatch):
+    """Handlers run in the midst of a merge, as a cluster's that is about to end the job."""
+    model = make()
+    before, saved = weights_of(model), []
+
+    def saving(write):
+        def surrounded():
+            if when == "after":
+                write()
+            saved.extend(value.clone() for value in model.state_dict().values())
+            if when == "before":
+                write()
+
+        return surrounded
+
+    context = merged(model, **DRAW)
+    if moment == "restore":
+        context.__enter__()
+        monkeypatch.setattr(
+            lease, "mark_written", lambda weights, real=lease.mark_written: saving(lambda: real(weights))()
+        )
+        context.__exit__(None, None, None)
+    else:
+        monkeypatch.setattr(
+            lease, "mark_written", lambda weights, real=lease.mark_written: saving(lambda: real(weights))()
+        )
+        context.__enter__()
+        monkeypatch.undo()
+        context.__exit__(None, None, None)
+    for own, expected in zip(saved, before, strict=True):
+        assert_same_bits(own, expected)
+    assert_restored(model, before)
+
+
+def test_an_interrupt_after_all_is_restored_is_not_taken_for_a_lost_update(monkeypatch):
+    model, real = make(), lease.mark_written
+    before, calls = weights_of(model), []
+
+    def interrupted(weights):
+        real(weights)
+        calls.append(weights)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lease, "mark_written", interrupted)
+    with pytest.raises(KeyboardInterrupt), merged(model, **DRAW):
+        pass
+    assert_restored(model, before)
+    assert lease_of(model[0].weight) is None

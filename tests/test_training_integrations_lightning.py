@@ -431,7 +431,6 @@ def test_an_average_follows(tmp_path):
     assert callback.merger.step_count == trainer.global_step == 2 * STEPS
 
 
-@pytest.mark.xfail(strict=True, reason="InMerge refuses a network all of whose layers are frozen for now")
 def test_a_backbone_waits_until_it_is_trained(tmp_path):
     from lightning.pytorch.callbacks import BackboneFinetuning
 

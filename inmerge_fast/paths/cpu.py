@@ -194,6 +194,10 @@ class CpuForNow:
 
     def old(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What filters were, see there."""
+        elements, dtype = self._path._rows.layers[place].layout.elements, self._path._rows.layers[place].dtype
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, elements, dtype=dtype)
+        if len(self._kept) < 2:  # it has not come to a write yet
+            return nothing
         counts, rows, passed, old = self._kept[1]
         sampled = np.frombuffer(counts, np.int64)
         layers = self._path._rows.layers
@@ -204,9 +208,8 @@ class CpuForNow:
         )
         chosen = slice(first, first + int(sampled[place]))
         merged = np.frombuffer(passed, np.bool_)[chosen].nonzero()[0]
-        elements, dtype = layers[place].layout.elements, layers[place].dtype
         if not len(merged):
-            return torch.empty(0, dtype=torch.int64), torch.empty(0, elements, dtype=dtype)
+            return nothing
         found = torch.frombuffer(old, dtype=dtype, count=int(sampled[place]) * elements, offset=skipped)
         index = np.frombuffer(rows, np.int32)[chosen][merged].astype(np.int64)
         return torch.from_numpy(index), found.view(-1, elements)[torch.from_numpy(merged)]

@@ -74,6 +74,9 @@ class EagerForNow:
 
     def old(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What filters were, see there."""
+        if not self._old:  # it has not come to a write yet
+            weight = self._weights[place]
+            return weight.new_empty(0, dtype=torch.int64), weight.new_empty(0, self._rows.layers[place].layout.elements)
         return self._old[place]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..draw import MAX_STEP, check_word
 from ..effect import NO_EFFECT_CALLS, callers_level
+from ..lease import as_it_was
 from ..merge import merge_plan_, several_ranks
 from ..merge_plan import MergePlan
 from ..paths.path import Call
@@ -173,6 +174,8 @@ class MergeRun:
     def layers(self, wanted: Sequence[str] | None = None) -> Iterable[tuple[str, torch.Tensor, Any]]:
         """Name, full weight and layer, one after the other, so that only one sharded weight is gathered at a time.
 
+        What is merged for a forward pass is given as it was, as a copy.
+
         Args:
             wanted: names of the layers; None for all.
         """
@@ -181,6 +184,7 @@ class MergeRun:
         some: Iterable[torch.Tensor] = [weights[place] for place in chosen]
         if isinstance(self.plan, ShardedPlan):
             some = self.plan.gathered(list(some))
+        some = map(as_it_was, some)
         return zip([names[place] for place in chosen], some, [layers[place] for place in chosen], strict=True)
 
     # --------------------------------------------------------------------------------------------------------- counts
