@@ -95,7 +95,8 @@ class RankCost:
     def price(self, threshold: float, partner: str, alpha: float) -> float | None:
         """The logarithm of effective rank that one merge costs at this threshold: the mean, if all that can did so now.
 
-        Every filter that may merge does, once, with the partner that the rule would give it; nothing is written.
+        Every filter that may merge does, once, with the partner that the rule would give it, but for alpha below 0.5
+        only one of two that are each other's; nothing is written.
 
         Returns:
             The loss by merged filter, not below 0; None where no pair is above the threshold.
@@ -111,6 +112,12 @@ class RankCost:
             generator = torch.Generator("cpu").manual_seed(self._key)
             chance = torch.rand(above.shape, generator=generator, device="cpu").to(above.device)
             mate = (chance * above).argmax(2)
+        if alpha < 0.5:
+            # Two that look at each other would change places, which costs little, at 0 nothing. In a run hardly two of
+            # a pair look at once: so one of them stays.
+            index = torch.arange(mate.shape[1], device=mate.device)
+            moves &= ~(moves.gather(1, mate) & (mate.gather(1, mate) == index) & (mate < index))
+            moved = int(moves.sum())
         other = moves.to(self._gram.dtype) * (1.0 - alpha)
         own = 1.0 - other
         values = gram = None

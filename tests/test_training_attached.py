@@ -150,6 +150,22 @@ def test_of_two_for_the_same_weights_the_older_lets_go():
         older = newer
 
 
+def test_an_attached_one_lets_go_for_one_that_is_stepped_by_hand():
+    """A notebook's cell that attached, and steps by hand when it is run again."""
+    model, data = net(), batches(6)
+    optimizer = sgd(model)
+    older = InMerge(model, **SETTINGS).attach(optimizer)
+    one_call(model, optimizer, data[0])
+    by_hand = InMerge(model, **SETTINGS)
+    with pytest.warns(UserWarning, match="another InMerge was attached .* and has been detached") as seen:
+        by_hand.step()
+    assert [warning.filename for warning in seen] == [__file__]
+    for x in data:
+        one_call(model, optimizer, x)
+        by_hand.step()
+    assert (older.step_count, by_hand.step_count, older.attached) == (1, 7, False)
+
+
 def test_one_whose_optimizer_is_gone_or_that_is_detached_is_in_nobodys_way():
     model = net()
     with InMerge(model, **SETTINGS).attach(sgd(model)) as merger:

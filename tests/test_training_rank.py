@@ -231,6 +231,36 @@ def test_the_guard_stops_layers_before_they_collapse(threshold):
     assert merger.step().merged == 0
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.2])
+@pytest.mark.parametrize("recipe", [{"threshold": -1.0, "prob": 1.0}, {"threshold": NoiseThreshold(2), "prob": 0.5}])
+def test_the_guard_sees_filters_that_are_replaced(alpha, recipe):
+    """Whose first merges leave copies, which may be merged with each other at no cost."""
+    merger = InMerge(deep(), skip_first=0, alpha=alpha, **recipe)
+    before = merger.effective_rank()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)
+        for _ in range(200):
+            merger.step()
+    for layer in merger.summary().layers:
+        fell = merger.effective_rank()[layer.name] < 0.85 * before[layer.name]
+        assert (layer.stopped and layer.lost > 0.1) or not fell, layer
+    assert merger.stopped
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.4])
+@pytest.mark.parametrize("partner", ["random", "nearest"])
+def test_a_budget_is_kept_where_filters_are_replaced(alpha, partner):
+    """Nothing is trained, so that what a layer lacks is what merging has cost it."""
+    budget = RankBudget(0.04)
+    merger = InMerge(deep(), threshold=budget, stop=200, prob=1.0, alpha=alpha, partner=partner, skip_first=0)
+    before = merger.effective_rank()
+    for _ in range(200):
+        merger.step()
+    after = merger.effective_rank()
+    assert all(after[name] > 0.92 * before[name] for name in before)
+    assert merger.summary().merged or partner == "nearest"
+
+
 def test_the_guard_can_only_warn():
     merger = InMerge(deep(), threshold=-1.0, skip_first=0, guard=CollapseGuard(0.2, action="warn"))
     with warnings.catch_warnings(record=True) as seen:

@@ -189,13 +189,16 @@ def choose(
     or behind it would decide what is left out of that.
 
     Raises:
-        ValueError: a pattern of ``exclude`` matches no candidate.
+        ValueError: a pattern of ``exclude``, or of ``skip_first``, matches no candidate.
     """
     for pattern in exclude:
         every_name = [c.name for c in candidates] + [name for name, _ in tied]
         if not any(fnmatchcase(name, pattern) for name in every_name):
             names = ", ".join(every_name) or "none"
-            raise ValueError(f"exclude pattern {pattern!r} matches no candidate layer; the candidates are: {names}")
+            raise ValueError(
+                f"name pattern {pattern!r} matches no candidate layer (exclude=, or patterns as skip_first=); "
+                f"the candidates are: {names}"
+            )
     is_frozen = [not include_frozen and _is_frozen(candidate) for candidate in candidates]
     is_share = not isinstance(skip_first, numbers.Integral)
     shallow = count_to_skip(skip_first, is_frozen.count(False) if is_share else len(candidates))

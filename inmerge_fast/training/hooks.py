@@ -49,7 +49,7 @@ class AttachedStep:
     ) -> None:
         weights = plan().weights()
         stepping = stepping_of(optimizer, weights)
-        _let_others_go(plan().weights(waiting=True))
+        let_others_go(plan().weights(waiting=True))
         self._plan, self._call, self._let_go, self._before = plan, call, let_go, before
         self._is_checked = bool(weights)
         self._real = [weakref.ref(real) for real in stepping.real]
@@ -176,7 +176,8 @@ class AttachedStep:
 _attached: weakref.WeakSet[AttachedStep] = weakref.WeakSet()  # all that are on
 
 
-def _let_others_go(weights: Sequence[torch.Tensor]) -> None:
+def let_others_go(weights: Sequence[torch.Tensor]) -> bool:
+    """Detach, with a warning, whoever else is attached for one of these weights; returns True, as nobody is now."""
     for other in [one for one in list(_attached) if one.holds(weights)]:
         other.let_go()
         if not other.may_see_a_step:
@@ -187,3 +188,4 @@ def _let_others_go(weights: Sequence[torch.Tensor]) -> None:
             UserWarning,
             stacklevel=callers_level(),
         )
+    return True

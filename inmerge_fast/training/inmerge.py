@@ -24,7 +24,7 @@ from .copies import CopiedRun, check_is_no_average, state_of
 from .forward import NO_BLOCK, NO_CAPTURE, NO_STEP, ForwardSteps, check_is_called
 from .graphs import GraphSteps
 from .guard import CollapseGuard
-from .hooks import AttachedStep
+from .hooks import AttachedStep, let_others_go
 from .monitor import Logger, Monitor
 from .recipe import Threshold
 from .run import MergeRun
@@ -174,11 +174,11 @@ class InMerge:
         In evaluation mode it does nothing, so that it may stand before the forward pass of a loop that validates, too.
         That holds for one process: ranks of which one does nothing would drift apart, so several raise.
 
-        While a CUDA graph is captured, the launches are captured that merge what :meth:`prepare` has last set.
+        Another InMerge that is attached for the same weights is detached, with a warning. While a CUDA graph is
+        captured, the launches are captured that merge what :meth:`prepare` has last set.
 
         Returns:
-            What was merged, read from the device only when looked at; None at a step that does not merge, in
-            evaluation mode, and while capturing.
+            What was merged, read from the device only when looked at; None where nothing merges, and while capturing.
 
         Raises:
             RuntimeError: it is attached to an optimizer, which calls it already; or one of several ranks is in
@@ -189,11 +189,12 @@ class InMerge:
             raise RuntimeError("this InMerge is attached to an optimizer and steps with it; detach() it first")
         if self._forward is not None:
             raise RuntimeError(NO_STEP)
+        if not self._run.step_count:  # a notebook's cell may have attached one before, and steps by hand now
+            let_others_go(self.plan.weights(waiting=True))
         if not self._is_training():
             self._skip()
             return None
-        if self._evaluation.calls:
-            self._evaluation.end()
+        self._evaluation.end()
         return self._advance()
 
     @outside_dynamo  # again, for an optimizer step inside a compiled function

@@ -189,6 +189,8 @@ class RankWatch:
         old = self.ledgers.get(name)
         if old is None:
             ledger = LayerLedger(filters, cost.rank, cost.rank, occasion, merged)
+            if threshold is not None:  # afterwards the first merges may have left nothing to lose
+                ledger.price = cost.price(threshold, recipe.partner, alpha)
         else:
             ledger = LayerLedger(**vars(old))
             ledger.charge(cost, merged, old.threshold if threshold is None else threshold, recipe.partner, alpha)
