@@ -163,9 +163,12 @@ def test_a_bad_layer_in_a_model_stops_the_call_before_anything_is_written():
     model[1].weight = nn.Parameter(torch.ones(4, 4, 3, 3, dtype=torch.int32), requires_grad=False)
     check = untouched(model)
     with pytest.raises(TypeError, match=r"^1: the weight has dtype torch.int32"):
-        inmerge_fast.merge_(model, skip_first=0, **SAMPLE_ALL)
+        inmerge_fast.merge_(model, skip_first=0, include_frozen=True, **SAMPLE_ALL)
     check()
-    assert inmerge_fast.merge_(model, skip_first=0, exclude="1", **SAMPLE_ALL).merged == 4
+    assert inmerge_fast.merge_(model, skip_first=0, include_frozen=True, exclude="1", **SAMPLE_ALL).merged == 4
+    stats = inmerge_fast.merge_(model, skip_first=0, **SAMPLE_ALL)  # what cannot be trained is frozen
+    assert stats.merged == 4
+    assert dict(stats.skipped)["1"].startswith("frozen")
 
 
 @pytest.mark.parametrize("transposed", [False, True])
