@@ -195,7 +195,8 @@ class CpuForNow:
     def old(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What filters were, see there."""
         elements, dtype = self._path._rows.layers[place].layout.elements, self._path._rows.layers[place].dtype
-        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, elements, dtype=dtype)
+        cpu = torch.device("cpu")  # whatever the default device is
+        nothing = torch.empty(0, dtype=torch.int64, device=cpu), torch.empty(0, elements, dtype=dtype, device=cpu)
         if len(self._kept) < 2:  # it has not come to a write yet
             return nothing
         counts, rows, passed, old = self._kept[1]

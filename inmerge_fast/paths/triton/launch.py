@@ -119,7 +119,7 @@ class Launcher:
         with self.lock, self.on_device():
             check_not_capturing(self.device, "after a weight has moved copies a table")
             self.follow_current_stream()  # kernels of earlier calls may still be reading the table
-            self.layer_table[:, tables.BASE.value] = torch.tensor(addresses, dtype=torch.int64).to(self.device)
+            self.layer_table[:, tables.BASE.value] = torch.tensor(addresses, device="cpu").to(self.device)
         return True
 
     def reserve_scratch(self, prob: float) -> None:
