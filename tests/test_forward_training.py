@@ -351,10 +351,11 @@ def test_a_run_goes_on_bit_identically():
             loss_of(model, step).backward()
             optimizer.step()
             optimizer.zero_grad()
+        return optimizer
 
     model = make()
     merger = InMerge(model, lasting=False, seed=SEED)
-    run(model, merger, torch.optim.SGD(model.parameters(), 0.1), range(3))
+    _kept = run(model, merger, torch.optim.SGD(model.parameters(), 0.1), range(3))
     loss_of(model, 3)  # merged: what is saved is not
     saved = copy.deepcopy({"model": model.state_dict(), "merger": merger.state_dict()})
     fresh = make(1)

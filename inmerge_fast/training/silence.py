@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..dynamo import outside_dynamo
 from ..effect import callers_level
 from ..stats import NoEffectWarning
 
@@ -57,16 +57,8 @@ class Silence:
         self._real = weakref.WeakSet(real)
         # Which of the weights each other optimizer holds.
         self._held: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[torch.Tensor]] = weakref.WeakKeyDictionary()
-        of_self = weakref.ref(self)
-
-        @outside_dynamo
-        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            silence = of_self()
-            if silence is not None and optimizer not in silence._real:
-                silence._listen(optimizer)
-
-        self._stop_listening = weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
-        self._stop_listening.atexit = False
+        _listen_to_all()
+        _listening.add(self)
         # Some compute gradients time and again within a step, and write in between, as line searches do.
         self._is_deaf = any(isinstance(one, torch.optim.LBFGS) for one in real)
         self.look_at(weights)
@@ -99,9 +91,9 @@ class Silence:
         if self._silent == SILENT_STEPS:
             self._warn("Something else trains them now; detach(), and attach to what steps")
 
-    def _listen(self, other: torch.optim.Optimizer) -> None:
-        """Another optimizer has stepped."""
-        if self._around.is_in_a_step:
+    def listen(self, other: torch.optim.Optimizer) -> None:
+        """An optimizer has stepped."""
+        if other in self._real or self._around.is_in_a_step:
             return
         held = self._held.get(other)
         if held is None:
@@ -135,13 +127,30 @@ class Silence:
 
     def remove(self) -> None:
         """Look and listen no more; may be called again."""
-        self._stop_listening()
+        _listening.discard(self)
         self._stop_looking()
 
     def _stop_looking(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+_listening: weakref.WeakSet[Silence] = weakref.WeakSet()
+
+
+@functools.cache
+def _listen_to_all() -> None:
+    # Once and for good: PyTorch goes through its hooks when one of ours, or the garbage collector, might take one away.
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # Compiled optimizers are not listened to: they would have a graph break, and so would everybody's.
+    if torch.compiler.is_compiling() or not _listening:
+        return
+    for silence in list(_listening):
+        silence.listen(optimizer)
 
 
 class Evaluation:
