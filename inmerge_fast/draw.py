@@ -175,6 +175,16 @@ def check_share(name: str, value: object, *, low: float = 0.0) -> None:
         raise ValueError(f"{name} must be in [{low:g}, 1], got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Check a switch.
+
+    Raises:
+        TypeError: not a bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
 def check_word(name: str, value: object, top: int) -> None:
     """Check an unsigned integer argument.
 

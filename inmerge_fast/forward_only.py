@@ -7,19 +7,17 @@ from typing import Literal
 
 import torch
 
-from .draw import MAX_LAYER, check_share, check_word
 from .dynamo import outside_dynamo
 from .lease import Lease
-from .merge import check_randomness, drawn_seed, plan_for, thresholds_of
+from .merge import check_arguments, drawn_seed, plan_for, thresholds_of
 from .merge_plan import MergePlan
-from .paths.match import check_partner_rule
 from .paths.path import Call
 from .plan.filters import check_outside_transforms
 from .plan.plan import Target
 from .stats import MergeStats
-from .thresholds import Threshold, check_for_one_call
+from .thresholds import Threshold
 
-# What was found to help (README), and the paper's setting was not: half of all filters, half of the way, all layers.
+# Not the paper's setting: half of all filters, half of the way, all layers.
 ALPHA, PROB, THRESHOLD, SKIP_FIRST = 0.5, 0.5, -1.0, 0
 
 
@@ -39,7 +37,7 @@ class merged:  # noqa: N801, it is used like a function
             step += 1
 
     Unlike ``merge_``, nothing of the merge stays in the weights, and filters cannot grow alike by it. The defaults are
-    not the paper's but what helped in our trials: every convolution, half of its filters, any partner.
+    not the paper's: every convolution, half of its filters, any partner.
 
     Batch-norm statistics are those of the merged network: before evaluating, compute them anew with
     ``torch.optim.swa_utils.update_bn(loader, model)``, for which nothing is merged. A network without batch norm needs
@@ -98,17 +96,13 @@ class merged:  # noqa: N801, it is used like a function
         layer: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_share("alpha", alpha)
-        check_share("prob", prob)
-        check_for_one_call(threshold)
-        check_partner_rule(partner)
-        for name, flag in (("include_linear", include_linear), ("include_frozen", include_frozen)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, got {flag!r}")
-        check_word("layer", layer, MAX_LAYER)
-        check_randomness(seed, step, generator)
+        self._randomness = seed, step, generator
+        check_arguments(
+            alpha, prob, threshold, partner, layer, self._randomness,
+            include_linear=include_linear, include_frozen=include_frozen,
+        )  # fmt: skip
         self._target, self._alpha, self._prob, self._partner = target, float(alpha), float(prob), partner
-        self._threshold, self._randomness = threshold, (seed, step, generator)
+        self._threshold = threshold
         self._selection = skip_first, exclude, include_linear, include_frozen, layer
         self._lease: Lease | None = None
 
@@ -129,9 +123,5 @@ class merged:  # noqa: N801, it is used like a function
     @outside_dynamo
     def __exit__(self, *_: object) -> Literal[False]:
         assert self._lease is not None
-        try:
-            self._lease.restore()
-        except KeyboardInterrupt:
-            self._lease.restore()  # all of it
-            raise
+        self._lease.restore()
         return False

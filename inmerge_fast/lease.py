@@ -126,6 +126,13 @@ class Lease:
             RuntimeError: a weight was written to, moved or replaced in the meantime. That one stays as it is, and all
                 others are restored.
         """
+        try:
+            self._end()
+        except KeyboardInterrupt:
+            self._end()  # all of it
+            raise
+
+    def _end(self) -> None:
         if not self._is_on:
             return
         if self._found is None:  # an interrupt may have it called again, when the weights have versions of its own
@@ -164,7 +171,7 @@ class Lease:
         if self._before_step is not None:
             self._before_step()
             return
-        name = next(name for name, own in zip(self._plan.names, self._weights, strict=True) if own is weight)
+        name = self._plan.names[self._ids.index(id(weight))]
         raise RuntimeError(
             f"{name} is merged for a forward pass, and the {type(optimizer).__name__} that holds it is about to step: "
             "it would update merged weights. Call optimizer.step() after the merged() block"
@@ -177,8 +184,7 @@ class Lease:
 
     def as_it_was(self, weight: torch.Tensor) -> torch.Tensor | None:
         """A copy of a weight, without merged filters; None if it is none of these."""
-        place = next((place for place, own in enumerate(self._weights) if own is weight), None)
-        if place is None:
+        if id(weight) not in self._ids:
             return None
         copy = weight.detach().clone()
         self.write_old(weight, copy)
@@ -191,9 +197,9 @@ class Lease:
         Raises:
             RuntimeError: the weight was changed in the meantime, so that nobody knows what it was to be.
         """
-        place = next((place for place, own in enumerate(self._weights) if own is weight), None)
-        if place is None:
+        if id(weight) not in self._ids:
             return
+        place = self._ids.index(id(weight))
         if place in self.changed():
             raise RuntimeError(
                 f"{self._plan.names[place]}: the weight was changed while it was merged for a forward pass, and can "

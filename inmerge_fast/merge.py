@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_share, check_word, coin_threshold
+from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_flag, check_share, check_word, coin_threshold
 from .dynamo import outside_dynamo
 from .merge_plan import MergePlan
 from .paths.match import check_partner_rule
@@ -104,16 +104,10 @@ def merge_(
                 step += 1
     """
     check_outside_transforms()
-    check_share("alpha", alpha)
-    check_share("prob", prob)
-    check_for_one_call(threshold)
-    check_partner_rule(partner)
-    if not (isinstance(include_linear, bool) and isinstance(include_frozen, bool) and isinstance(dry_run, bool)):
-        flags = {"include_linear": include_linear, "include_frozen": include_frozen, "dry_run": dry_run}
-        name, flag = next(item for item in flags.items() if not isinstance(item[1], bool))
-        raise TypeError(f"{name} must be a bool, got {flag!r}")
-    check_word("layer", layer, MAX_LAYER)
-    check_randomness(seed, step, generator)
+    check_arguments(
+        alpha, prob, threshold, partner, layer, (seed, step, generator),
+        include_linear=include_linear, include_frozen=include_frozen, dry_run=dry_run,
+    )  # fmt: skip
     plan, weights = plan_for(target, skip_first, exclude, include_linear, include_frozen, layer)
     if seed is None or step is None:
         seed, step = drawn_seed(generator), 0
@@ -170,7 +164,36 @@ def thresholds_of(
     ]
 
 
-def check_randomness(seed: object, step: object, generator: object) -> None:
+def check_arguments(
+    alpha: object, prob: object, threshold: object, partner: object, layer: object,
+    randomness: tuple[object, object, object], **flags: object,
+) -> None:  # fmt: skip
+    """Check the arguments of one merge, lasting or not.
+
+    Args:
+        alpha: see :func:`merge_`, as are prob, threshold, partner and layer.
+        prob: probability that a filter looks at a partner.
+        threshold: what the similarity must exceed.
+        partner: the partner rule.
+        layer: id of a single layer.
+        randomness: seed, step and generator.
+        **flags: the switches by name.
+
+    Raises:
+        TypeError: one of them has the wrong type.
+        ValueError: one of them is out of range, or they do not go together.
+    """
+    check_share("alpha", alpha)
+    check_share("prob", prob)
+    check_for_one_call(threshold)
+    check_partner_rule(partner)
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    check_word("layer", layer, MAX_LAYER)
+    _check_randomness(*randomness)
+
+
+def _check_randomness(seed: object, step: object, generator: object) -> None:
     """Check what the draw comes from: seed and step, or a generator on a single rank.
 
     Raises:

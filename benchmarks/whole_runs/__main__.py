@@ -24,11 +24,10 @@ from inmerge_fast import InMerge, NoiseThreshold, QuantileThreshold, RankBudget
 from inmerge_fast.rank_cost import RankCost
 
 from .recipes import RECIPES, RESEED, Images, Recipe
-from .table import write_table
+from .table import BASELINE, RESEEDED, write_table
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs.jsonl"
-BASELINE, RESEEDED = "without merging", "without merging, reseeded"
 # Arguments of InMerge; guard None where the collapse is to be seen.
 SETTINGS: dict[str, dict[str, Any] | None] = {
     BASELINE: None,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from ..draw import check_flag
 from ..forward_only import ALPHA, PROB, SKIP_FIRST, THRESHOLD
 from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..thresholds import check_count
@@ -42,7 +43,7 @@ class InMergeArguments(TypedDict, total=False):
     lasting: bool
 
 
-# What the arguments are that are None: the paper's for lasting merging, and what helped for forward-only merging.
+# What the arguments are that are None: the paper's for lasting merging, and those of ``merged``.
 DEFAULTS: dict[bool, dict[str, Any]] = {
     True: {"alpha": 0.8, "prob": 0.3, "threshold": 0.3, "skip_first": DEFAULT_SKIP_FIRST},
     False: {"alpha": ALPHA, "prob": PROB, "threshold": THRESHOLD, "skip_first": SKIP_FIRST},
@@ -76,16 +77,14 @@ def checked(given: Mapping[str, Any]) -> Checked:
         ValueError: an argument is out of range.
     """
     lasting = given["lasting"]
-    if not isinstance(lasting, bool):
-        raise TypeError(f"lasting must be a bool, got {lasting!r}")
+    check_flag("lasting", lasting)
     given = {**given, **{name: value for name, value in DEFAULTS[lasting].items() if given[name] is None}}
     first, last = in_steps(given["start"], given["stop"], given["steps_per_epoch"])
     names = ("alpha", "prob", "threshold", "partner", "every", "seed", "lasting")
     recipe = Recipe(start=first, stop=last, **{name: given[name] for name in names})
     check_count("observe_every", given["observe_every"])
     for name in ("include_linear", "include_frozen"):
-        if not isinstance(given[name], bool):
-            raise TypeError(f"{name} must be a bool, got {given[name]!r}")
+        check_flag(name, given[name])
     guard = given["guard"]
     if guard == "default":
         guard = CollapseGuard() if lasting else None  # what does not last collapses nothing

@@ -80,13 +80,8 @@ class ForwardSteps:
     def restore(self) -> None:
         """Give the weights their old bits back, if they are merged; see :meth:`Lease.restore`."""
         lease, self._lease = self._lease, None
-        if lease is None:
-            return
-        try:
+        if lease is not None:
             lease.restore()
-        except KeyboardInterrupt:
-            lease.restore()  # all of it
-            raise
 
     @contextmanager
     def merged(self) -> Iterator[MergeStats | None]:
