@@ -18,11 +18,14 @@ from .rows import (
     block_of,
     copy_back,
     cosine,
+    count_outcome,
     element_type,
     filter_at,
     geometry_of,
     is_only_kind,
     is_used,
+    larger,
+    layer_of,
     layer_threshold,
     offsets_at,
     weight_of,
@@ -34,11 +37,9 @@ from .tables import (
     FIRST_ROW,
     KIND,
     PASSED,
-    ROW_COUNTS,
     SAMPLED,
     SCRATCH_USED,
     STRIDED,
-    TIMES_PASSED,
 )
 
 NO_PLACE = tl.constexpr(-1)
@@ -74,9 +75,7 @@ def _save_kernel(
     active_rows = tl.load(state_ptr + ACTIVE_ROWS)
     for t in range(tl.program_id(0), active_rows, programs):
         i_row = tl.load(active_ptr + t)
-        table = layer_ptr + tl.load(row_layer_ptr + i_row).to(tl.int64) * COLUMNS
-        first_row = tl.load(table + FIRST_ROW).to(tl.int32)
-        kind = tl.load(table + KIND).to(tl.int32)
+        table, first_row, kind = layer_of(layer_ptr, row_layer_ptr, i_row)
         for CODE in tl.static_range(0, 8):
             if is_used(CODE, HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, HAS_DENSE, HAS_STRIDED):
                 if is_only_kind(HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, HAS_DENSE, HAS_STRIDED) or kind == CODE:
@@ -167,11 +166,8 @@ def _blend_kernel(
         tl.store(similarity_ptr + i_row, tl.where(finite, similarity, float("nan")))
         tl.store(outcome_ptr + i_row, tl.where(passed, PASSED, SAMPLED).to(tl.int8))
         tl.store(merged_ptr + i_row, passed.to(tl.int8))
-        p_times = (times_ptr + i_row.to(tl.int64) * ROW_COUNTS).to(tl.pointer_type(tl.int64))
-        tl.atomic_add(p_times, 1 + (passed.to(tl.int64) << 32 * TIMES_PASSED), sem="relaxed", scope="gpu")
-        bits = similarity.to(tl.int32, bitcast=True)
-        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # sorts like the float
-        largest_here = tl.where(finite, tl.maximum(largest_here, key), largest_here)
+        count_outcome(times_ptr, i_row, passed)
+        largest_here = larger(largest_here, similarity, finite)
     if largest_here > -2147483647 - 1:
         tl.atomic_max(largest_ptr, largest_here, sem="relaxed", scope="gpu")
 
@@ -195,9 +191,7 @@ def _restore_kernel(
         if place != NO_PLACE:
             merged = tl.load(merged_ptr + i_row) != 0
             if merged:
-                table = layer_ptr + tl.load(row_layer_ptr + i_row).to(tl.int64) * COLUMNS
-                first_row = tl.load(table + FIRST_ROW).to(tl.int32)
-                kind = tl.load(table + KIND).to(tl.int32)
+                table, first_row, kind = layer_of(layer_ptr, row_layer_ptr, i_row)
                 for CODE in tl.static_range(0, 8):
                     if is_used(CODE, HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, HAS_DENSE, HAS_STRIDED):
                         if is_only_kind(HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, HAS_DENSE, HAS_STRIDED) or kind == CODE:

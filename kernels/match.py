@@ -33,6 +33,7 @@ from .rows import (
     filter_at,
     geometry_of,
     is_used,
+    key_of,
     layer_threshold,
     offsets_at,
     weight_of,
@@ -195,8 +196,7 @@ def _best_of_tile(
         if any_allowed > 0:  # seldom: above the usual thresholds are few, and ranks cost as much as 500 elements
             key = _priority(table, seed, step, i_filter, j_filter)
     else:
-        bits = (similarity + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
-        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # sorts like the float
+        key = key_of(similarity + 0.0)  # -0 becomes 0
     key = tl.where(allowed, key, NO_KEY)
     best = tl.max(key, axis=1)
     j_best = tl.min(tl.where(key == best[:, None], j_row[None, :], FURTHEST_ROW), axis=1)

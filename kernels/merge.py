@@ -36,11 +36,14 @@ from .rows import (
     alignment,
     block_of,
     copy_back,
+    count_outcome,
     element_type,
     filter_at,
     geometry_of,
     is_only_kind,
     is_used,
+    larger,
+    layer_of,
     layer_threshold,
     load_span,
     offsets_at,
@@ -60,11 +63,9 @@ from .tables import (
     FIRST_ROW,
     KIND,
     PASSED,
-    ROW_COUNTS,
     SAMPLED,
     SCRATCH_USED,
     STRIDED,
-    TIMES_PASSED,
     WRITE,
 )
 
@@ -273,13 +274,9 @@ def _merge_kernel(
                         deferred_ptr, state_ptr, similarity_ptr, outcome_ptr,
                         CODE < STRIDED, block_of(CODE, BLOCK, STRIDED_BLOCK), span_of(CODE, SPAN), BARRIER, SEM, NAIVE,
                     )  # fmt: skip
-        if write != 0:  # both counts in one addition, behind the releases: nothing reads its result or waits for it
-            p_times = (times_ptr + i_row.to(tl.int64) * ROW_COUNTS).to(tl.pointer_type(tl.int64))
-            times = 1 + (passed.to(tl.int64) << 32 * TIMES_PASSED)  # TIMES_SAMPLED, 0, is the lower half
-            tl.atomic_add(p_times, times, sem="relaxed", scope="gpu")
-        bits = similarity.to(tl.int32, bitcast=True)
-        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # sorts like the float
-        largest_here = tl.where(finite, tl.maximum(largest_here, key), largest_here)
+        if write != 0:  # behind the releases
+            count_outcome(times_ptr, i_row, passed)
+        largest_here = larger(largest_here, similarity, finite)
     if write != 0:
         if largest_here > -2147483647 - 1:  # all programs meet at this word: those without a row leave it alone
             tl.atomic_max(largest_ptr, largest_here, sem="relaxed", scope="gpu")
@@ -290,9 +287,7 @@ def _merge_kernel(
         for k in range(0, deferred_rows):
             i_row = tl.load(deferred_ptr + k)
             if tl.load(counter_ptr + i_row) != 0:  # a cycle: nobody could settle it
-                table = layer_ptr + tl.load(row_layer_ptr + i_row).to(tl.int64) * COLUMNS
-                first_row = tl.load(table + FIRST_ROW).to(tl.int32)
-                kind = tl.load(table + KIND).to(tl.int32)
+                table, first_row, kind = layer_of(layer_ptr, row_layer_ptr, i_row)
                 for CODE in tl.static_range(STRIDED, 8):
                     if is_used(CODE, HAS_FLOAT32, HAS_BFLOAT16, HAS_FLOAT16, True, True):
                         if (kind | STRIDED) == CODE:

@@ -9,17 +9,22 @@ import triton.language as tl
 
 from .tables import (
     BASE,
+    COLUMNS,
     ELEMENTS,
     FILTER_STRIDE,
+    FIRST_ROW,
     FLOAT32,
     FROM_TABLE,
     GROUP_SIZE,
     GROUP_STRIDE,
     INNER_STRIDE,
+    KIND,
     OUTER_STRIDE,
+    ROW_COUNTS,
     RUN,
     STRIDED,
     THRESHOLD,
+    TIMES_PASSED,
 )
 
 MIN_NORM = tl.constexpr(1e-8)
@@ -59,6 +64,34 @@ def is_used(code, has_float32, has_bfloat16, has_float16, has_dense, has_strided
 def is_only_kind(*has):
     """Whether all layers are of one kind, so that none needs to be asked."""
     return sum(is_used(code, *has) for code in range(8)) == 1
+
+
+@triton.jit
+def layer_of(layer_ptr, row_layer_ptr, i_row):
+    """A row's layer: its line of the table, its first row, and the number of its kind."""
+    table = layer_ptr + tl.load(row_layer_ptr + i_row).to(tl.int64) * COLUMNS
+    return table, tl.load(table + FIRST_ROW).to(tl.int32), tl.load(table + KIND).to(tl.int32)
+
+
+@triton.jit
+def count_outcome(times_ptr, i_row, passed):
+    """Add to a row's running counts, both in one addition; nothing reads its result or waits for it."""
+    p_times = (times_ptr + i_row.to(tl.int64) * ROW_COUNTS).to(tl.pointer_type(tl.int64))
+    times = 1 + (passed.to(tl.int64) << 32 * TIMES_PASSED)  # TIMES_SAMPLED, 0, is the lower half
+    tl.atomic_add(p_times, times, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def key_of(similarity):
+    """An integer that sorts like the float."""
+    bits = similarity.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def larger(largest, similarity, finite):
+    """The larger of a key and a similarity, as a key; the first one if the other is not finite."""
+    return tl.where(finite, tl.maximum(largest, key_of(similarity)), largest)
 
 
 @triton.jit
