@@ -32,6 +32,7 @@ class Keeper:
         self.place = launcher.zeros(rows) - 1
         self.merged = launcher.zeros(rows, dtype=torch.int8)
         self.packed = launcher.zeros(0, dtype=torch.int8)
+        self._tables: dict[int, tuple[Arguments, Arguments]] = {}  # by slot
         self._units = [
             (layer.layout.filters, -(-layer.layout.elements * layer.dtype.itemsize // UNIT))
             for layer in launcher.layers
@@ -54,6 +55,7 @@ class Keeper:
         if self.packed.numel() < wanted:
             check_not_capturing(self._launcher.device, "allocates memory for the filters that it keeps")
             self._launcher.follow_current_stream()  # kernels of earlier calls may still be using what is replaced
+            self._tables.clear()  # before: an interrupt in between must not leave them with less memory than is said
             with torch.inference_mode(False):
                 self.packed = torch.empty(wanted, dtype=torch.int8, device=self._launcher.device)
 
@@ -70,18 +72,25 @@ class Keeper:
             number, limit = launcher.draw_for(
                 stream, call.seed, call.step, call.prob, call.thresholds, call.partner, write=True
             )
-            slot = launcher.slot_of(number)
-            tables = launcher.layer_table, launcher.row_layer
             grid = launcher.programs, 1
-            save = Arguments(*tables, slot.active, slot.state, self.place, self.packed)
+            save, blend = self._tables_of(launcher.slots.index_of(number))
             self._save.launch(grid, stream, save, (self.packed.numel() // UNIT, launcher.programs))
-            running = launcher.running
-            blend = Arguments(
-                *tables, slot.partner, slot.active, slot.state, slot.similarity, slot.outcome, running.times,
-                running.largest, self.place, self.merged, self.packed,
-            )  # fmt: skip
             self._blend.launch(grid, stream, blend, (call.alpha, 1.0 - call.alpha, limit, launcher.programs))
             return Results(launcher.slots, number)
+
+    def _tables_of(self, index: int) -> tuple[Arguments, Arguments]:
+        """Tensor arguments of save and blend for the call in a slot, whose addresses are looked up once."""
+        if index not in self._tables:
+            launcher, slot = self._launcher, self._launcher.slots[index]
+            tables, running = (launcher.layer_table, launcher.row_layer), launcher.running
+            self._tables[index] = (
+                Arguments(*tables, slot.active, slot.state, self.place, self.packed),
+                Arguments(
+                    *tables, slot.partner, slot.active, slot.state, slot.similarity, slot.outcome, running.times,
+                    running.largest, self.place, self.merged, self.packed,
+                ),
+            )  # fmt: skip
+        return self._tables[index]
 
     def restore(self) -> None:
         """Put back what has merged, on the current stream."""
