@@ -180,6 +180,7 @@ NEVER = "setp.eq.s32 %p1, %t, %t; @%p1 bra $END;"
     (f"{PUT} bar.sync 0; bar.sync 1, 32; {GET}", [True, False]),
     (f"{PUT} bar.sync 0; {GET} bar.sync 0; st.shared.b32 [%r1+256], %t;", [True, False]),
     (f"{PUT} bar.sync 0; {GET} bar.sync 0; st.shared.b8 [%r1+255], %rs1;", [True, True]),
+    (f"st.shared.b8 [%r1+255], %rs1; bar.sync 0; {GET}", [True]),
     (f"{GET} bar.sync 0; {GET}", [False]),
     (f"{PUT} setp.lt.s32 %p1, %a0, 1; @%p1 bra $ON; bar.sync 0; $ON: bar.sync 0; {GET}", [False, True]),
     (f"{PUT} bar.sync 0; setp.lt.s32 %p1, %a0, 1; @%p1 bra $ON; bar.sync 0; $ON: {GET}", [True, False]),
