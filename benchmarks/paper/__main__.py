@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
         description="The InMerge paper's experiments with paired seeds, equal epochs and a noise floor. Runs that have "
-        "a result file are not repeated, so that a killed command goes on where it was.",
+        "a result are not repeated, so that a killed command goes on where it was.",
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, *confirm.STAGES, "report"],
                         help="what to run; report writes tables, figures and RESULTS.md from the files")  # fmt: skip

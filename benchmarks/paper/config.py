@@ -1,4 +1,4 @@
-"""What a run is: a recipe, an arm and a seed. Their values decide everything, so they name the run's file."""
+"""What a run is: a recipe, an arm and a seed. Their values decide everything, so they are the run's key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Recipe:
     """Everything that the arms of a comparison have in common.
 
     Attributes:
-        name: short name for folders and tables.
+        name: short name for result files and tables.
         data: as for :func:`benchmarks.paper.data.load`.
         size: side of the images, None for the data set's own.
         model: as for :func:`benchmarks.paper.models.build`.
@@ -143,15 +143,15 @@ class Run:
     split: str = "test"
     keep_scores: bool = field(default=False, compare=False)
 
-    def file(self) -> str:
-        """Path of the run's file below the folder of results."""
+    def key(self) -> str:
+        """Names the run: its recipe, which is its result file, its arm, what it is measured on, and its seed."""
         kind = self.arm.label().replace(" %", "pc").replace(", ", "_").replace(" ", "-")
         key = digest({"recipe": chosen(self.recipe), "arm": chosen(self.arm)})
-        return f"{self.recipe.name}/{kind}.{key}/{self.split}-{self.seed:03d}.json"
+        return f"{self.recipe.name}/{kind}.{key}/{self.split}-{self.seed:03d}"
 
 
 def chosen(values: Any) -> dict[str, Any]:
-    """Fields that are not at their default, so that a new option does not rename the files of old runs."""
+    """Fields that are not at their default, so that a new option does not rename old runs."""
     out = {}
     for one in dataclasses.fields(values):
         value = getattr(values, one.name)
