@@ -90,7 +90,7 @@ def test_results_from_before_there_was_a_choice_of_corruptions_compare_with_new_
     }  # fmt: skip
     append(tmp_path, "r/a/test-000", result)
     old = load_result(tmp_path, "r/a/test-000")
-    new = result | {"recipe": {"name": "r", "corruptions": "own"}, "corruptions": "own"}
+    new = result | {"recipe": {"name": "r", "corruptions": "own", "attack": True}, "corruptions": "own"}
     assert compare([[old], [new]])[1].identical == 1
     theirs = result | {"recipe": {"name": "r", "corruptions": "medmnistc"}, "corruptions": "medmnistc 0.1.0"}
     with pytest.raises(ValueError, match="another recipe than the baseline's"):

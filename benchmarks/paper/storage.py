@@ -72,6 +72,7 @@ def _read(path: Path, *_: int) -> dict[str, dict[str, Any]]:
             )
         for values in (result, result["recipe"]):
             values.setdefault("corruptions", OWN)  # runs from before there was a choice have no word on it
+        result["recipe"].setdefault("attack", True)
         found[result["run"]] = result
     return found
 
