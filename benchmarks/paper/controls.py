@@ -22,7 +22,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 class OtherWeights:
-    """Other weights for the forward and backward pass of a step, restored before the update, as forward-only merging has.
+    """Other weights for the forward and backward pass of a step, restored before the update.
 
     Args:
         plan: the layers.

@@ -146,13 +146,12 @@ def plan(recipe: Recipe, where: Where, options: Options, like: Path | None = Non
             rows = []
             for arm, each in runs[family].items():
                 results = [load_result(where.out, run.key()) for run in each]
-                gains = [
-                    value_of(one, METRIC) - value_of(other, METRIC) for one, other in zip(results, base, strict=True)
-                ]
+                pairs = zip(results, base, strict=True)
+                gain = float(np.mean([value_of(one, METRIC) - value_of(other, METRIC) for one, other in pairs]))
                 failed = sum(map(has_failed, results))
-                explored[arm.label()] = {"family": family, "d_mean": float(np.mean(gains)), "failed": failed}
+                explored[arm.label()] = {"family": family, "d_mean": gain, "failed": failed}
                 if not failed:
-                    rows.append((float(np.mean(gains)), arm))
+                    rows.append((gain, arm))
             if rows:
                 chosen[family] = max(rows, key=lambda row: row[0])[1]
         source = f"explored with {len(base)} seeds"
