@@ -29,10 +29,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, "report"],
                         help="what to run; report writes tables, figures and RESULTS.md from the files")  # fmt: skip
-    parser.add_argument("stage", nargs="?", choices=["plan", "confirm"],
-                        help=f"of {forward_only.NAME}: explore on validation images and write the plan, or do it")  # fmt: skip
-    parser.add_argument("--from-scratch", action="store_true",
-                        help=f"{forward_only.NAME}: arms from random weights, not from one trained backbone")  # fmt: skip
+    parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
+                        "validation images and write the plan, or do it")  # fmt: skip
+    parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
+                        "not from one trained backbone")  # fmt: skip
     parser.add_argument("--like", metavar="NAME", help=f"{forward_only.NAME} plan: take over what another plan has "
                         "chosen, e.g. digits, without exploring")  # fmt: skip
     parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH "

@@ -1,8 +1,8 @@
 """Forward-only merging against no merging and against standard regularisers, with batch-norm statistics recomputed.
 
 ``plan`` trains all settings of :data:`FAMILIES` and measures them on corrupted *validation* images, chooses by
-:data:`RULE` and writes what will be confirmed. It is to be committed before ``confirm``, which trains fresh seeds, looks
-at the test images once, and refuses a plan that was changed after its first run.
+:data:`RULE` and writes what will be confirmed. It is to be committed before ``confirm``, which trains fresh seeds,
+looks at the test images once, and refuses a plan that was changed after its first run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .compare import paired
 from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
 from .experiments import Options, recipes
 from .grid import Where, execute, is_leader
-from .storage import load_result, path_of, runs_of
+from .storage import load_result, path_of, runs_of, without_nan
 
 NAME = "forward-only"
 
@@ -56,7 +56,7 @@ METRIC = "corrupted AUC"
 TRAINED, RECOMPUTED = "metrics", "recomputed"
 SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 3, 20, 600
 RULE = (
-    f"of every family the setting with the largest mean {METRIC} on the validation images, statistics recomputed, among "
+    f"of every family the setting with the largest mean {METRIC} on validation images, statistics recomputed, among "
     "those of which no seed diverged or collapsed; beside them the library's default of forward-only merging, noise as "
     "large as the merging that was chosen, and lasting merging as published"
 )
@@ -166,7 +166,7 @@ def plan(recipe: Recipe, where: Where, options: Options, like: Path | None = Non
         "seeds": list(range(first, first + count)),
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(without_nan(content), indent=1) + "\n")
     print(f"{path}: {'; '.join(arm.label() for arm in chosen.values())}\nCommit it before confirm.")
     return path
 
@@ -253,6 +253,5 @@ def run_stage(stage: str, options: Options, where: Where, from_scratch: bool, li
         arms, found = confirmed_results(path)
         for family, results in found.items():
             one = paired(differences(results, found[""], METRIC))
-            print(
-                f"{arms[family].label():60} d {METRIC} {one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}], n = {one.n}"
-            )
+            interval = f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
+            print(f"{arms[family].label():60} d {METRIC} {interval}, n = {one.n}")
