@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, help="side of the images: 28, 64, 128 or 224 for MedMNIST, any for ChestX-ray14"
     )
     parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg11, vgg16, vgg19, vgg11_bn, "
-                        "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; timm:NAME")  # fmt: skip
+                        "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; efficientnet_lite0 with "
+                        "ImageNet weights; timm:NAME")  # fmt: skip
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="pre-trained weights, a state_dict saved by PyTorch"
     )

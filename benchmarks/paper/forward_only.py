@@ -76,8 +76,11 @@ def recipe_of(options: Options, from_scratch: bool = False) -> Recipe:
         "name": f"{NAME}.{usual.name.removesuffix('-ordinary')}", "batch_size": options.batch_size or 32,
         "severities": (4,), "attack": False, "limit": usual.limit or (None if digits else 1000),
     }  # fmt: skip
-    if not (digits or options.quick):
-        values |= {"backbone_epochs": options.backbone_epochs or 6, "arm_epochs": options.arm_epochs or 3}
+    if not (digits or options.quick):  # bfloat16: on a CPU that has it, three times as fast
+        values |= {"backbone_epochs": options.backbone_epochs or 6, "arm_epochs": options.arm_epochs or 3, "bf16": True}
+    if usual.model == "efficientnet_lite0" and not options.quick:  # has been trained before
+        epochs = options.backbone_epochs or 2, options.arm_epochs or 2
+        values |= {"backbone_epochs": epochs[0], "arm_epochs": epochs[1], "high": 0.02, "limit": 800}
     out = dataclasses.replace(usual, **values)
     if from_scratch:
         epochs = out.backbone_epochs if options.arm_epochs is None else options.arm_epochs

@@ -135,12 +135,13 @@ def _setup(recipe: Mapping[str, Any], base: Sequence[Mapping[str, Any]], planned
         if recipe["backbone_epochs"] else ""
     )  # fmt: skip
     norm = "" if base[0]["batch_norms"] else " The network has no batch norm: nothing to recompute."
+    kind = ", bfloat16 autocast" if recipe["bf16"] else ""
     level = ", ".join(f"{column} {np.nanmean([value_of(one, column) for one in base]):.2f}" for column in COLUMNS)
     return (
         f"{counts} training/validation/test images; {recipe['optimizer']}, batch {recipe['batch_size']}, weight decay "
         f"{recipe['weight_decay']:g}, {epochs}{recipe['arm_epochs']} epochs in every arm (from {recipe['middle']:g} to "
-        f"{recipe['low']:g}); {len(base)} of {planned} planned seeds.{norm} Without merging, statistics recomputed, in "
-        f"percent: {level}.\n"
+        f"{recipe['low']:g}){kind}; {len(base)} of {planned} planned seeds.{norm} Without merging, statistics recomputed, "
+        f"in percent: {level}.\n"
     )
 
 
