@@ -140,8 +140,8 @@ def _setup(recipe: Mapping[str, Any], base: Sequence[Mapping[str, Any]], planned
     return (
         f"{counts} training/validation/test images; {recipe['optimizer']}, batch {recipe['batch_size']}, weight decay "
         f"{recipe['weight_decay']:g}, {epochs}{recipe['arm_epochs']} epochs in every arm (from {recipe['middle']:g} to "
-        f"{recipe['low']:g}){kind}; {len(base)} of {planned} planned seeds.{norm} Without merging, statistics recomputed, "
-        f"in percent: {level}.\n"
+        f"{recipe['low']:g}){kind}; {len(base)} of {planned} planned seeds.{norm} Without merging, statistics "
+        f"recomputed, in percent: {level}.\n"
     )
 
 
