@@ -1,4 +1,4 @@
-"""``RESULTS.md``: every table, figure and verdict, from the result files alone."""
+"""``RESULTS.md``: every table, figure and verdict, from the result files alone; ``FORWARD_ONLY.md`` beside it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
+from .forward_page import write as write_forward_page
 from .tables import SHOWN, difference_text, markdown, rows_of, write_tables
 
 MOST_NAMED = 4  # gains or losses that a sentence names; more are counted
 ORDER = [*EXPERIMENTS, "search", "confirm"]
 HEAD = """# Does in-model merging help? What these experiments found
 
-Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, one JSON per run. How
-runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
+Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, a run in each line.
+How runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
 [protocol.py](protocol.py): all arms of a seed start from the same backbone, see the same images in the same order for
 the same number of epochs, and keep the weights of their last epoch. Tables of test images choose nothing; the one
 setting that was followed up from such a table is named as that.
@@ -73,6 +74,7 @@ def write(out: Path) -> Path:
     target = out.parent / "RESULTS.md"
     target.write_text("\n".join(parts).rstrip() + "\n")
     print(f"written: {target}")
+    write_forward_page(out)
     return target
 
 
