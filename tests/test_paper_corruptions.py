@@ -1,7 +1,6 @@
 """MedMNIST-C's package as a source of corruptions: a stand-in of its layout, and the package itself where it is."""
 
 import importlib.util
-import json
 import random
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from paper_fixtures import write_npz
 
 from benchmarks.paper import medmnist_c, protocol, robustness
 from benchmarks.paper.__main__ import main
+from benchmarks.paper.storage import runs_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -151,8 +151,8 @@ def run(tmp_path, capsys, data, *more):
 
 
 def results(tmp_path, recipe):
-    found = sorted((tmp_path / "results" / recipe).glob("baseline.*/test-000.json"))
-    return [json.loads(path.read_text()) for path in found]
+    runs = runs_of(tmp_path / "results" / f"{recipe}.jsonl")
+    return [result for name, result in runs.items() if name.startswith("baseline.") and name.endswith("/test-000")]
 
 
 def test_an_experiment_uses_it_where_it_is(package, tmp_path, capsys):

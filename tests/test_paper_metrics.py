@@ -1,6 +1,5 @@
 """Measures and statistics of the paper's experiments, against independent implementations."""
 
-import json
 import math
 
 import numpy as np
@@ -10,8 +9,8 @@ from torch import nn
 
 from benchmarks.paper import robustness
 from benchmarks.paper.compare import compare, holm, paired, two_level_bootstrap
-from benchmarks.paper.grid import load_result
 from benchmarks.paper.metrics import FilterState, accuracy, auc, class_aucs, filter_state
+from benchmarks.paper.storage import append, load_result
 from inmerge_fast import MergePlan
 
 metrics = pytest.importorskip("sklearn.metrics")
@@ -82,16 +81,16 @@ def test_paired_differences_of_identical_arms_and_of_one_seed():
     assert math.isnan(one.p)
 
 
-def test_files_from_before_there_was_a_choice_of_corruptions_compare_with_new_ones(tmp_path):
+def test_results_from_before_there_was_a_choice_of_corruptions_compare_with_new_ones(tmp_path):
     result = {
         "recipe": {"name": "r"}, "data": {}, "seed": 0, "arm": {"label": "a", "stop": 0, "reseed": 0, "merging": None},
         "digests": {"backbone": "b", "weights": "w"}, "filters": {"rank_before": 1.0, "rank": 1.0, "collapsed": False},
         "merging": None, "metrics": {"attacked": {"fgsm 8/255": 0, "pgd 2/255": 0}}
         | {key: {"acc": 0.5, "auc": 0.5} for key in ("clean", "corrupted", "noise")},
     }  # fmt: skip
-    (tmp_path / "old.json").write_text(json.dumps(result))
-    old = load_result(tmp_path / "old.json")
-    new = result | {"recipe": {"name": "r", "corruptions": "own"}, "corruptions": "own"}
+    append(tmp_path, "r/a/test-000", result)
+    old = load_result(tmp_path, "r/a/test-000")
+    new = result | {"recipe": {"name": "r", "corruptions": "own", "attack": True}, "corruptions": "own"}
     assert compare([[old], [new]])[1].identical == 1
     theirs = result | {"recipe": {"name": "r", "corruptions": "medmnistc"}, "corruptions": "medmnistc 0.1.0"}
     with pytest.raises(ValueError, match="another recipe than the baseline's"):

@@ -160,14 +160,14 @@ def test_validation_runs_look_at_validation_images(arm, bench):
     assert one["digests"] == arm(BASELINE)["digests"]
 
 
-def test_files_of_runs_are_named_by_their_configuration():
+def test_runs_are_named_by_their_configuration():
     runs = [run for make in EXPERIMENTS.values() for run in make(Options()).runs()]
-    names = {run.file() for run in runs}
+    names = {run.key() for run in runs}
     assert len(names) == len(set(runs))
     assert all(len(name) < 200 and " " not in name for name in names)
     # Experiments share runs: the paper's setting in a sweep is the one of the table.
-    shared = {run.file() for run in EXPERIMENTS["table-medmnist"](Options()).runs()}
-    assert shared & {run.file() for run in EXPERIMENTS["sweep-threshold"](Options()).runs()}
+    shared = {run.key() for run in EXPERIMENTS["table-medmnist"](Options()).runs()}
+    assert shared & {run.key() for run in EXPERIMENTS["sweep-threshold"](Options()).runs()}
 
 
 @pytest.mark.parametrize("name", ["resnet18_small", "vit_small", "mamba_small"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import confirm, medmnist_c, report
+from . import confirm, forward_only, medmnist_c, report
 from .config import OWN
 from .data import load, md5_of
 from .dataset import MissingDataError, Reading
@@ -26,10 +26,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
         description="The InMerge paper's experiments with paired seeds, equal epochs and a noise floor. Runs that have "
-        "a result file are not repeated, so that a killed command goes on where it was.",
+        "a result are not repeated, so that a killed command goes on where it was.",
     )
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, *confirm.STAGES, "report"],
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, "report"],
                         help="what to run; report writes tables, figures and RESULTS.md from the files")  # fmt: skip
+    parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
+                        "validation images and write the plan, or do it")  # fmt: skip
+    parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
+                        "not from one trained backbone")  # fmt: skip
+    parser.add_argument("--like", metavar="NAME", help=f"{forward_only.NAME} plan: take over what another plan has "
+                        "chosen, e.g. digits, without exploring")  # fmt: skip
     parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH "
                         "ChestX-ray14 (default: digits; of table-chestxray14: chestxray14)")  # fmt: skip
     parser.add_argument(
@@ -135,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = Where(out, root, device, processes, given.tensorboard, given.weights, reading)
     if given.show and given.experiment not in EXPERIMENTS:
         parser.error(f"argument --show: is for experiments, not for {given.experiment}")
+    if (given.experiment == forward_only.NAME) != (given.stage is not None):
+        parser.error(f"argument stage: plan or confirm, for {forward_only.NAME} and for nothing else")
+    if given.experiment != forward_only.NAME and (given.from_scratch or given.like):
+        parser.error(f"arguments --from-scratch and --like: are for {forward_only.NAME}")
+    if given.like and given.stage != "plan":
+        parser.error("argument --like: is for plan")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"argument --device: {device}: there is no CUDA device here")
     if given.each_forward and given.micro_batches == 1:
@@ -153,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if given.experiment == "report":
             report.write(out)
+        elif given.experiment == forward_only.NAME:
+            forward_only.run_stage(given.stage, options, where, given.from_scratch, given.like)
         elif given.experiment in confirm.STAGES:
             confirm.STAGES[given.experiment](options, where)
         else:

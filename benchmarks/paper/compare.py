@@ -142,7 +142,8 @@ def compare(arms: Sequence[Sequence[Mapping[str, Any]]]) -> list[Row]:
 
 def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], is_base: bool) -> Row:
     arm = results[0]["arm"]
-    kind = "backbone" if arm["stop"] else "reseeded" if arm["reseed"] else "setting" if arm["merging"] else "baseline"
+    treated = arm["merging"] or arm.get("dropout") or arm.get("dropconnect")
+    kind = "backbone" if arm["stop"] else "reseeded" if arm["reseed"] else "setting" if treated else "baseline"
     values = {metric: [value_of(result, metric) for result in results] for metric in METRICS}
     differences: dict[str, list[float]] = {metric: [] for metric in METRICS}
     identical = 0

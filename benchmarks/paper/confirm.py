@@ -18,8 +18,9 @@ import numpy as np
 from .compare import Paired, compare, holm, paired, two_level_bootstrap, value_of
 from .config import BASELINE, Arm, Merging, Recipe, Run
 from .experiments import Experiment, Options, arms_of, recipes
-from .grid import Where, execute, is_leader, load_result
+from .grid import Where, execute, is_leader, scores_path
 from .metrics import auc
+from .storage import is_stored, load_result
 from .tables import manifest_name, markdown, write_manifest, write_tables
 
 CANDIDATES = (
@@ -77,7 +78,7 @@ def plan(options: Options, where: Where) -> None:
         raise ValueError(
             f"{path}: there is a plan already, and a second look would not be one look; delete it to start over"
         )
-    missing = [run.file() for run in experiment.runs() if not (where.out / run.file()).exists()]
+    missing = [run.key() for run in experiment.runs() if not is_stored(where.out, run.key())]
     if missing:
         raise ValueError(
             f"the search is not complete: {len(missing)} runs are missing, as {missing[0]}; run search first"
@@ -141,7 +142,7 @@ def _results(experiment: Experiment, out: Path) -> list[list[dict[str, Any]]]:
     """Results of every arm of an experiment with one recipe, a list each."""
     ((recipe, arms),) = experiment.groups
     runs = [[Run(recipe, arm, seed, experiment.split) for seed in experiment.seeds] for arm in arms]
-    return [[load_result(out / run.file()) for run in each] for each in runs]
+    return [[load_result(out, run.key()) for run in each] for each in runs]
 
 
 def result_path(experiment: Experiment, out: Path) -> Path:
@@ -153,7 +154,7 @@ def verdict(experiment: Experiment, out: Path) -> dict[str, Any]:
     """Apply the plan's decision to the runs and write it down."""
     (recipe, arms) = experiment.groups[0]
     one: dict[Arm, list[Run]] = {arm: [Run(recipe, arm, seed) for seed in experiment.seeds] for arm in arms}
-    scores = {arm: [np.load((out / run.file()).with_suffix(".npz")) for run in runs] for arm, runs in one.items()}
+    scores = {arm: [np.load(scores_path(out, run)) for run in runs] for arm, runs in one.items()}
     results = dict(zip(arms, _results(experiment, out), strict=True))
     labels = scores[arms[0]][0]["labels"]
     names = [key for key in scores[arms[0]][0].files if key not in ("labels", "clean") and not key.startswith("noise-")]

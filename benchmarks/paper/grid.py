@@ -1,10 +1,8 @@
-"""Runs many runs: resumes, several processes with one thread each or the ranks of ``torchrun``, progress, JSON."""
+"""Runs many runs: resumes, several processes with one thread each or the ranks of ``torchrun``, progress."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -19,9 +17,10 @@ import torch.distributed as dist
 from inmerge_fast.demo.data import require
 
 from . import protocol
-from .config import OWN, Recipe, Run, digest
+from .config import Recipe, Run, digest
 from .data import load
 from .dataset import AS_IT_IS, Reading
+from .storage import append, is_stored, mend
 
 POLL_SECONDS = 1.0
 
@@ -64,12 +63,14 @@ def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
 
 
 def execute(runs: Sequence[Run], where: Where) -> None:
-    """Do the runs that have no file yet. Each is written when it is done, so that a kill loses only those under way.
+    """Do the runs that have no result yet. Each is written when it is done, so that a kill loses only those under way.
 
     Raises:
         ValueError: the data or corruptions of a recipe cannot be used, before anything is trained.
     """
     with _ranks(where) as rank:
+        for recipe in dict.fromkeys(run.recipe for run in runs) if rank == 0 else ():
+            mend(where.out, recipe.name)
         pending = [run for run in dict.fromkeys(runs) if not _is_done(run, where.out)]
         if dist.is_initialized():
             shared = [pending]
@@ -93,8 +94,12 @@ def execute(runs: Sequence[Run], where: Where) -> None:
 
 
 def _is_done(run: Run, out: Path) -> bool:
-    path = out / run.file()
-    return path.exists() and (path.with_suffix(".npz").exists() or not run.keep_scores)
+    return is_stored(out, run.key()) and (scores_path(out, run).exists() or not run.keep_scores)
+
+
+def scores_path(out: Path, run: Run) -> Path:
+    """Where a run's scores of every image are, if it keeps them."""
+    return out / f"{run.key()}.npz"
 
 
 def _bar(total: int, disable: bool = False) -> Any:
@@ -110,7 +115,7 @@ def _in_pool(tasks: list[list[Run]], pending: list[Run], where: Where) -> None:
         result = pool.starmap_async(_do_all, [(task, where) for task in tasks], chunksize=1)
         while not result.ready():
             result.wait(POLL_SECONDS)
-            bar.update(sum((where.out / run.file()).exists() for run in pending) - bar.n)
+            bar.update(sum(is_stored(where.out, run.key()) for run in pending) - bar.n)
         result.get()  # raises what a process raised
         bar.update(len(pending) - bar.n)
 
@@ -136,7 +141,7 @@ def _do(task: list[Run], where: Where) -> Iterator[Run]:
         if dist.is_initialized():
             _check_ranks(run, result)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            _write(where.out / run.file(), result, scores if run.keep_scores else None)
+            _write(run, where.out, result, scores)
         yield run
 
 
@@ -145,27 +150,17 @@ def _check_ranks(run: Run, result: dict[str, Any]) -> None:
     dist.all_gather_object(found, result["digests"])
     # Batch-norm statistics are each rank's own between synchronisations, so the weights alone are compared.
     if len({values["parameters"] for values in found}) > 1:
-        raise RuntimeError(f"the ranks have drifted apart in {run.file()}: {found}")
+        raise RuntimeError(f"the ranks have drifted apart in {run.key()}: {found}")
 
 
-def _write(path: Path, result: dict[str, Any], scores: dict[str, Any] | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if scores is not None:
+def _write(run: Run, out: Path, result: dict[str, Any], scores: dict[str, Any]) -> None:
+    if run.keep_scores:
+        path = scores_path(out, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")
         np.savez_compressed(part, **scores)
-        part.replace(path.with_suffix(".npz"))
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_without_nan(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
-    part.replace(path)  # last, and at once: a run with a JSON file is complete
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what could not be measured is null."""
-    if isinstance(value, dict):
-        return {str(key): _without_nan(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        part.replace(path)
+    append(out, run.key(), result)  # last: a run that has a line is complete
 
 
 def _backbone(recipe: Recipe, seed: int, bench: protocol.Bench, where: Where) -> protocol.State:
@@ -191,7 +186,7 @@ def _logger(run: Run, where: Where) -> Iterator[Any]:
         yield None
         return
     SummaryWriter = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
-    writer = SummaryWriter(str(Path(where.tensorboard) / run.file().removesuffix(".json")))
+    writer = SummaryWriter(str(Path(where.tensorboard) / run.key()))
     try:
         yield writer.add_scalar
     finally:
@@ -217,21 +212,3 @@ def _ranks(where: Where) -> Iterator[int]:
         dist.barrier()  # a rank that is torn down while another still talks to it may abort
     finally:
         dist.destroy_process_group()
-
-
-def load_result(path: Path) -> dict[str, Any]:
-    """One run's result.
-
-    Raises:
-        ValueError: the file is not one; the message names it.
-    """
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a result: {error}; delete it and run again") from error
-    missing = {"recipe", "arm", "seed", "data", "digests", "metrics", "filters"} - set(result)
-    if missing:
-        raise ValueError(f"{path}: is not a result: {', '.join(sorted(missing))} missing; delete it and run again")
-    for values in (result, result["recipe"]):
-        values.setdefault("corruptions", OWN)  # files from before there was a choice have no word on it
-    return result

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from inmerge_fast import MergePlan, similarity
 from inmerge_fast.demo.data import require
 
+CALIBRATION_BINS = 15
 COLLAPSED_RANK = 0.5  # share of the backbone's effective rank below which a net counts as collapsed
 COLLAPSED_SIMILARITY = 0.9  # mean of the filters' largest similarities above which it does, too
 
@@ -52,6 +53,27 @@ def accuracy(labels: npt.NDArray, scores: npt.NDArray) -> float:
     if scores.shape[1] == 2:
         return float(((scores[:, 1] > 0.5) == (labels == 1)).mean())
     return float((scores.argmax(axis=1) == labels).mean())
+
+
+def calibration_error(labels: npt.NDArray, scores: npt.NDArray) -> float:
+    """Expected calibration error (Guo et al. 2017): mean distance of confidence and accuracy over 15 equal bins.
+
+    Args:
+        labels: ``(N,)`` classes or ``(N, K)`` of 0 and 1, each label then judged by itself.
+        scores: ``(N, K)`` probabilities.
+
+    Returns:
+        In [0, 1]; NaN where a score is NaN.
+    """
+    if labels.ndim == 2:
+        confidence, right = np.maximum(scores, 1 - scores).ravel(), ((scores > 0.5) == (labels > 0.5)).ravel()
+    else:
+        confidence, right = scores.max(axis=1), scores.argmax(axis=1) == labels
+    if np.isnan(confidence).any():
+        return float("nan")
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence.astype(float), minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 @dataclass(frozen=True)

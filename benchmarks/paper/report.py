@@ -15,8 +15,8 @@ MOST_NAMED = 4  # gains or losses that a sentence names; more are counted
 ORDER = [*EXPERIMENTS, "search", "confirm"]
 HEAD = """# Does in-model merging help? What these experiments found
 
-Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, one JSON per run. How
-runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
+Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, a run in each line.
+How runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
 [protocol.py](protocol.py): all arms of a seed start from the same backbone, see the same images in the same order for
 the same number of epochs, and keep the weights of their last epoch. Tables of test images choose nothing; the one
 setting that was followed up from such a table is named as that.

@@ -19,8 +19,8 @@ from .compare import METRICS, Paired, Row, compare
 from .config import OWN, Run
 from .data import without_size
 from .experiments import Experiment
-from .grid import load_result
 from .published import CHESTXRAY14, CHESTXRAY14_COLUMNS, MEDMNIST
+from .storage import is_stored, load_result
 
 SHOWN = ("acc", "AUC", "corrupted acc", "corrupted AUC", "noise AUC", "PGD 2/255 acc")
 NOTE = (
@@ -44,7 +44,7 @@ def write_manifest(experiment: Experiment, out: Path) -> Path:
         {
             "recipe": recipe.name,
             "arms": [arm.label() for arm in arms],
-            "files": [[Run(recipe, arm, seed, experiment.split).file() for seed in experiment.seeds] for arm in arms],
+            "runs": [[Run(recipe, arm, seed, experiment.split).key() for seed in experiment.seeds] for arm in arms],
         }
         for recipe, arms in experiment.groups
     ]
@@ -53,9 +53,9 @@ def write_manifest(experiment: Experiment, out: Path) -> Path:
     path = out / f"{manifest_name(experiment)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        files = [arm for group in json.loads(path.read_text())["groups"] for arm in group["files"]]
-        fewer = [arm for group in groups for arm in group["files"]]
-        if len(files) == len(fewer) and all(set(a) > set(b) for a, b in zip(files, fewer, strict=True)):
+        more = [arm for group in json.loads(path.read_text())["groups"] for arm in group["runs"]]
+        fewer = [arm for group in groups for arm in group["runs"]]
+        if len(more) == len(fewer) and all(set(a) > set(b) for a, b in zip(more, fewer, strict=True)):
             return path
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
@@ -65,7 +65,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], list[list[list[dict[str, 
     """A manifest and the results that exist of its groups and arms."""
     manifest = json.loads(path.read_text())
     results = [
-        [[load_result(path.parent / file) for file in arm if (path.parent / file).exists()] for arm in group["files"]]
+        [[load_result(path.parent, key) for key in arm if is_stored(path.parent, key)] for arm in group["runs"]]
         for group in manifest["groups"]
     ]
     return manifest, results
