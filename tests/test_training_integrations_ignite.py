@@ -18,6 +18,7 @@ from trainers import (
     STEPS,
     assert_as_plain,
     assert_same_weights,
+    forward_loop,
     hooks_of,
     plain_loop,
 )
@@ -62,21 +63,6 @@ def trainer_of(model, optimizer):
     )
 
 
-def forward_loop(epochs=1):
-    """The plain loop with forward-only merging."""
-    torch.manual_seed(0)
-    model, optimizer = parts()
-    merger = InMerge(model, **FORWARD).attach(optimizer)
-    for _ in range(epochs):
-        for index, x in enumerate(DATA):
-            (loss_of(model, x) / ACCUMULATE).backward()
-            if index % ACCUMULATE == ACCUMULATE - 1:
-                optimizer.step()
-                optimizer.zero_grad()
-    merger.detach()
-    return model, merger
-
-
 def run(recipe, epochs=1, **keywords):
     model, optimizer = parts()
     trainer, handler = trainer_of(model, optimizer), InMergeHandler(model, optimizer, **recipe, **keywords)
@@ -98,7 +84,7 @@ def test_gives_the_same_weights_as_a_plain_loop():
 def test_forward_only_gives_the_same_weights_as_a_plain_loop():
     model, handler, _ = run(FORWARD)
     assert handler.merger.summary().merged > 0
-    assert_as_plain(model, handler.merger, forward_loop())
+    assert_as_plain(model, handler.merger, forward_loop(FORWARD))
 
 
 def test_a_function_that_calls_parts_of_the_model_is_merged_for_too():
@@ -335,7 +321,7 @@ def test_monais_trainer_says_itself_what_it_trains(recipe):
     (model, optimizer), handler = parts(), InMergeHandler(**recipe)
     monai_trainer(model, optimizer, [handler]).run()
     assert hooks_of(optimizer) == 0
-    assert_as_plain(model, handler.merger, plain_loop() if recipe is RECIPE else forward_loop())
+    assert_as_plain(model, handler.merger, plain_loop() if recipe is RECIPE else forward_loop(FORWARD))
 
 
 def test_monai_steps_once_more_at_the_end_of_each_epoch():
