@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import assert_same_bits
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from inmerge_fast import InMerge, NoEffectWarning, lease, merged
@@ -234,6 +235,29 @@ def test_a_signal_handler_may_save_at_any_moment(moment, when, monkeypatch):
     for own, expected in zip(saved, before, strict=True):
         assert_same_bits(own, expected)
     assert_restored(model, before)
+
+
+class SaysItIsOnAGpu(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        return True if function == torch.Tensor.is_cuda.__get__ else function(*arguments, **(keywords or {}))
+
+
+def test_a_capture_is_refused_before_anything_is_written(monkeypatch):
+    """Every replay would repeat one draw; the same on a GPU is in test_forward_only.py."""
+    model = make()
+    before, optimizer = weights_of(model), sgd(model.parameters())
+    merger = InMerge(model, lasting=False).attach(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for begin in (merged(model, **DRAW).__enter__, lambda: loss_of(model)):
+        with SaysItIsOnAGpu(), pytest.raises(RuntimeError, match="graph is being captured: .* capture without it"):
+            begin()
+        assert lease_of(model[0].weight) is None
+    monkeypatch.undo()
+    assert_restored(model, before)
+    loss_of(model)
+    assert lease_of(model[0].weight) is not None
+    merger.detach()
 
 
 def test_an_interrupt_after_all_is_restored_is_not_taken_for_a_lost_update(monkeypatch):
