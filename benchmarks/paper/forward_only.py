@@ -148,7 +148,7 @@ def plan(recipe: Recipe, where: Where, options: Options, like: Path | None = Non
     if like is None:
         seeds = options.seeds or (2 if options.quick else SEARCH_SEEDS)
         chosen, explored = _explore(recipe, where, seeds)
-        source = f"explored with {seeds} seeds"
+        source = f"explored with {seeds} seed{'s' * (seeds > 1)}"
     else:
         taken, explored = json.loads(like.read_text()), {}
         chosen = {family: arm_of(values) for family, values in taken["confirm"].items() if family in FAMILIES}
