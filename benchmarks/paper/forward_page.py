@@ -47,10 +47,10 @@ and against lasting merging as published. Written by `python -m benchmarks.paper
 
 Settings were chosen on corrupted *validation* images; each plan was committed before a test image was looked at by its
 seeds, which are fresh. (The test images are those of [RESULTS.md](RESULTS.md), and small: other seeds have seen them.)
-All arms of a seed start from the same weights and see the same images in the same order. Every arm is measured twice: as
-trained, and with batch-norm statistics **recomputed** by one pass over the training images with the
-final weights, because training at changed weights leaves statistics behind that imitate robustness. A gain counts only
-if it is there with recomputed statistics, in AUC, which no shift of the decision threshold moves.
+All arms of a seed start from the same weights and see the same images in the same order. Every arm is measured twice:
+as trained, and with batch-norm statistics **recomputed** by one pass over the training images with the final weights,
+because training at changed weights leaves statistics behind that imitate robustness. A gain counts only if it is there
+with recomputed statistics, in AUC, which no shift of the decision threshold moves.
 
 {rule}
 """
