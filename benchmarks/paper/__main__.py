@@ -12,6 +12,7 @@ import torch
 from . import confirm, forward_only, forward_page, medmnist_c, report
 from .config import OWN
 from .data import load, md5_of
+from .dataset import MissingDataError, Reading
 from .experiments import EXPERIMENTS, Experiment, Options
 from .figures import write_figures
 from .grid import Where, execute, is_leader
@@ -43,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=int, help="side of the images: 28, 64, 128 or 224 for MedMNIST, any for ChestX-ray14"
     )
+    parser.add_argument("--bits", type=_bits, metavar="N", help="bits that hold data in ChestX-ray14's images, if they "
+                        "are of 16: white is 2**N - 1 (default: what the files say, where that is sure)")  # fmt: skip
+    parser.add_argument("--allow-overlap", action="store_true", help="ChestX-ray14: take an image or a patient in two "
+                        "parts, or an image twice in one, as it is and only say so")  # fmt: skip
     parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg11, vgg16, vgg19, vgg11_bn, "
                         "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; efficientnet_lite0 with "
                         "ImageNet weights; timm:NAME")  # fmt: skip
@@ -83,13 +88,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _corruptions(wanted: str, spec: str, size: int | None, root: str | None) -> str:
+def _bits(text: str) -> int:
+    try:
+        return Reading(bits=int(text)).bits or 0
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _corruptions(wanted: str, spec: str, size: int | None, root: str | None, reading: Reading) -> str:
     """Whose corruptions are used with a data set; says so where nobody has chosen."""
     if wanted != "auto":
         return wanted
     try:
         medmnist_c.registry()  # first, since the data may be large or missing
-        data = load(spec, size=size, root=root)
+        data = load(spec, size=size, root=root, reading=reading)
         medmnist_c.check(data.test.images, data.name)
         out, text = medmnist_c.PACKAGE, f"those of {medmnist_c.version()} (or --corruptions {OWN})"
     except ValueError as error:
@@ -126,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = given.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    where = Where(out, root, device, processes, given.tensorboard, given.weights)
+    reading = Reading(given.bits, given.allow_overlap)
+    where = Where(out, root, device, processes, given.tensorboard, given.weights, reading)
     if given.show and given.experiment not in EXPERIMENTS:
         parser.error(f"argument --show: is for experiments, not for {given.experiment}")
     if (given.experiment == forward_only.NAME) != (given.stage is not None):
@@ -147,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
         bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
         micro_batches=given.micro_batches, quick=given.quick,
-        corruptions=OWN if given.experiment == "report" else _corruptions(given.corruptions, data, given.size, root),
+        corruptions=OWN if given.experiment == "report"
+        else _corruptions(given.corruptions, data, given.size, root, reading),
     )  # fmt: skip
     try:
         if given.experiment == "report":
@@ -164,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 if not given.show:
                     execute(experiment.runs(), where)
-            except ValueError as error:
+            except MissingDataError as error:
                 if given.experiment != "table-chestxray14" or options.data != "chestxray14":
                     raise
                 print(f"no data, so our row stays empty: {error}")

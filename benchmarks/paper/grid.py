@@ -19,6 +19,7 @@ from inmerge_fast.demo.data import require
 from . import protocol
 from .config import Recipe, Run, digest
 from .data import load
+from .dataset import AS_IT_IS, Reading
 from .storage import append, is_stored, mend
 
 POLL_SECONDS = 1.0
@@ -35,6 +36,7 @@ class Where:
         processes: processes at a time, each with one thread on a CPU.
         tensorboard: folder of TensorBoard's logs, or None.
         weights: file with pre-trained weights, or None.
+        reading: what the data's files leave open.
     """
 
     out: Path
@@ -43,6 +45,7 @@ class Where:
     processes: int = 1
     tensorboard: str | None = None
     weights: Path | None = None
+    reading: Reading = AS_IT_IS
 
 
 _benches: dict[tuple[str, int | None, int | None], protocol.Bench] = {}
@@ -52,7 +55,9 @@ def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
     """The data of a recipe, loaded once per process."""
     key = (recipe.data, recipe.size, recipe.limit)
     if key not in _benches:
-        data = load(recipe.data, size=recipe.size, root=where.root)
+        data = load(recipe.data, size=recipe.size, root=where.root, reading=where.reading)
+        if is_leader() and multiprocessing.parent_process() is None:  # once, not from every process of the pool
+            print("\n  ".join([f"data: {data.describe()}", *data.notes]), flush=True)
         _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit, where.weights)
     return _benches[key]
 

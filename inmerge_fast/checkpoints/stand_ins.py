@@ -1,0 +1,101 @@
+"""What stands for objects of unknown classes when a pickle is read: it keeps their attributes and runs nothing."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+# Of the standard library, what may make an object of a class; everything else that a pickle calls there is refused.
+HARMLESS = (
+    "collections.", "copyreg._reconstructor", "datetime.", "decimal.Decimal", "fractions.Fraction", "pathlib.",
+    "uuid.UUID", "zoneinfo.ZoneInfo._unpickle",
+)  # fmt: skip
+
+
+class _Kind(type):
+    """Makes a stand-in by ``__new__`` alone. To call another one is to run a function that the file names: refused."""
+
+    name: str
+
+    def __call__(cls, *arguments: Any) -> Any:
+        if _makes_an_object(cls.name):
+            return cls.__new__(cls, *arguments)  # type: ignore[arg-type]
+        if cls.name == "builtins.getattr" and len(arguments) == 2:  # how pickles name what lies in a class
+            raise pickle.UnpicklingError(f"it asks for {getattr(arguments[0], 'name', '?')}.{arguments[1]}")
+        raise pickle.UnpicklingError(f"it calls {cls.name}")
+
+
+class StandIn(metaclass=_Kind):
+    """An object of a class that is not loaded.
+
+    Attributes:
+        name: module and name of that class.
+        attributes: what the object held.
+        arguments: what it was made of.
+    """
+
+    name = ""
+    attributes: dict[str, Any]
+    arguments: tuple[Any, ...]
+
+    def __new__(cls, *arguments: Any) -> Any:
+        """An object without attributes yet."""
+        made = object.__new__(cls)
+        made.__dict__.update(attributes={}, arguments=arguments)
+        return made
+
+    def __setstate__(self, state: object) -> None:
+        parts = state if isinstance(state, tuple) else (state,)  # the second holds what lies in slots
+        for part in parts:
+            if isinstance(part, dict):
+                self.attributes.update(part)
+
+
+class _MappingKind(_Kind):
+    def __call__(cls, *arguments: Any) -> Any:
+        return OrderedDict()
+
+
+class _StandInMapping(StandIn, metaclass=_MappingKind):
+    """Makes a dict, since PyTorch's reader fills no others."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        """A dict, which takes items and attributes."""
+        return OrderedDict()
+
+
+class StandInTensor(torch.Tensor):
+    """A tensor of a class that is not loaded, with the data it was made of.
+
+    Attributes:
+        name: module and name of that class.
+    """
+
+    name = ""
+
+
+def stand_in_for(name: str, *, mapping: bool = False, tensor: bool = False) -> type:
+    """A class that stands for the one of this name.
+
+    Args:
+        name: module and name.
+        mapping: whether items are set in its objects.
+        tensor: whether it is a subclass of ``torch.Tensor``.
+    """
+    module, _, short = name.rpartition(".")
+    body = {"name": name, "__module__": module}
+    if tensor:
+        return type(short, (StandInTensor,), body)
+    return _MappingKind(short, (_StandInMapping,), body) if mapping else _Kind(short, (StandIn,), body)
+
+
+def _makes_an_object(name: str) -> bool:
+    """Whether a call of this makes an object of a class, as far as its name tells."""
+    module, _, short = name.rpartition(".")
+    if module.split(".")[0] in sys.stdlib_module_names:
+        return name.startswith(HARMLESS) and not name.startswith("pathlib.Path.")
+    return short.lstrip("_")[:1].isupper()
