@@ -9,7 +9,7 @@ import pytest
 import torch
 from paper_fixtures import TINY
 
-from benchmarks.paper import forward_only, forward_page, measure, protocol
+from benchmarks.paper import forward_only, forward_page, measure, protocol, robustness
 from benchmarks.paper.config import BASELINE, FORWARD, PAPER, Arm, Merging, Run
 from benchmarks.paper.controls import OtherWeights, dropconnect, noise_like_merging
 from benchmarks.paper.data import load
@@ -30,6 +30,15 @@ pytest.importorskip("PIL")
 FAST = dataclasses.replace(TINY, name="forward-only.tiny", arm_epochs=1, limit=64, attack=False)
 NOISE = dataclasses.replace(FORWARD, as_noise=True)
 FORWARD_ARMS = (Arm(FORWARD), Arm(NOISE), Arm(dropconnect=0.3), Arm(dropout=0.3), Arm(FORWARD, dropout=0.3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """Two corruptions and one level of noise: the others take four fifths of a run this small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol.Bench, "corruptions", lambda *_: ("gaussian_noise", "contrast_down"))
+        patch.setattr(robustness, "NOISE_SIGMAS", (0.2,))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +225,7 @@ def test_arms_that_make_no_sense_are_refused(bench, arm):
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory):
+def planned(tmp_path_factory, few_images):
     """A plan of few settings and seeds, and its confirmation begun."""
     where = Where(tmp_path_factory.mktemp("forward") / "results")
     families = {
