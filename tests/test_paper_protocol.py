@@ -8,7 +8,7 @@ import torch
 from paper_fixtures import TINY
 
 from benchmarks.paper import protocol
-from benchmarks.paper.compare import compare
+from benchmarks.paper.compare import compare, has_diverged
 from benchmarks.paper.config import BACKBONE, BASELINE, RESEEDED, Arm, Merging, Run
 from benchmarks.paper.data import load
 from benchmarks.paper.experiments import EXPERIMENTS, Options
@@ -151,6 +151,18 @@ def test_comparisons_refuse_what_is_not_paired(arm):
         compare([[base], [other]])
     with pytest.raises(ValueError, match="seed 3 has no baseline"):
         compare([[base], [dict(merged, seed=3)]])
+
+
+def test_a_network_that_diverged_has_no_measures(bench, backbone):
+    gone = {key: value * math.nan if value.is_floating_point() else value for key, value in backbone.items()}
+    result, scores = protocol.run_arm(Run(TINY, BACKBONE, 0), bench, gone)
+
+    def numbers(value):
+        return [one for part in value.values() for one in numbers(part)] if isinstance(value, dict) else [value]
+
+    assert all(math.isnan(value) for value in numbers(result["metrics"]))
+    assert has_diverged(result)
+    assert not has_diverged(protocol.run_arm(Run(TINY, BACKBONE, 0), bench, backbone)[0])
 
 
 def test_validation_runs_look_at_validation_images(arm, bench):

@@ -96,6 +96,10 @@ def run(options: Options, data: ImageSet) -> None:
         f"\nBackbone, trained without merging; epochs: {backbone_epochs}, training loss {history.loss[-1]:.4f}, "
         f"test {data.measure} {100 * history.accuracy[-1]:.2f} %"
     )
+    if history.diverged:
+        raise SystemExit(
+            "The backbone's training has diverged, so there is nothing to go on from: take another --seed."
+        )
     threshold = _choose_threshold(options, measure_similarities(backbone, options.seed))
     own = MergeSetting(options.alpha, options.prob, threshold)
     arms = [
