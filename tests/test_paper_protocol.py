@@ -155,7 +155,7 @@ def test_comparisons_refuse_what_is_not_paired(arm):
 
 def test_a_network_that_diverged_has_no_measures(bench, backbone):
     gone = {key: value * math.nan if value.is_floating_point() else value for key, value in backbone.items()}
-    result, scores = protocol.run_arm(Run(TINY, BACKBONE, 0), bench, gone)
+    result, _ = protocol.run_arm(Run(TINY, BACKBONE, 0), bench, gone)
 
     def numbers(value):
         return [one for part in value.values() for one in numbers(part)] if isinstance(value, dict) else [value]
@@ -220,10 +220,10 @@ def test_weights_from_a_file(tmp_path, bench):
     assert torch.equal(model.net.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
     assert model.net.fc.weight.shape == (10, 512)
     assert model.normalisation is not None
-    with pytest.raises(ValueError, match="does not fit this model: .* tensors missing"):
+    with pytest.raises(ValueError, match="none of its 122 tensors has a name of the model's; in the file conv1.weight"):
         build("densenet121", bench.data, 1, path)
     path.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"resnet18\.pth: cannot be read as PyTorch weights"):
+    with pytest.raises(ValueError, match=r"resnet18\.pth: not a checkpoint"):
         build("resnet18", bench.data, 1, path)
 
 
