@@ -250,6 +250,23 @@ def test_arms_are_compared_image_by_image(change, expected):
     assert expected in _comparison(base, other, data)
 
 
+def test_goes_on_from_a_saved_network(tmp_path, capsys):
+    path = tmp_path / "net.pt"
+    main([*BRIEF, "--save", str(path)])
+    first = capsys.readouterr().out
+    torch.save({"state_dict": {f"module.{key}": value for key, value in torch.load(path).items()}}, path)
+    main([*BRIEF, "--resume", str(path)])
+    second = capsys.readouterr().out
+    found = re.search(r"Backbone: .*net\.pt, entry 'state_dict': 50 tensors loaded; test accuracy ([\d.]+) %", second)
+    assert found, second
+    assert found[1] in table(first, "Training loss, test")[-1]  # of arm c at its end
+    torch.save(build_net(3, 10, 0).state_dict(), path)
+    with pytest.raises(
+        SystemExit, match=r"--resume: .*another shape: conv1\.weight \(16, 3, 3, 3\) instead of \(16, 1,"
+    ):
+        main([*BRIEF, "--resume", str(path)])
+
+
 def save(path, size, labels):
     arrays = {}
     for split, count in (("train", 64), ("val", 4), ("test", 16)):

@@ -19,7 +19,7 @@ from inmerge_fast.demo.data import require
 
 from . import protocol
 from .config import Recipe, Run, digest
-from .data import load
+from .data import is_leader, load
 from .dataset import AS_IT_IS, Reading
 from .models import Weights
 from .storage import append, is_stored, load_result, mend
@@ -59,7 +59,7 @@ def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
     if key not in _benches:
         data = load(recipe.data, size=recipe.size, root=where.root, reading=where.reading)
         if is_leader() and multiprocessing.parent_process() is None:  # once, not from every process of the pool
-            print("\n  ".join([f"data: {data.describe()}", *data.notes]), flush=True)
+            print(f"data: {data.describe()}", flush=True)
         _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit, where.weights)
     return _benches[key]
 
@@ -221,11 +221,6 @@ def _logger(run: Run, where: Where) -> Iterator[Any]:
         yield writer.add_scalar
     finally:
         writer.close()
-
-
-def is_leader() -> bool:
-    """Whether this process is the one that writes and prints: the only one, or rank 0 of ``torchrun``."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
