@@ -3,16 +3,18 @@
 Whole training steps (forward, backward, SGD with momentum) as users run them: on a GPU with bfloat16 autocast and
 channels_last, on a CPU with small float32 batches. Two ways, one to check the other:
 
-- *direct*: the host's and the device's time of ``merge_`` alone, over the time of a plain step;
+- *direct*: the host's and the device's time of merging alone, over the time of a plain step;
 - *A/B*: steps with and without merging in random order within pairs, and the 95 % interval of the mean difference by
   bootstrap over the pairs.
 
 Memory is the peak of a step with merging minus that of one without, and what the plan keeps. Writes
-``benchmarks/results/<device>/training.json``.
+``benchmarks/results/<device>/training.json``, or with ``--forward-only`` ``training-forward.json``, of merging all
+convolutions with its defaults before the forward pass and putting them back after the backward pass.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import sys
@@ -27,11 +29,13 @@ import inmerge_fast
 from benchmarks.command import open_file, parser_of, print_row
 from benchmarks.device_time import device_times
 from benchmarks.result_files import ResultFile
-from benchmarks.timing import cold_cache, quantiles, wall_seconds
+from benchmarks.timing import InParts, cold_cache, parts_of, quantiles, wall_seconds
 from benchmarks.work import SEED, SKIP_FIRST
+from inmerge_fast.forward_only import ALPHA, PROB, THRESHOLD
 from tests import nets
 
-SETTINGS = {"alpha": 0.8, "prob": 0.3, "threshold": -1.0}  # all pass: the most that merging can cost
+LASTING = {"alpha": 0.8, "prob": 0.3, "threshold": -1.0}  # all pass: the most that merging can cost
+FORWARD_ONLY = {"alpha": ALPHA, "prob": PROB, "threshold": THRESHOLD}
 CLASSES = 10
 BOOTSTRAP = 10_000
 TIMES = ("step_us", "merge_host_us", "merge_device_us", "share_percent", "ab_us", "ab_low_us", "ab_high_us")
@@ -61,11 +65,17 @@ WORK = {
 
 
 class Step:
-    """One training step on random images, with merging before its forward pass or without."""
+    """One training step on random images, with merging before its forward pass or without.
 
-    def __init__(self, work: Work, device: torch.device) -> None:
+    Args:
+        work: the network and its batch.
+        device: where.
+        lasting: whether merging stays in the weights, or is undone before the optimizer steps.
+    """
+
+    def __init__(self, work: Work, device: torch.device, *, lasting: bool) -> None:
         torch.manual_seed(0)
-        self.device = device
+        self.device, self.lasting = device, lasting
         self.on_gpu = device.type == "cuda"
         memory_format = torch.channels_last if len(work.shape) == 4 else torch.channels_last_3d
         self.model = work.build(classes=CLASSES).to(device)
@@ -75,20 +85,35 @@ class Step:
         self.y = torch.randint(CLASSES, work.shape[:1], device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
         self.steps = 0
-        self.merge()  # plan and kernels exist before anything is timed
+        self._block: inmerge_fast.merged | None = None
+        self.merge = self._merge if lasting else InParts(self._merge, self._restore)  # alone
+        self.merge(0)  # plan and kernels exist before anything is timed
 
-    def merge(self, step: int = 0) -> None:
-        """Merging alone."""
-        inmerge_fast.merge_(self.model, skip_first=SKIP_FIRST, seed=SEED, step=step, **SETTINGS)
+    def plan(self) -> inmerge_fast.MergePlan:
+        """A plan of what is merged."""
+        return inmerge_fast.MergePlan(self.model, skip_first=SKIP_FIRST if self.lasting else 0)
+
+    def _merge(self, step: int) -> None:
+        if self.lasting:
+            inmerge_fast.merge_(self.model, skip_first=SKIP_FIRST, seed=SEED, step=step, **LASTING)
+        else:
+            self._block = inmerge_fast.merged(self.model, seed=SEED, step=step, **FORWARD_ONLY)
+            self._block.__enter__()
+
+    def _restore(self, _: int) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            block.__exit__(None, None, None)
 
     def __call__(self, *, merging: bool) -> None:
         """One step."""
         self.steps += 1
         if merging:
-            self.merge(self.steps)
+            self._merge(self.steps)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.on_gpu):
             loss = nn.functional.cross_entropy(self.model(self.x), self.y)
         loss.backward()
+        self._restore(self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -118,9 +143,11 @@ def difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def time_work(work: Work, device: torch.device, pairs: int, repeats: int, file: ResultFile) -> dict[str, object]:
+def time_work(
+    work: Work, device: torch.device, pairs: int, repeats: int, file: ResultFile, *, lasting: bool
+) -> dict[str, object]:
     """Add the row of one network: first whole steps, then merging alone."""
-    step = Step(work, device)
+    step = Step(work, device, lasting=lasting)
     order = random.Random(0)
     for merging in (True, False):
         step(merging=merging)
@@ -130,7 +157,8 @@ def time_work(work: Work, device: torch.device, pairs: int, repeats: int, file: 
         taken = {merging: step.seconds(merging=merging) for merging in (first, not first)}
         timed.append((taken[True], taken[False]))
     row: dict[str, object] = {
-        "net": work.name, "batch": list(work.shape), "amp": step.on_gpu, "channels_last": step.on_gpu,
+        "net": work.name, "merging": "lasting" if lasting else "forward-only", "batch": list(work.shape),
+        "amp": step.on_gpu, "channels_last": step.on_gpu,
         **quantiles([plain for _, plain in timed], "step"), **difference(timed),
     }  # fmt: skip
     file.add(row)
@@ -143,8 +171,11 @@ def time_work(work: Work, device: torch.device, pairs: int, repeats: int, file: 
         else:
             host = []
             for n in range(repeats):
-                cold_cache(device)()  # as after the training step that it follows
-                host.append(wall_seconds(lambda n=n: step.merge(n), device))
+                took = 0.0
+                for part in parts_of(step.merge):
+                    cold_cache(device)()  # as after the passes that it follows
+                    took += wall_seconds(functools.partial(part, n), device)
+                host.append(took)
             file.extend(row, quantiles(host, "merge_host"))
             spent = float(row["merge_host_us"])
         file.extend(row, {"share_percent": round(100 * spent / float(row["step_us"]), 4)})
@@ -155,9 +186,13 @@ def memory_of(step: Step) -> dict[str, int]:
     """Bytes on the GPU: the peak of a plain step, what merging adds to it, and what a plan keeps."""
     plain = step.peak(merging=False)
     added = step.peak(merging=True) - plain
-    plan = inmerge_fast.MergePlan(step.model, skip_first=SKIP_FIRST)
+    plan = step.plan()
     before = torch.cuda.memory_allocated(step.device)
-    inmerge_fast.merge_(plan, seed=SEED, step=0, **SETTINGS)
+    if step.lasting:
+        inmerge_fast.merge_(plan, seed=SEED, step=0, **LASTING)
+    else:
+        with inmerge_fast.merged(plan, seed=SEED, step=0, **FORWARD_ONLY):
+            pass
     kept = torch.cuda.memory_allocated(step.device) - before
     return {"peak_bytes": plain, "peak_added_bytes": added, "kept_bytes": kept}
 
@@ -166,15 +201,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure all networks and write the result file."""
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=None, help="A/B pairs (default: 200 on a GPU, 12 on a CPU)")
+    parser.add_argument("--forward-only", action="store_true", help="of merging that is undone before the update")
     options = parser.parse_args(arguments)
+    lasting = not options.forward_only
     pairs = options.pairs or (200 if options.device.type == "cuda" else 12)
     work = WORK[options.device.type]
     if options.quick:
         work, pairs, options.repeats = [Work("ResNet-18", nets.resnet18, (2, 3, 32, 32))], 3, 5
-    file = open_file(options, "training", SETTINGS)
+    name, settings = ("training", LASTING) if lasting else ("training-forward", FORWARD_ONLY)
+    file = open_file(options, name, settings)
     for item in work:
         with file.attempt(net=item.name):
-            row = time_work(item, options.device, pairs, options.repeats, file)
+            row = time_work(item, options.device, pairs, options.repeats, file, lasting=lasting)
             print_row(row, {"net": 14}, TIMES, header=len(file.rows) == 1)
         gc.collect()
     return file.finish()

@@ -8,6 +8,7 @@ import torch
 
 import inmerge_fast
 from benchmarks.providers import Provider
+from benchmarks.timing import parts_of
 from benchmarks.work import REGIMES, SEED, Settings
 
 
@@ -42,6 +43,24 @@ class Checker:
         ]
 
     @torch.no_grad()
+    def check_restored(self, provider: Provider) -> None:
+        """Raise unless a provider of forward-only merging merges as the reference where all pass, and then restores.
+
+        Raises:
+            AssertionError: a merged weight differs by more than :meth:`check` allows, or a restored one in any bit.
+        """
+        weights, what, threshold = self.plan.weights(), f"{provider.name} {provider.form}".strip(), REGIMES["all pass"]
+        try:
+            merge, restore = parts_of(provider.prepare(self.plan, Settings(threshold, self._prob), self._draws))
+            merge(0)
+            self._compare_all(what, threshold, exact=provider.exact)
+            restore(0)
+            for layer, weight, before in zip(self.plan.layers, weights, self._old, strict=True):
+                assert torch.equal(weight, before), f"{what}, layer {layer.name}: not restored"
+        finally:
+            self._put_back()
+
+    @torch.no_grad()
     def check(self, provider: Provider) -> None:
         """Raise unless the provider does with recorded draws what :func:`inmerge_fast.reference_merge` does.
 
@@ -52,20 +71,26 @@ class Checker:
         Raises:
             AssertionError: it differs.
         """
-        weights, what = self.plan.weights(), f"{provider.name} {provider.form}".strip()
-        for threshold, references in self._expected.items():
+        what = f"{provider.name} {provider.form}".strip()
+        for threshold in self._expected:
             try:
                 provider.prepare(self.plan, Settings(threshold, self._prob), self._draws)(0)
-                for layer, weight, before, draw, reference in zip(
-                    self.plan.layers, weights, self._on_host, self._draws, references, strict=True
-                ):
-                    _compare(
-                        f"{what}, layer {layer.name}, threshold {threshold:g}",
-                        weight.detach().cpu(), before, draw[1], reference, exact=provider.exact,
-                    )  # fmt: skip
+                self._compare_all(what, threshold, exact=provider.exact)
             finally:
-                for weight, before in zip(weights, self._old, strict=True):
-                    weight.copy_(before)
+                self._put_back()
+
+    def _compare_all(self, what: str, threshold: float, *, exact: bool) -> None:
+        for layer, weight, before, draw, reference in zip(
+            self.plan.layers, self.plan.weights(), self._on_host, self._draws, self._expected[threshold], strict=True
+        ):
+            _compare(
+                f"{what}, layer {layer.name}, threshold {threshold:g}",
+                weight.detach().cpu(), before, draw[1], reference, exact=exact,
+            )  # fmt: skip
+
+    def _put_back(self) -> None:
+        for weight, before in zip(self.plan.weights(), self._old, strict=True):
+            weight.copy_(before)
 
 
 def threshold_in_gap(similarities: npt.NDArray[np.floating]) -> float:

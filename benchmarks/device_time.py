@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import CYCLES_PER_SECOND, WARM_UP, cold_cache, means_of, quantiles
+from benchmarks.timing import CYCLES_PER_SECOND, WARM_UP, cold_cache, means_of, parts_of, quantiles
 from inmerge_fast.paths.triton.draw_ahead import DRAW_AHEAD
 
 QUEUED = (12, 4, 1)  # calls behind a sleeping device: fewer where their launches do not fit the driver's queue, of 1024
@@ -54,18 +54,23 @@ def _queued(
         awake = torch.cuda.Event()
         awake.record()
         for step in range(first, min(first + ahead, repeats)):
-            fill_cache()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            before = time.perf_counter()
-            call(step)
-            host.append(time.perf_counter() - before)
-            end.record()
-            events.append((start, end))
+            took = 0.0
+            for part in parts_of(call):
+                fill_cache()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                before = time.perf_counter()
+                part(step)
+                took += time.perf_counter() - before
+                end.record()
+                events.append((start, end))
+            host.append(took)
         if awake.query():
             return None
     torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) * 1e-3 for start, end in events], host
+    each = [start.elapsed_time(end) * 1e-3 for start, end in events]
+    parts = len(parts_of(call))
+    return [sum(each[first : first + parts]) for first in range(0, len(each), parts)], host
 
 
 def kernel_times(call: Callable[[int], object], device: torch.device) -> dict[str, float]:

@@ -120,7 +120,16 @@ MORE = [
            "regex:_(draw|list|match|count|merge)_kernel", PYTHON, "-m", "benchmarks.once", "--calls", "4")),),
 ]  # fmt: skip
 
-PARTS: dict[str, list[tuple[Step, ...]]] = {"correct": CORRECT, "speed": SPEED, "more": MORE}
+FORWARD = [
+    (bench("forward", 170, 110, "14 nets and dtypes: 2 s of reference on the host, 2 s of samples, 3 kernels each",
+           "bench_forward", "--passes", "eager", "--seconds", "0.5"),),
+    (bench("training-forward", 90, 60, "3 nets, 400 steps at 30 ms, cuDNN's start", "bench_training",
+           "--forward-only"),),
+    (bench("forward-compile", 105, 60, "VGG19: a form at 15 s of compiling, and its restore",
+           "bench_forward", "--passes", "compile", "--nets", "VGG19", "--seconds", "0.5"),),
+]  # fmt: skip
+
+PARTS: dict[str, list[tuple[Step, ...]]] = {"correct": CORRECT, "speed": SPEED, "more": MORE, "forward-only": FORWARD}
 
 
 def every_step() -> dict[str, Step]:

@@ -98,7 +98,8 @@ def _prepare_published(plan: inmerge_fast.MergePlan, settings: Settings, draws: 
 # A layer's draw comes from two uniform numbers per filter, so that recorded draws take the same way as fresh ones.
 
 
-def _partner(uniform: torch.Tensor, index: torch.Tensor, filters: int) -> torch.Tensor:
+def partner_of(uniform: torch.Tensor, index: torch.Tensor, filters: int) -> torch.Tensor:
+    """The filter that each of ``index`` looks at: another one."""
     place = (uniform * (filters - 1)).long()
     return place + (place >= index)
 
@@ -109,7 +110,7 @@ def uniform_of(coin: npt.NDArray[np.bool_], partner: npt.NDArray[np.int64]) -> t
     return torch.from_numpy(np.stack([np.where(coin, 0.0, 1.0), (place + 0.5) / (partner.size - 1)])).float()
 
 
-def _uniforms(rows: Sequence[torch.Tensor], draws: Draws | None) -> Callable[[int], torch.Tensor]:
+def uniforms_of(rows: Sequence[torch.Tensor], draws: Draws | None) -> Callable[[int], torch.Tensor]:
     """The uniform numbers of each layer: fresh ones, or those that give the recorded draws."""
     if draws is None:
         return lambda layer: torch.rand(2, len(rows[layer]), device=rows[layer].device)
@@ -122,15 +123,15 @@ def merge_dense_(
 ) -> None:
     """Measure and blend every filter, then keep what was sampled and passed."""
     own = rows.float()  # measured in bfloat16, 2 % of the decisions near the threshold would be wrong
-    other = own[_partner(uniform[1], torch.arange(len(rows), device=rows.device), len(rows))]
+    other = own[partner_of(uniform[1], torch.arange(len(rows), device=rows.device), len(rows))]
     passed = (uniform[0] < prob) & (F.cosine_similarity(own, other, dim=1) > threshold)
     rows.copy_(torch.where(passed[:, None], alpha * own + (1 - alpha) * other, own))
 
 
-def _sample(uniform: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(uniform: torch.Tensor, prob: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the sampled filters and of their partners; on a GPU the host waits for their number."""
     index = (uniform[0] < prob).nonzero()[:, 0]
-    return index, _partner(uniform[1, index], index, uniform.shape[1])
+    return index, partner_of(uniform[1, index], index, uniform.shape[1])
 
 
 def similarity_of(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -165,7 +166,7 @@ def none_pass(passed: torch.Tensor) -> bool:
 
 def _prepare_eager(plan: inmerge_fast.MergePlan, settings: Settings, draws: Draws | None) -> Call:
     rows = rows_of(plan)
-    uniforms = _uniforms(rows, draws)
+    uniforms = uniforms_of(rows, draws)
 
     def call(_: int) -> None:
         for layer, row in enumerate(rows):
@@ -182,11 +183,11 @@ def prepare_sampled(
 ) -> Call:
     """The sampled form, layer by layer, each merged by ``merge_layer_``."""
     rows = rows_of(plan)
-    uniforms = _uniforms(rows, draws)
+    uniforms = uniforms_of(rows, draws)
 
     def call(_: int) -> None:
         for layer, row in enumerate(rows):
-            merge_layer_(row, *_sample(uniforms(layer), settings.prob), settings.alpha, settings.threshold)
+            merge_layer_(row, *sample(uniforms(layer), settings.prob), settings.alpha, settings.threshold)
 
     return call
 

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
-from benchmarks.tables import host_table, match_table, merge_table, target_table, training_table
+from benchmarks.tables import forward_table, host_table, match_table, merge_table, target_table, training_table
 from benchmarks.targets import (
     cpu_targets,
+    forward_targets,
     host_targets,
     match_targets,
     merge_targets,
@@ -61,6 +62,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
         "must move.",
         merge_table,
     ),
+    "forward": (
+        "Wall time of forward-only merging of all convolutions, merging and restoring each from call to done and added "
+        "up, cold cache, α = 0.5, p = 0.5, no threshold; beside one `merge_` with the same arguments. The floor is the "
+        "time of a copy of the bytes that the draw must move, of which keeping and restoring are more than half.",
+        forward_table,
+    ),
     "training": ("What merging adds to a whole training step where every sampled pair merges.", training_table),
     "match": (
         'Finding the nearest partner of every sampled filter (`match`), and `merge_(partner="nearest")` as a whole, '
@@ -98,7 +105,7 @@ def render(found: Sequence[Results]) -> str:
         if "scaling" in here:  # it has no table that they would stand under
             parts += said_of(here["scaling"])
     targets = [*merge_targets(found), *cpu_targets(found), *match_targets(found), *host_targets(found),
-               *training_targets(found), *scaling_targets(found)]  # fmt: skip
+               *training_targets(found), *scaling_targets(found), *forward_targets(found)]  # fmt: skip
     caption = "The worst committed figure of each against what this project aims at; host times machine by machine."
     parts += ["### Targets", caption, target_table(targets)]
     return "\n\n".join(parts)

@@ -1,10 +1,10 @@
 """Tests and benchmarks on a machine with a GPU, in parts that fit the minutes for which one may have it.
 
-``bash benchmarks/run_gpu.sh [FOLDER] [PART or STEP]...`` runs *correct*, *speed* and *more*, or what is named of them
-(``benchmarks/gpu_parts.py``). A part takes less than nine minutes whatever happens: every step is a process of its own
-with its own limit, and whether it fails, crashes, hangs or is killed, the next one runs. FOLDER (``$OUT``, or
-``gpu-results``) then holds a handful of files, all of them written as things happen, so that nothing is lost if the
-machine is taken away in the middle:
+``bash benchmarks/run_gpu.sh [FOLDER] [PART or STEP]...`` runs *correct*, *speed*, *more* and *forward-only*, or what is
+named of them (``benchmarks/gpu_parts.py``). A part takes less than nine minutes whatever happens: every step is a
+process of its own with its own limit, and whether it fails, crashes, hangs or is killed, the next one runs. FOLDER
+(``$OUT``, or ``gpu-results``) then holds a handful of files, all of them written as things happen, so that nothing is
+lost if the machine is taken away in the middle:
 
 - ``summary.txt``: how each step ended, after how long;
 - ``log.txt``: what all of them printed, each line with the name of its step;

@@ -8,7 +8,15 @@ from typing import Any
 from benchmarks.result_files import REGIMES, Results
 from benchmarks.targets import Target
 
-PROVIDERS = ("published", "eager", "eager sampled", "compile", "merge_", "merge_, 2 threads")  # from left to right
+PROVIDERS = (
+    "published",
+    "eager",
+    "eager sampled",
+    "compile",
+    "merge_",
+    "merge_, 2 threads",
+    "merged",
+)  # from left to right
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -29,7 +37,7 @@ def microseconds(value: float | None) -> str:
 def in_code(name: str) -> str:
     """A provider's name, that of a function of ours as code."""
     function, comma, rest = name.partition(",")
-    return f"`{function}`{comma}{rest}" if function in ("merge_", "match") else name
+    return f"`{function}`{comma}{rest}" if function in ("merge_", "match", "merged") else name
 
 
 def by_net(results: Results, *columns: str) -> list[tuple[Any, ...]]:
@@ -71,9 +79,32 @@ def merge_table(results: Results) -> str:
     return table(header, lines)
 
 
+def forward_table(results: Results) -> str:
+    """Wall time of every provider for every network, and that of ``merged`` over the floor and over ``merge_``'s."""
+    providers = [name for name in PROVIDERS if results.pick(provider=name)]
+    header = ["network", "dtype", "layers", *map(in_code, providers), "`merge_`", "`merged` / floor"]
+    if results.on_gpu:
+        header.append("`merged` on the device (floor)")
+    column = "device_us" if results.on_gpu else "wall_us"
+    lines = []
+    for net, dtype in by_net(results, "dtype"):
+        here = {"net": net, "dtype": dtype}
+        times = [microseconds(results.value("wall_us", **here, provider=provider)) for provider in providers]
+        rows = results.pick(**here, provider="merged")
+        ours = rows[0] if rows else {}
+        time, floor = ours.get(column), ours.get("floor_us")
+        line = [net, dtype, str(results.pick(**here)[0]["layers"]), *times, microseconds(ours.get("merge_us"))]
+        line.append("-" if time is None else f"{time / floor:.1f}")
+        if results.on_gpu:
+            line.append("-" if time is None else f"{time:.1f} ({floor:.1f}) µs")
+        lines.append(line)
+    return table(header, lines)
+
+
 def training_table(results: Results) -> str:
     """What merging adds to a training step."""
-    header = ["network", "batch", "step", "`merge_`", "share of the step", "A/B difference (95 % interval)"]
+    header = ["network", "batch", "merging", "step", "merging alone", "share of the step",
+              "A/B difference (95 % interval)"]  # fmt: skip
     if results.on_gpu:
         header += ["host", "peak memory added", "kept"]
 
@@ -83,7 +114,7 @@ def training_table(results: Results) -> str:
     lines = []
     for row in results.rows:
         line = [
-            row["net"], "x".join(map(str, row["batch"])), microseconds(row["step_us"]),
+            row["net"], "x".join(map(str, row["batch"])), row.get("merging", "lasting"), microseconds(row["step_us"]),
             microseconds(row.get("merge_device_us" if results.on_gpu else "merge_host_us")),
             f"{row['share_percent']:.2g} %" if "share_percent" in row else "-",
             f"{row['ab_us'] / 1e3:+.2f} ms ({row['ab_low_us'] / 1e3:+.2f} to {row['ab_high_us'] / 1e3:+.2f})",

@@ -74,8 +74,10 @@ def _of(found: Sequence[Results], bench: str, *, on_gpu: bool) -> list[Results]:
     ]  # fmt: skip
 
 
-def _over_floor(files: Sequence[Results], nets: Iterable[str], column: str, **wanted: object) -> float | None:
-    rows = (row for results in files for net in nets for row in results.pick(net=net, provider="merge_", **wanted))
+def _over_floor(
+    files: Sequence[Results], nets: Iterable[str], column: str, provider: str = "merge_", **wanted: object
+) -> float | None:
+    rows = (row for results in files for net in nets for row in results.pick(net=net, provider=provider, **wanted))
     return _worst(row[column] / row["floor_us"] for row in rows if column in row)
 
 
@@ -237,10 +239,36 @@ def host_targets(found: Sequence[Results]) -> list[Target]:
 def training_targets(found: Sequence[Results]) -> list[Target]:
     """Targets of ``bench_training``."""
     files = _of(found, "training", on_gpu=True)
-    shares = (row.get("share_percent") for results in files for row in results.pick(net="ResNet-50"))
+    rows = [row for results in files for row in results.pick(net="ResNet-50")]
+    shares = (row.get("share_percent") for row in rows if row.get("merging", "lasting") == "lasting")
     return [
         Target("share of a ResNet-50 training step (batch 64, AMP, channels_last), device", 0.3, _worst(shares), " %")
     ]
+
+
+def forward_targets(found: Sequence[Results]) -> list[Target]:
+    """Targets of ``bench_forward``: merging and restoring over the bytes that they must move, and beside PyTorch.
+
+    On a GPU the three kernels move p S more than the floor, 1.2 times it: what is kept is read by the second.
+    """
+    gpu, cpu = (_of(found, "forward", on_gpu=on_gpu) for on_gpu in (True, False))
+    what, of_wide, of_large = "forward-only merging", ", ".join(WIDE), ", ".join(LARGE)
+    ratios = (
+        row["wall_us"] / ours["wall_us"]
+        for results in cpu
+        for row in results.pick(provider="eager sampled", dtype="float32")
+        for ours in results.pick(provider="merged", dtype="float32", net=row["net"])
+    )
+    return [
+        Target(f"GPU device time of {what} over its floor: {of_large}, float32", 1.6,
+               _over_floor(gpu, LARGE, "device_us", "merged", dtype="float32"), "x"),
+        Target(f"CPU wall time of {what} over its floor: {of_wide}, float32", 1.3,
+               _over_floor(cpu, WIDE, "wall_us", "merged", dtype="float32"), "x", unmeasured=NOT_ON_A_CPU),
+        Target(f"the same, {', '.join(SHORT)}", 3, _over_floor(cpu, SHORT, "wall_us", "merged", dtype="float32"), "x",
+               unmeasured=NOT_ON_A_CPU),
+        Target(f"CPU wall time of {what}, float32: `eager sampled` over `merged`", 2, _worst(ratios, at_most=False),
+               "x", at_most=False, unmeasured=NOT_ON_A_CPU),
+    ]  # fmt: skip
 
 
 def scaling_targets(found: Sequence[Results]) -> list[Target]:

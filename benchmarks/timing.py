@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +49,23 @@ def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+class InParts:
+    """A call whose parts are timed one by one, each with a cold cache, and added up: others work between them."""
+
+    def __init__(self, *parts: Callable[[int], object]) -> None:
+        self.parts = parts
+
+    def __call__(self, number: int) -> None:
+        """All parts."""
+        for part in self.parts:
+            part(number)
+
+
+def parts_of(call: Callable[[int], object]) -> Sequence[Callable[[int], object]]:
+    """The parts that are timed one by one; most calls have one."""
+    return call.parts if isinstance(call, InParts) else (call,)
+
+
 @dataclass
 class Samples:
     """Wall seconds of several calls by name and round, and by name the error of those that failed."""
@@ -83,9 +100,12 @@ def time_interleaved(
 
     def sample(name: str, number: int) -> float | None:
         before_call(name)
-        fill_cache()
+        seconds = 0.0
         try:
-            return wall_seconds(functools.partial(calls[name], number), device)
+            for part in parts_of(calls[name]):
+                fill_cache()
+                seconds += wall_seconds(functools.partial(part, number), device)
+            return seconds
         except Exception as error:
             samples.errors[name] = error
             return None

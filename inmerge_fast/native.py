@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from types import ModuleType
 
-VERSION = 5  # of kernels/cpu/module.c that this package can call
+VERSION = 6  # of kernels/cpu/module.c that this package can call
 
 
 def load() -> ModuleType | str:

@@ -9,6 +9,7 @@ import torch
 
 import inmerge_fast
 from benchmarks import (
+    bench_forward,
     bench_match,
     bench_merge,
     bench_scaling,
@@ -16,6 +17,7 @@ from benchmarks import (
     ceilings,
     compiled,
     device_time,
+    forward_only,
     providers,
     report,
     result_files,
@@ -62,6 +64,42 @@ def test_without_a_compiler_there_is_a_reason_and_no_form(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler"):
         compiled.forms_for(plan)
+
+
+FORWARD = [forward_only.EAGER, forward_only.SAMPLED, forward_only.MERGED]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_provider_of_forward_only_merging_does_what_the_reference_does_and_restores(dtype):
+    plan, weights = plan_of(dtype)
+    before = [weight.clone() for weight in weights]
+    for provider in FORWARD:
+        Checker(plan, 0.5).check_restored(provider)
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+
+
+@pytest.mark.skipif(compiled.why_not(torch.device("cpu")) != "", reason="torch.compile needs a C++ compiler")
+def test_the_compiled_forms_of_forward_only_merging_do_too():
+    plan, _weights = plan_of()
+    for form in forward_only.forms_for(plan):
+        Checker(plan, 0.5).check_restored(form)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_provider_of_forward_only_merging_that_is_wrong_is_not_timed(part):
+    plan, weights = plan_of()
+    before = [weight.clone() for weight in weights]
+
+    def prepare(plan, settings, draws):
+        parts = list(forward_only.MERGED.prepare(plan, settings, draws).parts)
+        right = parts[part]
+        parts[part] = lambda step: (right(step), weights[1][3].mul_(1 + 1e-5))
+        return timing.InParts(*parts)
+
+    what = "changed a filter|filters are wrong" if part == 0 else "not restored|left as it is"
+    with pytest.raises((AssertionError, RuntimeError), match=what):
+        Checker(plan, 0.5).check_restored(providers.Provider("wrong", prepare))
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)), "others come after it"
 
 
 def _reads_what_was_written(plan, settings, draws):
@@ -113,6 +151,26 @@ def test_bytes_of_a_draw_are_the_unique_reads_and_the_writes():
         assert bytes_of_draw(plan, 7, 0.3, writes=writes) == bytes_
     assert mean_bytes(plan, [7], Settings(REGIMES["all pass"])) == expected[True]
     assert mean_bytes(plan, [7], Settings(REGIMES["none passes"])) == expected[False]
+    kept_and_put_back = 3 * (expected[True] - expected[False])
+    assert mean_bytes(plan, [7], Settings(-1.0, restores=True)) == expected[True] + kept_and_put_back
+
+
+def test_the_floor_on_average_is_what_the_docstring_says():
+    plan = inmerge_fast.MergePlan([torch.zeros(4000, 2)])
+    share = mean_bytes(plan, range(20), Settings(-1.0, 0.5, restores=True)) / (4000 * 2 * 4)
+    assert share == pytest.approx(1 - 0.5 * np.exp(-0.5) + 4 * 0.5, rel=0.01)
+    assert share == pytest.approx(2.7, abs=0.03)
+
+
+def test_a_call_in_parts_is_timed_part_by_part_each_with_a_cold_cache(monkeypatch):
+    order = []
+    monkeypatch.setattr(timing, "cold_cache", lambda _: lambda: order.append("fill"))
+    call = timing.InParts(lambda n: order.append(("merge", n)), lambda n: order.append(("restore", n)))
+    samples = time_interleaved(
+        {"both": call}, torch.device("cpu"), repeats=3, seconds_each=1.0, before_round=lambda: None
+    )
+    assert len(samples.seconds["both"]) == 3
+    assert order[-4:] == ["fill", ("merge", 2), "fill", ("restore", 2)]
 
 
 def test_providers_are_interleaved_and_slow_ones_get_fewer_samples():
@@ -217,6 +275,10 @@ def test_device_times_are_those_of_the_launches_whatever_the_queue_holds(launche
     assert seen[-1] == queued
     assert times["device_us"] == pytest.approx(launches * 3.0, rel=1e-3)
     assert times["host_us"] == pytest.approx(launches * 4.0, rel=1e-3)
+    if launches < 1000:  # two such calls do not fit
+        in_parts = device_time.device_times(timing.InParts(call, call), torch.device("cuda"), repeats=12)
+        assert in_parts["device_us"] == pytest.approx(2 * launches * 3.0, rel=1e-3), "without what fills the cache"
+        assert in_parts["host_us"] == pytest.approx(2 * launches * 4.0, rel=1e-3)
 
 
 def test_a_call_that_does_not_fit_the_queue_has_no_device_time(monkeypatch):
@@ -236,10 +298,11 @@ def test_a_call_that_does_not_fit_the_queue_has_no_device_time(monkeypatch):
             {"net", "dtype", "regime", "provider", "wall_us", "floor_us", "floor_bytes", "samples", "threads"},
         ),
         (bench_match, {"net", "dtype", "prob", "provider", "wall_us", "floor_flops_us", "floor_bytes_us", "flops"}),
+        (bench_forward, {"net", "dtype", "provider", "wall_us", "floor_us", "floor_bytes", "merge_us"}),
         (bench_scaling, {"series", "value", "provider", "wall_us", "floor_us"}),
         (bench_training, {"net", "step_us", "merge_host_us", "ab_us", "ab_low_us", "ab_high_us", "share_percent"}),
     ],
-    ids=["merge", "match", "scaling", "training"],
+    ids=["merge", "match", "forward", "scaling", "training"],
 )
 def test_quick_runs_write_what_the_report_reads(bench, columns, tmp_path, capsys):
     assert bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -257,6 +320,15 @@ def test_quick_runs_write_what_the_report_reads(bench, columns, tmp_path, capsys
     section = report.render(found)
     assert "nan" not in section.lower()
     assert "written to" in capsys.readouterr().out
+
+
+def test_training_with_forward_only_merging_has_a_file_of_its_own(tmp_path):
+    for more in ([], ["--forward-only"]):
+        assert bench_training.main(["--quick", *more, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = result_files.load(tmp_path)
+    assert [results.path.stem for results in found] == ["training", "training-forward"]
+    assert [row["merging"] for results in found for row in results.rows] == ["lasting", "forward-only"]
+    assert "| ResNet-18 | 2x3x32x32 | forward-only |" in report.render(found)
 
 
 def test_slow_and_fragile_passes_have_files_of_their_own_and_time_merge_beside_them(tmp_path):

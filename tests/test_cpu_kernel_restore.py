@@ -65,6 +65,25 @@ def test_memory_is_used_again_where_it_has_room():
     assert second[1][3] is not second[0]
 
 
+def test_memory_has_room_for_other_draws_of_the_same_prob_and_for_no_more():
+    weight = similar_filters(2000, 30)
+    layer, every = layer_of(weight), 2000 * 30 * 4
+    spare, rooms = bytearray(), set()
+    for seed in range(20):
+        kept = [spare]
+        merger = cpu.CpuMerge([layer], [weight], np.array([0, 2000]))
+        merger.run(seed, 0, prob=0.5, alpha=0.5, thresholds=-1.0, dry_run=False, kept=kept)
+        merger.restore(*kept[1])
+        spare = kept[1][3]
+        rooms.add(len(spare))
+    assert len(rooms) == 1, "it was made again, which costs more than the merge"
+    assert 0.5 * every < rooms.pop() < 0.5 * 1.25 * every
+    kept = [spare]
+    merged([weight], [layer], kept, thresholds=-1.0, prob=0.95)
+    assert not kept[0]
+    assert len(kept[1][3]) == every
+
+
 def test_what_was_only_measured_keeps_nothing(kernel):
     weight, kept = similar_filters(40, 30), [bytearray()]
     merged([weight], [layer_of(weight)], kept, thresholds=-1.0, dry_run=True)
@@ -95,7 +114,7 @@ def test_what_does_not_fit_the_layers_is_refused():
         (counts, np.where(index == index[-1], 40, index).astype(np.int32).tobytes(), passed, old),
         (counts, (-1 - index).astype(np.int32).tobytes(), passed, old),
         (counts, rows, passed[:-1], old),
-        (counts, rows, passed, old[:-1]),
+        (counts, rows, passed, old[: count * 30 * 4 - 1]),
     ):
         with pytest.raises(ValueError, match=r"fit the layers|bytes instead of"):
             merger.restore(*wrong)

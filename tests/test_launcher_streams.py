@@ -8,10 +8,12 @@ from inmerge_fast import draw
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
 
-from fake_streams import Stream, launcher_on_streams, pretend_on_gpu  # noqa: E402
+from fake_streams import Recorded, Stream, launcher_on_streams, pretend_on_gpu  # noqa: E402
 from interpreter import apply_fixes  # noqa: E402
 from test_kernel_details import CALL  # noqa: E402
 from test_kernels import tensors_of  # noqa: E402
+
+from inmerge_fast.paths.triton.for_now import Keeper  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,23 @@ def test_thresholds_are_copied_after_what_the_plan_does_on_another_stream(on_str
     else:
         launcher.prepare(1, 0, **numbers, write=False)
     assert order[:2] == ["follow_current_stream", "_set_thresholds"]
+
+
+def test_memory_for_old_filters_is_kept_for_every_stream_that_uses_it(on_streams):
+    launcher, switch = on_streams
+    pretend_on_gpu(launcher, False)
+    keeper = Keeper(launcher)
+    keeper.reserve(0.5)
+    assert list(map(id, launcher.kept)) == [id(keeper.place), id(keeper.merged), id(keeper.packed)]
+    pretend_on_gpu(launcher)
+    for name in ("place", "merged", "packed"):
+        setattr(keeper, name, getattr(keeper, name).as_subclass(Recorded))
+        getattr(keeper, name).streams = []
+    launcher.kept = keeper.place, keeper.merged, keeper.packed
+    launcher.follow_current_stream()
+    switch(Stream(7))
+    launcher.follow_current_stream()
+    assert keeper.place.streams == keeper.merged.streams == keeper.packed.streams == [0, 7]
 
 
 def test_replaced_scratch_is_kept_for_the_stream_that_used_it_last(on_streams, monkeypatch):

@@ -130,7 +130,16 @@ def test_whatever_part_of_a_gpu_run_is_there_is_reported(tmp_path):
              for target, layers in (("conv", 1), ("VGG19", 6)) for part in ("merge_", "InMerge.step")]  # fmt: skip
     plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib", exc_type=ImportError)
     compile_failed = {"net": "VGG19", "dtype": "float32", "provider": "compile", "form": "dense", "error": "E: no"}
-    everything = {"merge": merges, "scaling": series, "match": matches, "training": training, "host": hosts}
+    forwards = [row(provider, 40.0) | {"merge_us": 20.0} | more
+                for provider, more in (("eager", {}), ("merged", device))]  # fmt: skip
+    everything = {
+        "merge": merges,
+        "forward": forwards,
+        "scaling": series,
+        "match": matches,
+        "training": training,
+        "host": hosts,
+    }
     for bench, rows in everything.items():
         for columns in (set(), set(device) if bench != "host" else set()):
             for cut in range(len(rows) + 1):
@@ -175,6 +184,20 @@ def test_targets_take_the_worst_figure_and_say_what_was_not_measured():
     text = tables.target_table(aims.values())
     assert f"| {targets.NOT_MEASURED} | open |" in text
     assert "**missed**" in text
+
+
+def test_forward_only_merging_is_held_to_its_own_floor_and_compared_with_its_own_providers():
+    rows = [row("merged", 12.0), row("eager sampled", 30.0), row("merged", 20.0, net="DenseNet-121"),
+            row("eager sampled", 30.0, net="DenseNet-121")]  # fmt: skip
+    gpu, wide, short, eager = targets.forward_targets([results_of(rows, gpu=False, bench="forward")])
+    assert gpu.measured is None
+    assert (wide.measured, short.measured, eager.measured) == (1.2, 2.0, 1.5)
+    assert not any(target.measured for target in targets.forward_targets([results_of(rows, gpu=False)]))
+    both = [results_of([row("merged", 99.0, device=14.0)], gpu=True, bench="forward")]
+    assert targets.forward_targets(both)[0].measured == 1.4
+    trained = [{"net": "ResNet-50", "share_percent": share, "merging": merging}
+               for share, merging in ((0.2, "lasting"), (0.9, "forward-only"))]  # fmt: skip
+    assert targets.training_targets([results_of(trained, gpu=True, bench="training")])[0].measured == 0.2
 
 
 def test_match_targets_compare_the_search_of_all_pairs_with_its_products():

@@ -118,8 +118,9 @@ def test_all_steps_are_told_to_be_frugal_and_real(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------- steps that go wrong
 
-SPOILED = {"correct": "tests/test_gpu_match.py", "speed": "benchmarks.bench_host", "more": "benchmarks.bench_scaling"}
-WHAT = {"correct": "test_gpu_match", "speed": "host", "more": "scaling"}
+SPOILED = {"correct": "tests/test_gpu_match.py", "speed": "benchmarks.bench_host", "more": "benchmarks.bench_scaling",
+           "forward-only": "benchmarks.bench_training"}  # fmt: skip
+WHAT = {"correct": "test_gpu_match", "speed": "host", "more": "scaling", "forward-only": "training-forward"}
 ENDS = {
     "pass": "passed: ",
     "fail": "failed with status 1: half-way",

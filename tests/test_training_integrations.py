@@ -72,6 +72,34 @@ def test_a_wrong_value_surfaces_where_it_is_written(callback_class, wrong, error
         callback_class(**wrong)
 
 
+def test_a_framework_that_is_missing_broken_or_too_old_says_what_to_install(monkeypatch):
+    from inmerge_fast.integrations import common
+
+    monkeypatch.setitem(common.OLDEST, "torch", ("9.5", "some"))
+    message = r"torch >= 9.5 is needed, and [\d.]+\S* is installed: pip install 'inmerge_fast\[some\]'"
+    with pytest.raises(ImportError, match=message):
+        common.require("torch", "torch")
+    monkeypatch.setitem(common.OLDEST, "nowhere", ("1", "some"))
+    with pytest.raises(
+        ImportError, match=r"nowhere >= 1 is needed and cannot be imported \(No module named 'no_such'\)"
+    ):
+        common.require("nowhere", "no_such")
+    common.require("nowhere", "torch")  # no distribution tells its release
+    monkeypatch.setitem(common.OLDEST, "torch", ("2.9", "some"))  # which is older than 2.10
+    monkeypatch.setattr(common.importlib.metadata, "version", lambda _: "2.10.0a0+git")
+    common.require("torch", "torch")
+
+
+def test_the_oldest_releases_are_those_that_pip_is_told():
+    from inmerge_fast.integrations.common import OLDEST
+
+    declared = (ROOT / "pyproject.toml").read_text()
+    for distribution, (oldest, extra) in OLDEST.items():
+        if distribution != "pytorch-lightning":  # the same code; the extra installs the other name
+            line = next(line for line in declared.splitlines() if line.startswith(f"{extra} = "))
+            assert f'"{distribution}>={oldest}"' in line
+
+
 def test_only_lightning_has_several_optimizers():
     pytest.importorskip("lightning")
     from inmerge_fast.integrations.lightning import InMergeCallback

@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-overlap", action="store_true", help="ChestX-ray14: take an image or a patient in two "
                         "parts, or an image twice in one, as it is and only say so")  # fmt: skip
     parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg11, vgg16, vgg19, vgg11_bn, "
-                        "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; timm:NAME")  # fmt: skip
+                        "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; efficientnet_lite0 with "
+                        "ImageNet weights; timm:NAME")  # fmt: skip
     parser.add_argument(
         "--weights",
         type=Path,

@@ -41,7 +41,8 @@ FAMILIES: dict[str, tuple[Arm, ...]] = {
     "DropConnect": tuple(Arm(dropconnect=prob) for prob in (0.2, 0.4)),
     "both": tuple(Arm(FORWARD, dropout=prob) for prob in (0.1, 0.2)),
 }
-MERGING, DROPOUT, BOTH, NOISE, LASTING = "forward-only merging", "Dropout2d", "both", "noise", "lasting merging"
+MERGING, DROPOUT, DROPCONNECT, BOTH = FAMILIES
+NOISE, LASTING, DEFAULT = "noise", "lasting merging", "default"
 # Column title and place in a result; shown in percent or points.
 COLUMNS: dict[str, tuple[str, str]] = {
     "acc": ("clean", "acc"),
@@ -75,8 +76,11 @@ def recipe_of(options: Options, from_scratch: bool = False) -> Recipe:
         "name": f"{NAME}.{usual.name.removesuffix('-ordinary')}", "batch_size": options.batch_size or 32,
         "severities": (4,), "attack": False, "limit": usual.limit or (None if digits else 1000),
     }  # fmt: skip
-    if not (digits or options.quick):
-        values |= {"backbone_epochs": options.backbone_epochs or 6, "arm_epochs": options.arm_epochs or 3}
+    if not (digits or options.quick):  # bfloat16: on a CPU that has it, three times as fast
+        values |= {"backbone_epochs": options.backbone_epochs or 6, "arm_epochs": options.arm_epochs or 3, "bf16": True}
+    if usual.model == "efficientnet_lite0" and not options.quick:  # has been trained before
+        epochs = options.backbone_epochs or 2, options.arm_epochs or 2
+        values |= {"backbone_epochs": epochs[0], "arm_epochs": epochs[1], "high": 0.02, "limit": 800}
     out = dataclasses.replace(usual, **values)
     if from_scratch:
         epochs = out.backbone_epochs if options.arm_epochs is None else options.arm_epochs
@@ -104,9 +108,14 @@ def value_of(result: dict[str, Any], column: str, evaluation: str = RECOMPUTED) 
     return float("nan") if value is None else 100 * value
 
 
+def has_diverged(result: dict[str, Any]) -> bool:
+    """Whether a run has no scores, so that no number is made of it."""
+    return bool(np.isnan(value_of(result, "acc", TRAINED)))
+
+
 def has_failed(result: dict[str, Any]) -> bool:
-    """Whether a run diverged or its filters collapsed."""
-    return bool(np.isnan(value_of(result, METRIC))) or result["filters"]["collapsed"]
+    """Whether a run diverged, in either evaluation, or its filters collapsed."""
+    return has_diverged(result) or bool(np.isnan(value_of(result, METRIC))) or result["filters"]["collapsed"]
 
 
 def search_runs(recipe: Recipe, seeds: int) -> dict[str, dict[Arm, list[Run]]]:
@@ -136,27 +145,12 @@ def plan(recipe: Recipe, where: Where, options: Options, like: Path | None = Non
     seen = [name for name in runs_of(path_of(where.out, recipe.name)) if "/test-" in name]
     if seen:
         raise ValueError(f"{path}: {len(seen)} runs have looked at the test images already; no plan may follow that")
-    explored: dict[str, Any] = {}
     if like is None:
-        runs = search_runs(recipe, options.seeds or (2 if options.quick else SEARCH_SEEDS))
-        execute([run for arms in runs.values() for each in arms.values() for run in each], where)
-        chosen = {}
-        base = [load_result(where.out, run.key()) for run in runs[""][BASELINE]]
-        for family in FAMILIES:
-            rows = []
-            for arm, each in runs[family].items():
-                results = [load_result(where.out, run.key()) for run in each]
-                pairs = zip(results, base, strict=True)
-                gain = float(np.mean([value_of(one, METRIC) - value_of(other, METRIC) for one, other in pairs]))
-                failed = sum(map(has_failed, results))
-                explored[arm.label()] = {"family": family, "d_mean": gain, "failed": failed}
-                if not failed:
-                    rows.append((gain, arm))
-            if rows:
-                chosen[family] = max(rows, key=lambda row: row[0])[1]
-        source = f"explored with {len(base)} seeds"
+        seeds = options.seeds or (2 if options.quick else SEARCH_SEEDS)
+        chosen, explored = _explore(recipe, where, seeds)
+        source = f"explored with {seeds} seeds"
     else:
-        taken = json.loads(like.read_text())
+        taken, explored = json.loads(like.read_text()), {}
         chosen = {family: arm_of(values) for family, values in taken["confirm"].items() if family in FAMILIES}
         source = f"taken over from {like.name}, without a look at this network or start"
     first, count = FIRST_FRESH_SEED, 3 if options.quick else CONFIRM_SEEDS
@@ -171,6 +165,27 @@ def plan(recipe: Recipe, where: Where, options: Options, like: Path | None = Non
     return path
 
 
+def _explore(recipe: Recipe, where: Where, seeds: int) -> tuple[dict[str, Arm], dict[str, Any]]:
+    """The best setting of every family on validation images, and what was seen of all."""
+    runs = search_runs(recipe, seeds)
+    execute([run for arms in runs.values() for each in arms.values() for run in each], where)
+    base = [load_result(where.out, run.key()) for run in runs[""][BASELINE]]
+    chosen, explored = {}, {}
+    for family in FAMILIES:
+        gains = {}
+        for arm, each in runs[family].items():
+            results = [load_result(where.out, run.key()) for run in each]
+            pairs = zip(results, base, strict=True)
+            gain = float(np.mean([value_of(one, METRIC) - value_of(other, METRIC) for one, other in pairs]))
+            failed = sum(map(has_failed, results))
+            explored[arm.label()] = {"family": family, "d_mean": gain, "failed": failed}
+            if not failed:
+                gains[arm] = gain
+        if gains:
+            chosen[family] = max(gains, key=lambda arm: gains[arm])
+    return chosen, explored
+
+
 def confirmed_with(chosen: dict[str, Arm]) -> dict[str, Arm]:
     """What is confirmed: the chosen arms and what the rule puts beside them, each once."""
     out = dict(chosen)
@@ -178,7 +193,7 @@ def confirmed_with(chosen: dict[str, Arm]) -> dict[str, Arm]:
     assert merging is not None
     out |= {NOISE: Arm(dataclasses.replace(merging, as_noise=True)), LASTING: Arm(PAPER)}
     if Arm(FORWARD) not in out.values():
-        out["default"] = Arm(FORWARD)
+        out[DEFAULT] = Arm(FORWARD)
     return out
 
 

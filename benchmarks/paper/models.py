@@ -14,6 +14,7 @@ from inmerge_fast.demo.train import build_net
 from tests import nets
 
 from .dataset import DataSet
+from .imagenet import efficientnet_lite0
 from .sequence_models import mamba_small, vit_small
 
 # As torchvision names and registers them, so that its ImageNet weights fit. They take three channels.
@@ -31,6 +32,7 @@ PUBLISHED: dict[str, Callable[[int], nn.Module]] = {
 }
 SMALL = ("vgg8", "resnet18_small", "vit_small", "mamba_small")  # take the channels that the images have
 SMALL_SIDE, PUBLISHED_SIDE = 16, 32  # smallest images they can pool; smaller ones are enlarged
+LITE, LITE_SIDE = "efficientnet_lite0", 64  # EfficientNet-Lite0 halves the side five times
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -65,7 +67,8 @@ def build(name: str, data: DataSet, seed: int, weights: Weights | str | Path | N
     """Build a network with random weights, or pre-trained ones from a file.
 
     Args:
-        name: a key of :data:`PUBLISHED`, one of :data:`SMALL`, or ``timm:`` and a name that timm knows.
+        name: a key of :data:`PUBLISHED`, one of :data:`SMALL`, ``efficientnet_lite0``, which comes with ImageNet
+            weights, or ``timm:`` and a name that timm knows.
         data: gives the number of classes, the channels and the size.
         seed: seed of the random weights.
         weights: pre-trained ones, for example torchvision's of ImageNet; the last layer is left out if it is of another
@@ -89,10 +92,12 @@ def build(name: str, data: DataSet, seed: int, weights: Weights | str | Path | N
         side = max(side, SMALL_SIDE)
         maker = vit_small if name == "vit_small" else mamba_small
         model = Model(maker(data.channels, classes, side), data.channels, side)
+    elif name == LITE:
+        model = Model(efficientnet_lite0(classes, seed), 3, max(side, LITE_SIDE))
     elif name.startswith("timm:"):
         model = Model(_from_timm(name.removeprefix("timm:"), classes), 3, max(side, PUBLISHED_SIDE))
     else:
-        raise ValueError(f"model must be one of {', '.join([*PUBLISHED, *SMALL])} or timm:NAME, got {name!r}")
+        raise ValueError(f"model must be one of {', '.join([*PUBLISHED, *SMALL, LITE])} or timm:NAME, got {name!r}")
     if weights is None:
         return model
     weights = weights if isinstance(weights, Weights) else Weights(Path(weights))

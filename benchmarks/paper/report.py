@@ -1,4 +1,4 @@
-"""``RESULTS.md``: every table, figure and verdict, from the result files alone."""
+"""``RESULTS.md``: every table, figure and verdict, from the result files alone; ``FORWARD_ONLY.md`` beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
+from .forward_page import write as write_forward_page
 from .tables import SHOWN, difference_text, markdown, rows_of, write_tables
 
 MOST_NAMED = 4  # gains or losses that a sentence names; more are counted
@@ -73,6 +74,7 @@ def write(out: Path) -> Path:
     target = out.parent / "RESULTS.md"
     target.write_text("\n".join(parts).rstrip() + "\n")
     print(f"written: {target}")
+    write_forward_page(out)
     return target
 
 

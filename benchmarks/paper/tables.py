@@ -128,7 +128,8 @@ def setup_of(rows: Sequence[Row], results: Any, recipe: str, manifest: Mapping[s
     return text
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     lines.insert(1, "|---" + "|--:" * (len(head) - 1) + "|")
     return "\n".join(lines) + "\n"
@@ -161,7 +162,7 @@ def _absolute(rows: Sequence[Row]) -> str:
     body = [
         [row.title, str(row.n), *_counts(row), *(_number(row.mean[key], row.sd[key]) for key in SHOWN)] for row in rows
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _differences(rows: Sequence[Row]) -> str:
@@ -171,7 +172,7 @@ def _differences(rows: Sequence[Row]) -> str:
         for row in rows
         if row.difference
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _csv(groups: Sequence[tuple[str, list[Row]]]) -> str:
@@ -214,7 +215,7 @@ def _chestxray(results: list[list[list[dict[str, Any]]]]) -> str:
         name = f"**ours**: {arm[0]['arm']['label']} ({arm[0]['recipe']['model']}, {seeds})"
         body.append([name, *("–" if math.isnan(value) else f"{value:.3f}" for value in [*classes, total])])
     text = "AUROC; the first eleven rows are the paper's (arXiv 2502.20516, its table of ChestX-ray14).\n\n"
-    text += _table(head, body)
+    text += table(head, body)
     if not ours:
         text += (
             "\nOur row is empty: the 112,120 images are not here. `python -m benchmarks.paper table-chestxray14 --data "

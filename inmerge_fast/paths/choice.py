@@ -42,6 +42,11 @@ class Paths:
         """What is queued next comes after all calls so far, which may have been on another stream."""
         self.triton.follow()
 
+    def release(self) -> None:
+        """Free what merges that are undone keep for the next one; where none comes, it would stay with the plan."""
+        self.triton.release()
+        self._cpu.release()
+
     def _eager_because(self, reason: str) -> EagerPath:
         path = self._eager.get(reason)
         if path is None:

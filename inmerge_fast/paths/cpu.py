@@ -129,6 +129,15 @@ class CpuPath:
         """See :class:`inmerge_fast.paths.path.Path`."""
         return CpuForNow(self, weights, call)
 
+    def release(self) -> None:
+        """See :meth:`inmerge_fast.paths.choice.Paths.release`."""
+        self._spare = bytearray()
+
+    def _take_spare(self) -> bytearray:
+        """Memory for old filters, used again: new memory has the system make each of its pages, 1 us for 4 KB."""
+        spare, self._spare = self._spare, bytearray()
+        return spare
+
     def _kernel_for(self, weights: Sequence[torch.Tensor], held: Sequence[torch.UntypedStorage]) -> CpuMerge:
         # The kernel writes to addresses while other threads run. One of them may give a weight other memory, as
         # model.half() does, and would free what is written to. 17 us for 110 layers.
@@ -174,9 +183,7 @@ class CpuForNow:
 
     def merge(self) -> CpuPairs:
         """Merge, see there."""
-        # Large memory that is new costs the system's time for each of its pages: it is used again.
-        spare, self._path._spare = self._path._spare, bytearray()
-        self._kept = kept = [spare]
+        self._kept = kept = [self._path._take_spare()]
         return self._path._run(self._kernel, self._weights, self._call, kept)
 
     def restore(self, changed: Collection[int] = ()) -> None:
@@ -190,6 +197,7 @@ class CpuForNow:
             for place in changed:
                 passed[start[place] : start[place + 1]] = bytes(int(start[place + 1] - start[place]))
         self._kernel.restore(counts, rows, passed, old)
+        self._kept = []  # first: it is another merge's from then on
         self._path._spare = old
 
     def old(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -237,6 +237,9 @@ class OnlyPath:
     def follow(self) -> None:
         """There is nothing on its way on other streams."""
 
+    def release(self) -> None:
+        """There is nothing that is kept."""
+
 
 def _sharded_layer(candidate: Candidate) -> ShardedLayer:
     holder, name = candidate.holder, candidate.name

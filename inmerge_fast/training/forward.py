@@ -125,6 +125,7 @@ class ForwardSteps:
         while self._undo:
             self._undo.pop()()
         self.restore()
+        self._run.plan.paths.release()
 
     def _called(self) -> list[nn.Module]:
         """What may be called for a forward pass: not what is inside a compiled model, where a hook would be traced."""

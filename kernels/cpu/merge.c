@@ -103,15 +103,16 @@ static int place_old(struct merge *merge, const uint8_t *coin) {
   merge->rows = malloc((size_t)(merge->sampled + 1) * sizeof *merge->rows);
   merge->old_start = malloc((size_t)(merge->layer_count + 1) * sizeof *merge->old_start);
   if (!merge->rows || !merge->old_start) return 0;
-  int64_t rank = 0, place = 0;
+  int64_t rank = 0, place = 0, every = 0;
   for (int64_t l = 0; l < merge->layer_count; coin += merge->layers[l++].filters) {
     const int64_t bytes = bytes_of_filter(&merge->layers[l]);
     merge->old_start[l] = place - rank * bytes;
-    place += merge->counts[l] * bytes;
+    place += merge->counts[l] * bytes, every += merge->layers[l].filters * bytes;
     for (int32_t i = 0; i < merge->layers[l].filters; i++)
       if (coin[i]) merge->rows[rank++] = i;
   }
   merge->old_bytes = place;
+  merge->room_for_old = every - place < place / 8 ? every : place + place / 8;
   return 1;
 }
 

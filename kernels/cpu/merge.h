@@ -40,6 +40,7 @@ struct merge {
   int32_t *rows;      /* of every sampled filter, by layer and filter: which one of its layer; with keeps_old */
   int64_t *old_start; /* of each layer: offset in `old` that a filter of rank 0 would have; with keeps_old */
   int64_t old_bytes;  /* of all sampled filters */
+  int64_t room_for_old; /* to make if there is less, so that other draws fit as well: an eighth more, or every filter */
 
   /* The caller's memory, old_bytes; with keeps_old. */
   char *old; /* sampled filters one after another, as they were; set where they are blended */

@@ -6,7 +6,7 @@
 
 /* To be raised together with VERSION in inmerge_fast/native.py whenever anything in this folder changes what a call
    takes, returns or does, so that an older build left in a checkout is not used. */
-#define VERSION 5
+#define VERSION 6
 
 /* The struct code of this name, the best one for None. */
 static const struct code *find_code(PyObject *name) {
@@ -42,9 +42,10 @@ PyDoc_STRVAR(merge_doc,
              "    write: False for a dry run.\n"
              "    threads: at most.\n"
              "    code: one of code_names, None for the first.\n"
-             "    kept: None; or a list with a bytearray, which is used again if it is large enough, so that the filters\n"
-             "        that are merged can be restored. What restore takes is appended before the first write: counts,\n"
-             "        bytes of int32 with which filter of its layer each sampled one is, passed, and a bytearray.\n\n"
+             "    kept: None; or a list with a bytearray, so that the filters that are merged can be restored. It is used\n"
+             "        again if it is large enough, and let go if not. What restore takes is appended before the first write:\n"
+             "        counts, bytes of int32 with which filter of its layer each sampled one is, passed, and a bytearray\n"
+             "        that may have more room than is taken.\n\n"
              "Returns:\n"
              "    Bytearrays: the number of sampled filters, int64 (layers,); of each of them the similarity, float64\n"
              "    and whether it passed, bool; how many passed, and the largest similarity, float64 (2,).\n\n"
@@ -55,10 +56,14 @@ PyDoc_STRVAR(merge_doc,
 /* Append to `kept` what restore takes, with the bytearray in it if that has room. Returns where filters are kept. */
 static char *append_kept(PyObject *kept, const struct merge *merge, PyObject *counts, PyObject *passed) {
   PyObject *old = PyList_GetItem(kept, 0);
-  if (PyByteArray_Size(old) < merge->old_bytes)
-    old = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)merge->old_bytes);
-  else
+  if (PyByteArray_Size(old) < merge->old_bytes) {
+    /* It costs 1 us for each page that is new to the process; what is too small goes first. */
+    PyObject *nothing = PyByteArray_FromStringAndSize(NULL, 0);
+    if (!nothing || PyList_SetItem(kept, 0, nothing)) return NULL;
+    old = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)merge->room_for_old);
+  } else {
     Py_INCREF(old);
+  }
   const Py_ssize_t bytes = (Py_ssize_t)(merge->sampled * (int64_t)sizeof(int32_t));
   PyObject *rows = old ? PyBytes_FromStringAndSize((const char *)merge->rows, bytes) : NULL;
   PyObject *all = rows ? PyTuple_Pack(4, counts, rows, passed, old) : NULL;

@@ -32,6 +32,7 @@ class Keeper:
         self.place = launcher.zeros(rows) - 1
         self.merged = launcher.zeros(rows, dtype=torch.int8)
         self.packed = launcher.zeros(0, dtype=torch.int8)
+        launcher.kept = self.place, self.merged, self.packed
         self._tables: dict[int, tuple[Arguments, Arguments]] = {}  # by slot
         self._units = [
             (layer.layout.filters, -(-layer.layout.elements * layer.dtype.itemsize // UNIT))
@@ -58,6 +59,7 @@ class Keeper:
             self._tables.clear()  # before: an interrupt in between must not leave them with less memory than is said
             with torch.inference_mode(False):
                 self.packed = torch.empty(wanted, dtype=torch.int8, device=self._launcher.device)
+            self._launcher.kept = self.place, self.merged, self.packed
 
     def for_now(self, weights: Sequence[torch.Tensor], call: Call) -> TritonForNow:
         """A merge of the weights that is undone again."""

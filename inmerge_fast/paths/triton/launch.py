@@ -66,6 +66,7 @@ class Launcher:
             self.call,
         )  # fmt: skip
         self.scratch = zeros(0, dtype=torch.int8)
+        self.kept: tuple[torch.Tensor, ...] = ()  # for old filters, by a Keeper
         self.calls = -1  # number of the latest that was not captured
         self._drawn: Drawn | None = None
         self._clean = range(SLOTS)  # the calls whose slots a draw may count in: their readers and state are zero
@@ -395,4 +396,4 @@ class Launcher:
         """All device memory that the launches use."""
         own = [self.layer_table, self.row_layer, self.counter, self.slot, self.deferred, self.call]
         own += [self.running.times, self.running.largest, self.scratch, *self._captured_scratch, *self.slots.tensors()]
-        return own + (self._matcher.tensors() if self._matcher else [])
+        return [*own, *self.kept] + (self._matcher.tensors() if self._matcher else [])

@@ -73,6 +73,14 @@ class TritonPath:
             with self._launcher.lock:
                 self._launcher.follow_current_stream()
 
+    def release(self) -> None:
+        """See :meth:`inmerge_fast.paths.choice.Paths.release`."""
+        if self._keeper is not None:
+            self.follow()  # what is freed may be given to whoever queues next on this stream
+            self._keeper = None
+            if self._launcher is not None:
+                self._launcher.kept = ()
+
     def merge(self, weights: Sequence[torch.Tensor], call: Call) -> Results:
         """Queue the launches of a call; see :class:`inmerge_fast.paths.path.Path`."""
         return self.launcher(weights).run(
