@@ -45,6 +45,10 @@ class Large:
     def apply(self, img, severity=-1):
         return np.array(img)[: random.randint(10, img.size[0] - 100)]
 
+class Numbers:
+    def apply(self, img, severity=-1):
+        return np.array(img)[..., 0].astype(np.float32) * 300
+
 class Cut:
     def apply(self, img, severity=-1):
         return np.array(img)[:, :3]
@@ -54,7 +58,7 @@ CORRUPTIONS_DS = {
     "pathmnist": {"darker": Darker()},
     "chestmnist": {"darker": Darker()},
     "bloodmnist": {"darker": Darker(), "large": Large()},
-    "octmnist": {"cut": Cut()},
+    "octmnist": {"cut": Cut(), "numbers": Numbers()},
 }
 DATASET_RGB = {"pneumoniamnist": False, "pathmnist": True, "chestmnist": False, "bloodmnist": True, "octmnist": False}
 '''
@@ -191,6 +195,13 @@ def test_other_data_and_other_machines_get_our_own(package, tmp_path, capsys, mo
     forget_package(monkeypatch)
     monkeypatch.setitem(sys.modules, "medmnistc", None)
     assert "corruptions: our own (medmnistc cannot be imported" in run(tmp_path, capsys, "pneumoniamnist")
+
+
+def test_numbers_above_255_are_refused_and_not_cut(package):
+    with pytest.raises(
+        ValueError, match=r"numbers at severity 3 fails on images of 16x16 \(it gives pixels of .* mode F"
+    ):
+        medmnist_c.corrupt(some_images(), "octmnist", "numbers", 3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("medmnistc") is None, reason="needs the medmnistc package")

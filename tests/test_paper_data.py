@@ -15,7 +15,7 @@ from paper_fixtures import write_chestxray14, write_npz
 
 from benchmarks.paper import chestxray_tables, image_cache
 from benchmarks.paper.chestxray import LABELS, load_chestxray14
-from benchmarks.paper.data import load
+from benchmarks.paper.data import _say, load
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -61,11 +61,12 @@ def test_a_file_is_found_below_the_root(tmp_path, monkeypatch):
     assert load("own.npz").name == "own"
 
 
-def test_what_was_understood_is_said(tmp_path):
+def test_what_was_understood_is_said(tmp_path, capsys):
     labels = np.eye(3, dtype=np.uint8)[np.arange(24) % 2]
     labels[0] = labels[1] = [0, 0, 1]
     path = write_npz(tmp_path / "own.npz", shape=(3, 28, 20), train_labels=labels, val_labels=labels,
                      test_labels=np.eye(3, dtype=np.uint8)[np.arange(24) % 2])  # fmt: skip
+    _say.cache_clear()
     data = load(str(path))
     assert data.train.images.shape == (24, 3, 28, 20)
     assert (data.task, data.dims, data.labels) == ("multi-class", 2, ("0", "1", "2"))
@@ -77,6 +78,8 @@ def test_what_was_understood_is_said(tmp_path):
         "labels of shape (24, 3), of which each image has one, are read as classes",
         "none or all of the test images have 2: no AUC for it there",
     )
+    load(str(path))
+    assert capsys.readouterr().err.splitlines() == [f"own: {note}" for note in data.notes]  # once
 
 
 def test_labels_without_an_auc_are_said(tmp_path):

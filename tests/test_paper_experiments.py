@@ -12,18 +12,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from paper_fixtures import TINY, write_chestxray14, write_npz
 
 from benchmarks.paper import confirm, forward_page, grid, protocol, report
 from benchmarks.paper.__main__ import main, show
 from benchmarks.paper.compare import compare
-from benchmarks.paper.config import BASELINE, RESEEDED, Arm, Merging, Run
+from benchmarks.paper.config import BACKBONE, BASELINE, RESEEDED, Arm, Merging, Run
 from benchmarks.paper.experiments import EXPERIMENTS, Experiment, Options, recipes
 from benchmarks.paper.grid import Where, execute
+from benchmarks.paper.models import Weights
 from benchmarks.paper.published import CHESTXRAY14
 from benchmarks.paper.storage import append, is_stored, load_result, mend, path_of, runs_of
 from benchmarks.paper.tables import write_manifest
+from inmerge_fast.demo.train import build_net
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -190,6 +194,51 @@ def test_a_killed_sweep_resumes_without_repeating_or_losing_a_run(tmp_path):
     main([*COMMAND[2:], "--show", "--out", str(out)])  # trains nothing
     assert picture.read_bytes() == before
     assert not checkpoints.exists()
+
+
+def test_data_of_the_same_name_are_told_apart(tmp_path):
+    """Two folders with a file of one name have the same runs: the results of one are not shown as the other's."""
+    for place, seed in (("a", 1), ("b", 2)):
+        (tmp_path / place).mkdir()
+        images = np.random.default_rng(seed).integers(0, 256, (24, 16, 16), dtype=np.uint8)
+        write_npz(tmp_path / place / "own.npz", shape=(16, 16), train_images=images)
+    recipe = dataclasses.replace(FAST, data="own.npz", name="own", limit=None)
+    one, other = (Where(tmp_path / "out", root=str(tmp_path / place)) for place in "ab")
+    execute([Run(recipe, BACKBONE, 0)], one)
+    for runs in ([Run(recipe, BACKBONE, 0)], [Run(recipe, BACKBONE, 0), Run(recipe, BASELINE, 0)]):
+        with pytest.raises(
+            ValueError, match=r"was done with other data of this name \(own.npz, md5 .*: choose another"
+        ):
+            execute(runs, other)
+    (tmp_path / "a" / "own.npz").unlink()
+    grid._benches.clear()
+    execute([Run(recipe, BACKBONE, 0)], one)  # no data, and none are needed
+
+
+def test_a_damaged_backbone_is_trained_again_and_named(tmp_path, capfd):
+    where = Where(tmp_path)
+    execute([Run(FAST, BACKBONE, 0)], where)
+    [path] = (tmp_path / "checkpoints").glob("*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    execute([Run(FAST, RESEEDED, 0)], where)
+    assert f"{path}: is damaged (" in capfd.readouterr().err
+    results = [load_result(tmp_path, Run(FAST, arm, 0).key()) for arm in (BACKBONE, RESEEDED)]
+    assert results[0]["digests"]["backbone"] == results[1]["digests"]["backbone"]
+
+
+def test_weights_are_checked_and_said_before_anything_is_trained(tmp_path, capsys):
+    net = build_net(1, 7, 0)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}, tmp_path / "w.ckpt")
+    execute([Run(FAST, BACKBONE, 0)], Where(tmp_path / "out", weights=Weights(tmp_path / "w.ckpt")))
+    said = capsys.readouterr().out
+    assert "w.ckpt, entry 'state_dict': 48 tensors loaded; the head starts at random, the file's is for another" in said
+    command = ["sweep-layers", "--quick", "--processes", "1", "--out", str(tmp_path / "cli"), "--corruptions", "own"]
+    with pytest.raises(SystemExit):
+        main([*command, "--weights", str(tmp_path / "w.ckpt"), "--model", "resnet18"])
+    assert "conv1.weight (16, 1, 3, 3) instead of (64, 3, 7, 7)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--entry", "ema"])
+    assert "argument --entry: is for --weights" in capsys.readouterr().err
 
 
 def test_two_ranks_train_one_model(tmp_path):

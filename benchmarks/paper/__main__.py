@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from .dataset import MissingDataError, Reading
 from .experiments import EXPERIMENTS, Experiment, Options
 from .figures import write_figures
 from .grid import Where, execute, is_leader
+from .models import Weights
 from .tables import manifest_name, markdown, write_manifest, write_tables
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,8 +54,14 @@ def _parser() -> argparse.ArgumentParser:
                         "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; efficientnet_lite0 with "
                         "ImageNet weights; timm:NAME")  # fmt: skip
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="pre-trained weights, a state_dict saved by PyTorch"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="pre-trained weights: a state dict or a checkpoint with one, of "
+        "PyTorch or as safetensors; a head of another number of classes is left out",
     )
+    parser.add_argument("--entry", metavar="NAME", help="which of several networks in the file of --weights, or the "
+                        "prefix of its keys (default: the first that fits)")  # fmt: skip
     parser.add_argument("--seeds", type=_count, metavar="N", help="seeds 0 to N - 1 of every arm")
     parser.add_argument("--backbone-epochs", type=_count, metavar="N", help="epochs before the arms, without merging")
     parser.add_argument("--arm-epochs", type=_count, metavar="N", help="epochs of every arm")
@@ -93,6 +101,13 @@ def _bits(text: str) -> int:
         return Reading(bits=int(text)).bits or 0
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _md5_of_weights(path: Path) -> str:
+    """MD5 of a file; of an index of shards that of all of them, since other weights may have the same index."""
+    parts = [path, *sorted(path.parent.glob("*.safetensors"))] if path.suffix == ".json" else [path]
+    found = [md5_of(one) for one in parts]
+    return found[0] if len(found) == 1 else hashlib.md5(" ".join(found).encode()).hexdigest()
 
 
 def _corruptions(wanted: str, spec: str, size: int | None, root: str | None, reading: Reading) -> str:
@@ -139,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     reading = Reading(given.bits, given.allow_overlap)
-    where = Where(out, root, device, processes, given.tensorboard, given.weights, reading)
+    chosen = None if given.weights is None else Weights(given.weights, given.entry)
+    where = Where(out, root, device, processes, given.tensorboard, chosen, reading)
     if given.show and given.experiment not in EXPERIMENTS:
         parser.error(f"argument --show: is for experiments, not for {given.experiment}")
     if (given.experiment == forward_only.NAME) != (given.stage is not None):
@@ -154,7 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("argument --each-forward: changes nothing with one forward pass per step; give --micro-batches")
     if given.weights is not None and not given.weights.is_file():
         parser.error(f"argument --weights: {given.weights}: there is no such file")
-    weights = f"{given.weights.name}, md5 {md5_of(given.weights)}" if given.weights is not None else None
+    if given.entry is not None and given.weights is None:
+        parser.error("argument --entry: is for --weights")
+    weights = f"{given.weights.name}, md5 {_md5_of_weights(given.weights)}" if given.weights is not None else None
+    weights = f"{weights}, entry {given.entry}" if given.entry is not None else weights
     options = Options(
         data=data, size=given.size, model=given.model, weights=weights, seeds=given.seeds,
         backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,

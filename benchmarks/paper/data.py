@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
 import re
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -34,13 +37,27 @@ def load(spec: str, *, size: int | None = None, root: str | Path | None = None, 
         reading: what image files and splits leave open, for ChestX-ray14.
 
     Returns:
-        The data set; its notes say what was understood and what is odd about it.
+        The data set. Its notes, what was understood and what is odd about it, are said once, on standard error.
 
     Raises:
         ValueError: the data cannot be found or used; the message names the file and the cure.
     """
     data = _load(spec, size, root, reading)
-    return dataclasses.replace(data, notes=(*data.notes, *data.without_auc()))
+    data = dataclasses.replace(data, notes=(*data.notes, *data.without_auc()))
+    for note in data.notes:
+        _say(f"{data.name}: {note}")
+    return data
+
+
+@functools.cache
+def _say(line: str) -> None:
+    if is_leader() and multiprocessing.parent_process() is None:  # not from every process of a pool
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that writes and prints: the only one, or rank 0 of ``torchrun``."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading) -> DataSet:

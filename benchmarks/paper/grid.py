@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from inmerge_fast.demo.data import require
 
 from . import protocol
 from .config import Recipe, Run, digest
-from .data import load
+from .data import is_leader, load
 from .dataset import AS_IT_IS, Reading
-from .storage import append, is_stored, mend
+from .models import Weights
+from .storage import append, is_stored, load_result, mend
 
 POLL_SECONDS = 1.0
 
@@ -44,20 +46,20 @@ class Where:
     device: str = "cpu"
     processes: int = 1
     tensorboard: str | None = None
-    weights: Path | None = None
+    weights: Weights | None = None
     reading: Reading = AS_IT_IS
 
 
-_benches: dict[tuple[str, int | None, int | None], protocol.Bench] = {}
+_benches: dict[Hashable, protocol.Bench] = {}
 
 
 def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
     """The data of a recipe, loaded once per process."""
-    key = (recipe.data, recipe.size, recipe.limit)
+    key = (recipe.data, recipe.size, recipe.limit, where.root, where.device, where.weights, where.reading)
     if key not in _benches:
         data = load(recipe.data, size=recipe.size, root=where.root, reading=where.reading)
         if is_leader() and multiprocessing.parent_process() is None:  # once, not from every process of the pool
-            print("\n  ".join([f"data: {data.describe()}", *data.notes]), flush=True)
+            print(f"data: {data.describe()}", flush=True)
         _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit, where.weights)
     return _benches[key]
 
@@ -66,7 +68,8 @@ def execute(runs: Sequence[Run], where: Where) -> None:
     """Do the runs that have no result yet. Each is written when it is done, so that a kill loses only those under way.
 
     Raises:
-        ValueError: the data or corruptions of a recipe cannot be used, before anything is trained.
+        ValueError: the data or corruptions of a recipe cannot be used, or what is done already was done with other
+            data; before anything is trained.
     """
     with _ranks(where) as rank:
         for recipe in dict.fromkeys(run.recipe for run in runs) if rank == 0 else ():
@@ -79,7 +82,11 @@ def execute(runs: Sequence[Run], where: Where) -> None:
         if rank == 0:
             print(f"{len(set(runs)) - len(pending)} of {len(set(runs))} runs are done already", flush=True)
         for recipe in dict.fromkeys(run.recipe for run in pending):
-            bench_for(recipe, where).check_corruptions(recipe.corruptions)
+            bench = bench_for(recipe, where)
+            bench.check_corruptions(recipe.corruptions)
+            if where.weights is not None and is_leader():
+                print(f"weights: {bench.check_weights(recipe)}", flush=True)
+        _check_same_data(set(runs) - set(pending), where)
         tasks: dict[tuple[Recipe, int], list[Run]] = {}
         for run in sorted(pending, key=lambda run: run.seed):  # whole seeds first: half a grid is then balanced
             tasks.setdefault((run.recipe, run.seed), []).append(run)
@@ -91,6 +98,25 @@ def execute(runs: Sequence[Run], where: Where) -> None:
                 for run in _do(task, where):
                     bar.update()
                     bar.set_postfix_str(f"{run.recipe.name} {run.arm.label()} seed {run.seed}"[:60], refresh=False)
+
+
+def _check_same_data(done: Iterable[Run], where: Where) -> None:
+    """Two folders or files of one name share their results' names: those of the other must not pass for this one's.
+
+    Raises:
+        ValueError: results are of other data.
+    """
+    for run in done:
+        try:
+            source = bench_for(run.recipe, where).data.source
+        except ValueError:  # the data are not here, and all runs are done: nothing else is looked at
+            continue
+        found = load_result(where.out, run.key())["data"]["source"]
+        if found != source:
+            raise ValueError(
+                f"{where.out}: {run.key()} was done with other data of this name ({found}), not with {source}: choose "
+                "another folder with --out"
+            )
 
 
 def _is_done(run: Run, out: Path) -> bool:
@@ -167,7 +193,11 @@ def _backbone(recipe: Recipe, seed: int, bench: protocol.Bench, where: Where) ->
     values = protocol.backbone_identity(recipe, bench, seed)
     path = where.out / "checkpoints" / f"{recipe.name}-{digest(values)}.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:  # torch.load raises whatever its readers do
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            print(f"{path}: is damaged ({reason}); the backbone is trained again", file=sys.stderr, flush=True)
     state = protocol.train_backbone(recipe, bench, seed)
     if not dist.is_initialized() or dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,11 +221,6 @@ def _logger(run: Run, where: Where) -> Iterator[Any]:
         yield writer.add_scalar
     finally:
         writer.close()
-
-
-def is_leader() -> bool:
-    """Whether this process is the one that writes and prints: the only one, or rank 0 of ``torchrun``."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from .dataset import SPLITS, DataSet, Split
 from .measure import autocast, batch_norms, logits_of, measure, recompute_statistics
 from .merging import Merger, treatment
 from .metrics import filter_state
-from .models import Model, build
+from .models import Model, Weights, build
 
 DEVICE_BYTES = 2 * 2**30
 CACHE_BYTES = 64 * 2**20  # corrupted copies of small sets are kept, since every run looks at them
@@ -47,7 +46,7 @@ class Bench:
     """
 
     def __init__(
-        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Path | None = None
+        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Weights | None = None
     ) -> None:
         if limit is not None:
             train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
@@ -81,6 +80,14 @@ class Bench:
         """
         if source != OWN:
             medmnist_c.check(self.data.test.images, self.data.name)
+
+    def check_weights(self, recipe: Recipe) -> str:
+        """Load the pre-trained weights once, to see whether they fit; gives a line on what became of them.
+
+        Raises:
+            ValueError: they cannot be read or do not fit the recipe's network.
+        """
+        return build(recipe.model, self.data, 0, self.weights).loaded
 
     def copies(self, split: str, source: str, kind: str, level: float) -> torch.Tensor:
         """Corrupted copies of a part's images by one of :meth:`corruptions`, or noisy ones (``kind`` "noise")."""

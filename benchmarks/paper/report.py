@@ -128,12 +128,15 @@ def _sentence(rows: Sequence[Row]) -> str:
     ]
     text += f" ({'; '.join(few)})" if few else ""
     text += "."
-    idle = [row.label for row in settings if row.identical == row.n]
+    idle = [row.label for row in settings if 0 < row.n == row.identical]
     if idle:
         text += f" Bit-identical to the baseline in every seed: {'; '.join(idle)}."
     collapsed = [f"{row.label} ({row.collapsed}/{row.n})" for row in settings if row.collapsed]
     if collapsed:
         text += f" Collapsed: {'; '.join(collapsed)}."
+    diverged = [row.title for row in rows if row.diverged]
+    if diverged:
+        text += f" Not compared: {'; '.join(diverged)}."
     floor = next((row for row in rows if row.kind == "reseeded"), None)
     if floor is not None:
         text += f" Another data order alone moves acc by {difference_text(floor.difference['acc'])} points."
@@ -145,7 +148,10 @@ def _unconfirmed(plan: Path) -> str:
     content = json.loads(plan.read_text())
     if content["confirm"]:
         return ""
-    label, best = max(content["search"].items(), key=lambda item: item[1]["d_mean"])
+    found = {label: one for label, one in content["search"].items() if one["d_mean"] is not None}
+    if not found:
+        return f"**confirm**, {content['recipe']['name']}: nothing to confirm, every setting of the search diverged."
+    label, best = max(found.items(), key=lambda item: item[1]["d_mean"])
     return (
         f"**confirm**, {content['recipe']['name']}: nothing to confirm, so no look at the test images followed. The "
         f"plan's rule: {content['rule']}. None of the {len(content['search'])} settings of the search is; the best is "
@@ -159,10 +165,14 @@ def _confirmation(path: Path) -> str:
         return "**confirm**: planned, not run."
     lines = []
     for label, one in json.loads(result.read_text()).items():
+        diverged = f" ({one['diverged']} more seeds diverged)" if one.get("diverged") else ""
+        if None in (one["d_mean"], one["d_low"]):
+            lines.append(f"{label}: not confirmed, no interval{diverged}")
+            continue
         lines.append(
             f"{label}: d corrupted AUC {one['d_mean']:+.2f} [{one['d_low']:+.2f}, {one['d_high']:+.2f}], p after Holm "
             f"{one['p_holm']:.2g}, over seeds and images [{one['bootstrap_low']:+.2f}, {one['bootstrap_high']:+.2f}]: "
-            f"{'confirmed' if one['confirmed'] else 'not confirmed'}"
+            f"{'confirmed' if one['confirmed'] else 'not confirmed'}{diverged}"
         )
     recipe = path.stem.split(".", 1)[1]
     chosen = json.loads((path.parent / f"plan.{recipe}.json").read_text())["rule"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .chestxray import LABELS
-from .compare import METRICS, Paired, Row, compare
+from .compare import METRICS, Paired, Row, compare, has_diverged
 from .config import OWN, Run
 from .data import without_size
 from .experiments import Experiment
@@ -137,7 +137,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _counts(row: Row) -> list[str]:
     merges = "–" if math.isnan(row.per_step) else f"{row.per_step:.2f}"
-    return [merges, f"{row.rank[0]:.2f} → {row.rank[1]:.2f}", f"{row.collapsed}/{row.n}"]
+    rank = "–" if math.isnan(row.rank[0]) else f"{row.rank[0]:.2f} → {row.rank[1]:.2f}"
+    return [merges, rank, f"{row.collapsed}/{row.n}"]
 
 
 def _number(mean: float, sd: float) -> str:
@@ -159,7 +160,7 @@ def difference_text(one: Paired) -> str:
 def _absolute(rows: Sequence[Row]) -> str:
     head = ["arm", "seeds", "merges", "rank", "collapsed", *SHOWN]
     body = [
-        [row.label, str(row.n), *_counts(row), *(_number(row.mean[key], row.sd[key]) for key in SHOWN)] for row in rows
+        [row.title, str(row.n), *_counts(row), *(_number(row.mean[key], row.sd[key]) for key in SHOWN)] for row in rows
     ]
     return table(head, body)
 
@@ -167,7 +168,7 @@ def _absolute(rows: Sequence[Row]) -> str:
 def _differences(rows: Sequence[Row]) -> str:
     head = ["arm", "merges", "rank", "collapsed", "identical", *(f"d {metric}" for metric in SHOWN)]
     body = [
-        [row.label, *_counts(row), f"{row.identical}/{row.n}", *(difference_text(row.difference[key]) for key in SHOWN)]
+        [row.title, *_counts(row), f"{row.identical}/{row.n}", *(difference_text(row.difference[key]) for key in SHOWN)]
         for row in rows
         if row.difference
     ]
@@ -194,7 +195,7 @@ def _csv(groups: Sequence[tuple[str, list[Row]]]) -> str:
                 )
                 counts = [text(row.per_step), *map(text, row.rank), row.collapsed, row.identical]
                 level = [text(row.mean[metric]), text(row.sd[metric])]
-                writer.writerow([recipe, row.label, metric, row.n, *level, *pair, *counts])
+                writer.writerow([recipe, row.title, metric, row.n, *level, *pair, *counts])
     return out.getvalue()
 
 
@@ -207,9 +208,11 @@ def _chestxray(results: list[list[list[dict[str, Any]]]]) -> str:
         empty = ["–"] * (len(head) - 1)
         body.append(["**ours**: no data, see below", *empty])
     for arm in ours:
-        classes = [_mean([result["metrics"]["class_auc"][label] for result in arm]) for label in LABELS]
-        total = _mean([result["metrics"]["clean"]["auc"] for result in arm])
-        name = f"**ours**: {arm[0]['arm']['label']} ({arm[0]['recipe']['model']}, {len(arm)} seeds)"
+        kept = [result for result in arm if not has_diverged(result)]
+        classes = [_mean([result["metrics"]["class_auc"][label] for result in kept]) for label in LABELS]
+        total = _mean([result["metrics"]["clean"]["auc"] for result in kept])
+        seeds = f"{len(kept)} seeds" + (f", {len(arm) - len(kept)} more diverged" if len(kept) < len(arm) else "")
+        name = f"**ours**: {arm[0]['arm']['label']} ({arm[0]['recipe']['model']}, {seeds})"
         body.append([name, *("–" if math.isnan(value) else f"{value:.3f}" for value in [*classes, total])])
     text = "AUROC; the first eleven rows are the paper's (arXiv 2502.20516, its table of ChestX-ray14).\n\n"
     text += table(head, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -137,11 +138,11 @@ class Images:
 
     @torch.no_grad()
     def accuracy(self, net: nn.Module) -> float:
-        """Share of the test images that the network classifies rightly."""
+        """Share of the test images that the network classifies rightly; NaN if its outputs are not finite."""
         net.eval()
         x, y = self.test
-        right = [net(part).argmax(1) for part in x.split(EVAL_BATCH)]
-        return float((torch.cat(right) == y).float().mean())
+        scores = torch.cat([net(part) for part in x.split(EVAL_BATCH)])
+        return float((scores.argmax(1) == y).float().mean()) if scores.isfinite().all() else math.nan
 
 
 @cache
