@@ -61,7 +61,7 @@ def check_readable(path: Path) -> None:
     try:
         mode = path.stat().st_mode  # follows links
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
+        raise ValueError(f"there is no file {str(path)!r}") from None
     except (OSError, ValueError) as error:  # a loop of links, a name too long, a NUL in it
         raise ValueError(f"{str(path)!r}: cannot be opened: {_why(error)}") from error
     if stat.S_ISDIR(mode):

@@ -90,7 +90,7 @@ class LayerPlan:
                     f"skip_first and exclude choose among the layers of a model, but the target is a "
                     f"{type(target).__name__}; got skip_first={skip_first}, exclude={exclude!r}"
                 )
-            roots, candidates, tied = _listed_candidates(target, layer)
+            roots, candidates, tied = listed_candidates(target, layer)
             choice = Choice(candidates, [], [], [None] * len(candidates))
         for root in roots:
             if isinstance(root, nn.Module):
@@ -313,9 +313,15 @@ def _patterns(argument: str, given: object) -> tuple[str, ...]:
     return patterns
 
 
-def _listed_candidates(
+def listed_candidates(
     target: Any, layer: int
 ) -> tuple[list[nn.Module | torch.Tensor], list[Candidate], list[tuple[str, str]]]:
+    """What a target that is no model lists: all of it, each weight once as a candidate, and those tied to one.
+
+    Raises:
+        TypeError: it is no layer, no tensor and no iterable of those.
+        ValueError: ``layer`` is given for an iterable.
+    """
     if isinstance(target, (nn.Module, torch.Tensor)):
         name = type(target).__name__
         return [target], [Candidate(name, layer, target)], []
