@@ -30,15 +30,17 @@ def load_zip(path: Path, archive: zipfile.ZipFile) -> object:
     """
     names = archive.namelist()
     root = next(name for name in names if name == "data.pkl" or name.endswith("/data.pkl")).removesuffix("data.pkl")
-    source: Path | io.BytesIO = path
+    with archive.open(f"{root}data.pkl") as stream:
+        references = list(_references(io.BytesIO(stream.read()), 1))
     if f"{root}constants.pkl" in names:  # TorchScript: PyTorch would load its code, so it gets the data alone
         source = io.BytesIO()
         with zipfile.ZipFile(source, "w") as copy:
             for name in names:
                 if name.startswith(f"{root}data/") or name in (f"{root}data.pkl", f"{root}version", f"{root}byteorder"):
                     copy.writestr(name, archive.read(name))
-    with archive.open(f"{root}data.pkl") as stream:
-        return _load(path, source, list(_references(io.BytesIO(stream.read()), 1)))
+        return _load(path, source, references)
+    with path.open("rb") as file:
+        return _load(path, file, references)
 
 
 def load_legacy(path: Path) -> object:
@@ -49,22 +51,22 @@ def load_legacy(path: Path) -> object:
     """
     with path.open("rb") as file:
         references = list(_references(file, 4))  # magic number, protocol, system, content
-    return _load(path, path, references)
+        return _load(path, file, references)
 
 
-def _load(path: Path, source: Path | io.BytesIO, references: list[str]) -> object:
+def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
     known = dict(_numpy()) | {name: _first for name in references if name.startswith("torch.jit._pickle.")}
     tensors = set(_tensor_classes(references))
     mappings = {"collections.defaultdict"}
     for _ in range(RETRIES):
-        allowed = known | {
-            name: stand_in_for(name, mapping=name in mappings, tensor=name in tensors)
-            for name in dict.fromkeys(references)
-            if name not in known
-        }
+        allowed = dict(known)
+        for reference in dict.fromkeys(references):
+            name = _modern(reference)
+            if name not in known:
+                stand_in = stand_in_for(name, mapping=name in mappings, tensor=name in tensors)
+                allowed |= {reference: stand_in, name: stand_in}  # PyTorch knows not all names of Python 2
         try:
-            if isinstance(source, io.BytesIO):
-                source.seek(0)
+            source.seek(0)
             with warnings.catch_warnings(), torch.serialization.safe_globals([(v, k) for k, v in allowed.items()]):
                 warnings.simplefilter("ignore")  # of dtypes and pickle protocols that PyTorch is about to drop
                 return torch.load(source, map_location="cpu", weights_only=True)
@@ -98,14 +100,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _references(stream: BinaryIO, pickles: int) -> Iterator[str]:
-    """Names of the functions and classes that pickles refer to, in order, each time they do."""
+    """Names of the functions and classes that pickles refer to, as they stand there, each time they do."""
     for _ in range(pickles):
         memo: dict[object, str] = {}
         last = ""
         try:
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name == "GLOBAL":
-                    last = _modern(str(argument))
+                    last = str(argument).replace(" ", ".")
                     yield last
                 elif opcode.name in ("BINPUT", "LONG_BINPUT"):
                     if last:
@@ -120,7 +122,7 @@ def _references(stream: BinaryIO, pickles: int) -> Iterator[str]:
 
 
 def _modern(reference: str) -> str:
-    module, _, name = reference.partition(" ")
+    module, _, name = reference.rpartition(".")
     if (module, name) in _compat_pickle.NAME_MAPPING:
         module, name = _compat_pickle.NAME_MAPPING[module, name]
     return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"

@@ -52,10 +52,18 @@ class Checkpoint:
             raise ValueError(f"{self.source}: {error}") from error
 
 
+def is_there(source: str | Path) -> bool:
+    """Whether there is a file or folder of this name, which need be no possible name of one."""
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def names_a_file(source: str) -> bool:
     """Whether a name was meant as one of a file, there or not: by its ending, or as a path."""
     on_hub = source.startswith((HUB, "timm/"))
-    return Path(source).exists() or source.endswith(SUFFIXES) or (not on_hub and ("/" in source or os.sep in source))
+    return is_there(source) or source.endswith(SUFFIXES) or (not on_hub and ("/" in source or os.sep in source))
 
 
 def read(source: str | Path) -> Checkpoint:
@@ -76,8 +84,8 @@ def read(source: str | Path) -> Checkpoint:
         ValueError: it cannot be read or holds no weights. The message is one line that says what the source is and what
             to do.
     """
-    path = _from_hub(str(source)) if str(source).startswith(HUB) and not Path(source).exists() else Path(source)
-    if path.is_dir():
+    path = _from_hub(str(source)) if str(source).startswith(HUB) and not is_there(source) else Path(source)
+    if is_there(path) and path.is_dir():
         path = _main_file(path)
     found = _networks(path)
     if not found:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.networks import Network
-from ..checkpoints.read import HUB, Checkpoint, names_a_file, read
+from ..checkpoints.read import HUB, Checkpoint, is_there, names_a_file, read
 from ..stats import describe_skipped
 from .outlook import outlook
 from .outputs import Outputs, describe, write_pictures, write_table
@@ -174,7 +174,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _stem(source: str) -> str:
-    name = Path(source).resolve().stem if Path(source).exists() else source
+    name = Path(source).resolve().stem if is_there(source) else source[-60:]
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "weights"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -280,8 +281,13 @@ def _of_state_dict(
         raise ValueError(f"the state dict has {len(state)} entries, but no floating-point tensor of {dims} dimensions")
     alone = [key for key, value in shaped.items() if _has_one_channel(value)]
     # One such weight is the first layer of a network for grey images or sound. Several are depthwise layers, of which
-    # the first may still be that.
-    depthwise = {key for key in alone if len(alone) > 1 and key not in layouts and key != next(iter(shaped))}
+    # the first may still be that, unless its name says otherwise: safetensors files are sorted by name.
+    first_layer = next(iter(shaped))
+    depthwise = {
+        key
+        for key in alone
+        if len(alone) > 1 and key not in layouts and (key != first_layer or re.search("dw|depthwise", key))
+    }
     candidates: list[Candidate] = []
     tied: list[tuple[str, str]] = []
     first_at: dict[object, str] = {}
