@@ -56,14 +56,19 @@ def load_legacy(path: Path) -> object:
 
 def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
     known = dict(_numpy()) | {name: _first for name in references if name.startswith("torch.jit._pickle.")}
-    tensors = set(_tensor_classes(references))
+    made_by = dict(_tensor_classes(references))
     mappings = {"collections.defaultdict"}
     for _ in range(RETRIES):
         allowed = dict(known)
         for reference in dict.fromkeys(references):
             name = _modern(reference)
             if name not in known:
-                stand_in = stand_in_for(name, mapping=name in mappings, tensor=name in tensors)
+                stand_in = stand_in_for(
+                    name,
+                    mapping=name in mappings,
+                    tensor=name in made_by,
+                    wrapper=made_by.get(name) == "torch._utils._rebuild_wrapper_subclass",
+                )
                 allowed |= {reference: stand_in, name: stand_in}  # PyTorch knows not all names of Python 2
         try:
             source.seek(0)
@@ -128,11 +133,11 @@ def _modern(reference: str) -> str:
     return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
 
 
-def _tensor_classes(references: list[str]) -> Iterator[str]:
-    """Subclasses of tensors: they follow the function that makes a tensor of one, and the one that makes its data."""
+def _tensor_classes(references: list[str]) -> Iterator[tuple[str, str]]:
+    """Subclasses of tensors, and what makes their data: they follow it, and that the function that makes one of it."""
     for first, second, third in zip(references, references[1:], references[2:], strict=False):
         if first == "torch._tensor._rebuild_from_type_v2" and second.startswith("torch._utils._rebuild"):
-            yield third
+            yield third, second
 
 
 def _numpy() -> Iterator[tuple[str, Any]]:

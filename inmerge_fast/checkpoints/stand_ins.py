@@ -78,18 +78,27 @@ class StandInTensor(torch.Tensor):
     name = ""
 
 
-def stand_in_for(name: str, *, mapping: bool = False, tensor: bool = False) -> type:
+class StandInWrapper(StandInTensor):
+    """A tensor of a class that keeps its values in others, as sharded and packed ones do; nothing can be computed."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{cls.name} keeps its values elsewhere")
+
+
+def stand_in_for(name: str, *, mapping: bool = False, tensor: bool = False, wrapper: bool = False) -> type:
     """A class that stands for the one of this name.
 
     Args:
         name: module and name.
         mapping: whether items are set in its objects.
         tensor: whether it is a subclass of ``torch.Tensor``.
+        wrapper: whether that has its values in other tensors.
     """
     module, _, short = name.rpartition(".")
     body = {"name": name, "__module__": module}
-    if tensor:
-        return type(short, (StandInTensor,), body)
+    if tensor or wrapper:
+        return type(short, (StandInWrapper if wrapper else StandInTensor,), body)
     return _MappingKind(short, (_StandInMapping,), body) if mapping else _Kind(short, (StandIn,), body)
 
 

@@ -23,10 +23,11 @@ from ..plan.candidates import (
     unwrap_compiled,
 )
 from ..plan.filters import FilterLayout, check_outside_transforms, filter_layout
-from ..plan.plan import Target, check_selection, listed_candidates
+from ..plan.plan import Target, check_selection, listed_candidates, name_patterns
 from ..stats import describe_skipped
 
 LARGEST_COPY = 1 << 28  # elements of what is not dense: an expanded or sparse tensor may claim any size
+FEW_CHANNELS = 4  # of an image
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -247,7 +248,7 @@ def _chosen(
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """The candidates that a selection keeps, and why the others are left out; ``resolve`` completes a pattern."""
     count, patterns = check_selection(selection.skip_first, selection.exclude)
-    _, wanted = check_selection(0, selection.layers)
+    wanted = name_patterns("layers", selection.layers)
     choice = choose(candidates, tied, count, [resolve(pattern) for pattern in patterns], include_frozen=True)
     kept = choice.kept
     if wanted:
@@ -279,15 +280,7 @@ def _of_state_dict(
             shaped[key] = value
     if not shaped:
         raise ValueError(f"the state dict has {len(state)} entries, but no floating-point tensor of {dims} dimensions")
-    alone = [key for key, value in shaped.items() if _has_one_channel(value)]
-    # One such weight is the first layer of a network for grey images or sound. Several are depthwise layers, of which
-    # the first may still be that, unless its name says otherwise: safetensors files are sorted by name.
-    first_layer = next(iter(shaped))
-    depthwise = {
-        key
-        for key in alone
-        if len(alone) > 1 and key not in layouts and (key != first_layer or re.search("dw|depthwise", key))
-    }
+    depthwise = _depthwise(shaped, layouts)
     candidates: list[Candidate] = []
     tied: list[tuple[str, str]] = []
     first_at: dict[object, str] = {}
@@ -298,7 +291,7 @@ def _of_state_dict(
             tied.append((key, f"shares its weight with {first} and goes with it"))
         elif key.endswith("_mask") and f"{key.removesuffix('_mask')}_orig" in shaped:
             skipped.append((key, "the mask of a pruned weight"))
-        elif key not in layouts and value.numel() == value.shape[0] > 0:
+        elif key not in layouts and not value.is_nested and value.numel() == len(value) > 0:
             skipped.append((key, "one element per filter: a gain, not a filter"))
         else:
             mask = shaped.get(f"{key.removesuffix('_orig')}_mask") if key.endswith("_orig") else None
@@ -321,8 +314,18 @@ def _completed(pattern: str, keys: Sequence[str]) -> str:
     return pattern
 
 
-def _has_one_channel(value: torch.Tensor) -> bool:
-    return not value.is_nested and value.dim() >= 3 and value.shape[1] == 1 < value.shape[0] < value.numel()
+def _depthwise(shaped: Mapping[str, torch.Tensor], layouts: Mapping[str, tuple[int, bool]]) -> set[str]:
+    """Keys of what is taken for depthwise layers: filters with one input channel, where no layout is known.
+
+    The first layer of a network for grey images or sound has that, too: so the first entry is left out, unless its name
+    says otherwise (safetensors files are sorted by name), and a single one where nothing else takes few channels.
+    """
+    channels = {key: value.shape[1] for key, value in shaped.items() if not value.is_nested and value.dim() >= 3}
+    alone = [key for key, count in channels.items() if count == 1 < len(shaped[key]) < shaped[key].numel()]
+    if len(alone) == 1 and not any(1 < count <= FEW_CHANNELS for count in channels.values()):
+        return set()
+    first = next(iter(shaped))
+    return {key for key in alone if key not in layouts and (key != first or re.search("dw|depthwise", key))}
 
 
 def _place(value: torch.Tensor) -> object | None:

@@ -286,9 +286,9 @@ def check_selection(skip_first: object, exclude: object) -> tuple[float, tuple[s
         TypeError: wrong types.
         ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
     """
-    patterns = _patterns("exclude", exclude)
+    patterns = name_patterns("exclude", exclude)
     if isinstance(skip_first, str) or (isinstance(skip_first, Sequence) and not isinstance(skip_first, bytes)):
-        return 0, _patterns("skip_first", skip_first) + patterns
+        return 0, name_patterns("skip_first", skip_first) + patterns
     if type(skip_first) is not float and (isinstance(skip_first, bool) or not isinstance(skip_first, numbers.Real)):
         raise TypeError(
             "skip_first must be an int (layers), a float in [0, 1) (share of them) or name patterns, "
@@ -302,7 +302,12 @@ def check_selection(skip_first: object, exclude: object) -> tuple[float, tuple[s
     return skip_first, patterns  # type: ignore[return-value]
 
 
-def _patterns(argument: str, given: object) -> tuple[str, ...]:
+def name_patterns(argument: str, given: object) -> tuple[str, ...]:
+    """One or several name patterns as a tuple.
+
+    Raises:
+        TypeError: they are none; the message names the argument.
+    """
     if isinstance(given, str):
         return (given,)
     if given == ():
