@@ -82,7 +82,9 @@ class StandInWrapper(StandInTensor):
     """A tensor of a class that keeps its values in others, as sharded and packed ones do; nothing can be computed."""
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"{cls.name} keeps its values elsewhere")
 
 
