@@ -5,11 +5,14 @@ import collections
 import dataclasses
 import datetime
 import enum
+import functools
 import gzip
 import json
+import logging
 import pathlib
 import pickle
 import tarfile
+import types
 import warnings
 import zipfile
 
@@ -51,6 +54,10 @@ class Config:
 
 class Options(dict):
     """A dict whose entries are attributes, as many projects have one."""
+
+
+class Numbers(list):
+    """A list with a name."""
 
 
 class Marked(torch.Tensor):
@@ -223,7 +230,7 @@ FILES = [
     ("`{'state_dict': ..., 'optimizer': ...}`", "c.pth.tar", saved({"epoch": 1, "state_dict": STATE, "optimizer":
      torch.optim.Adam(NET.parameters()).state_dict()}), READ),
     ("model and flattened Adam state", "d.pt", saved(with_optimizer), READ),
-    ("both in one flat dict", "e.pt", saved(flat_with_moments), READ),
+    ("model and Adam state in one flat dict", "e.pt", saved(flat_with_moments), READ),
     ("`DataParallel` / DDP (`module.`)", "f.pt", saved({f"module.{k}": v for k, v in STATE.items()}), READ),
     ("`torch.compile` (`_orig_mod.`), in DDP", "g.pt",
      saved({f"module._orig_mod.{k}": v for k, v in STATE.items()}), READ),
@@ -238,9 +245,11 @@ FILES = [
     ("NumPy arrays as weights", "n.pt", saved({k: v.numpy() for k, v in STATE.items()}), READ),
     ("`argparse.Namespace`, paths, dates, sets", "o.pt", saved({"model": STATE, "args": argparse.Namespace(
      lr=0.1, out=pathlib.PurePosixPath("x")), "day": datetime.date(2026, 1, 1), "seen": {1, 2},
-     "by": collections.defaultdict(list, a=[1]), "n": collections.Counter("aab")}), READ),
+     "by": collections.defaultdict(list, a=[1]), "n": collections.Counter("aab"), "last": collections.deque([1, 2], 3),
+     "random": np.random.RandomState(0), "make": functools.partial(dict, a=1),
+     "also": types.SimpleNamespace(a=range(3)), "log": logging.getLogger("x")}), READ),
     ("objects of the project's own classes", "p.pt",
-     saved({"model": STATE, "config": Config(), "o": Options(a=1)}), READ),
+     saved({"model": STATE, "config": Config(), "o": Options(a=1), "n": Numbers([1, 2])}), READ),
     ("whole model (`torch.save(model)`)", "q.pt", saved(NET), READ),
     ("`{'model': model, 'ema': model}`", "r.pt", saved({"ema": NET, "model": NET, "optimizer": None}), READ),
     ("a subclass of `Tensor`", "s.pt", saved({k: v.as_subclass(Marked) for k, v in STATE.items()}), READ),
@@ -272,6 +281,7 @@ FILES = [
     ("a cut checkpoint of the old format", "bm.pt",
      content_of(saved(STATE, _use_new_zipfile_serialization=False), cut=0.8), "damaged"),
     ("the first bytes of an old one", "bn.pt", written(b"\x80\x02" + LEGACY[0] + b"\x80\x02M\xe9\x03."), "damaged"),
+    ("a checkpoint with a damaged byte in its pickle", "bn2.pt", content_of(saved(STATE), damage=150), "damaged"),
     ("a zip archive that is no checkpoint", "bo.zip", archive(["a.txt", "net.pt"]),
      "no checkpoint, with 'a.txt', 'net.pt'"),
     ("a Keras 3 model", "bp.keras", archive(["metadata.json", "model.weights.h5"]), "a Keras model"),

@@ -1,7 +1,11 @@
 """A look needs no weight that could be written to: odd tensors are read by a copy, or skipped with key and reason."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,7 +242,7 @@ def test_depthwise_layers_count_as_what_merge_does_with_them_nothing():
 def test_selections_mean_what_they_mean_for_merge():
     net = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(5)))
     for choice in ({"skip_first": 2}, {"skip_first": 0.6}, {"skip_first": ["0", "3"]}, {"exclude": "[12]"},
-                   {"skip_first": 1, "exclude": ["4"]}):  # fmt: skip
+                   {"skip_first": 1, "exclude": ["4"]}, {"skip_first": "[03]"}):  # fmt: skip
         plan = MergePlan(net, **({"skip_first": 0} | choice))
         live, saved = similarity(net, **choice), similarity(net.state_dict(), **choice)
         assert [layer.name for layer in live.layers] == plan.names
@@ -329,6 +333,29 @@ def test_readable_changes_nothing():
     assert readable("a") == "its weight is a str, not a tensor"
 
 
+def test_the_command_goes_on_whatever_lies_between_the_weights(tmp_path, capsys):
+    odd = {f"odd.{index}": make() for index, (make, _) in enumerate((READ | SKIPPED).values())}
+    cannot_be_saved = [
+        f"odd.{[*READ, *SKIPPED].index(kind)}" for kind in ("wrapper", "freed", "nested", "huge and sparse")
+    ]
+    torch.save(plain() | {key: value for key, value in odd.items() if key not in cannot_be_saved}, tmp_path / "net.pt")
+    main(["inspect", str(tmp_path / "net.pt"), "--no-pictures", "--skip-first", "0"])
+    text = capsys.readouterr().out
+    for name in ["0.weight", "1.weight", *(f"odd.{index}" for index in range(len(READ)))]:
+        assert f"\n{name} " in text or f" {name}" in text
+    assert "Would merging do anything here?" in text
+    assert "Tensor" not in text.replace("NumPy", "")
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path):
+    torch.save({"größe.weight": WEIGHT, "b\udc80d": WEIGHT.clone()}, tmp_path / "net.pt")
+    command = [sys.executable, "-m", "inmerge_fast", "inspect", str(tmp_path / "net.pt"), "--no-pictures"]
+    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[1],
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"gr\xf6\xdfe.weight" in done.stdout
+
+
 # ------------------------------------------------------------------------------------------------------------ outputs
 
 
@@ -357,7 +384,8 @@ def test_outputs_that_cannot_be_written_are_said_before_the_work(checkpoint, tmp
     )
     assert "cannot be written there" in error([checkpoint, "--output", blocked / "deep" / "er"], capsys)
     assert "cannot be written there" in error(["gone.pt", "--output", blocked], capsys)
-    assert "cannot be written there" in error([checkpoint, "--output", "/proc/pictures"], capsys)
+    if Path("/proc/self").exists():
+        assert "cannot be written there" in error([checkpoint, "--output", "/proc/pictures"], capsys)
     assert "--csv: " in error([checkpoint, "--no-pictures", "--csv", tmp_path / "no" / "table.csv"], capsys)
     assert "Is a directory" in error([checkpoint, "--no-pictures", "--csv", tmp_path], capsys)
 
@@ -442,6 +470,10 @@ def test_the_default_share_of_layers_is_skipped_in_the_bottom_line(tmp_path, cap
     torch.save(net.state_dict(), tmp_path / "net.pt")
     main(["inspect", str(tmp_path / "net.pt"), "--no-pictures"])
     assert "Of 8 filters in 2 layers" in capsys.readouterr().out
+    for choice, kept in (("2", "3 layers"), ("0.6", "2 layers"), ("[012]", "2 layers"), ("0", "5 layers")):
+        main(["inspect", str(tmp_path / "net.pt"), "--no-pictures", "--skip-first", choice])
+        assert kept in capsys.readouterr().out
+    assert "skip_first must not be negative" in error([tmp_path / "net.pt", "--no-pictures", "--skip-first=-1"], capsys)
     torch.save({"a": torch.randn(4, 3, 3, 3), "b": torch.randn(1, 3, 3, 3)}, tmp_path / "net.pt")
     main(["inspect", str(tmp_path / "net.pt"), "--no-pictures"])
     assert "No: the layers that merge_ takes by default hold nothing to merge." in capsys.readouterr().out

@@ -122,7 +122,11 @@ def _walk(node: object, path: str, above: frozenset[int]) -> Iterator[Network]:
             return
         node = node.attributes
     children = dict(_children(node))
-    if not children or "param_groups" in children:
+    if (
+        not children
+        or "param_groups" in children
+        or all(isinstance(value, Mapping) and "step" in value for value in children.values())
+    ):  # an optimizer's state
         return
     own, rest = {}, {}
     for key, value in children.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _compat_pickle
+import contextlib
 import io
 import pickle
 import pickletools
@@ -18,8 +19,8 @@ import torch
 
 from .stand_ins import stand_in_for
 
-RETRIES = 20  # classes of mappings, found one by one
-MAPPING_WANTED = re.compile(r"Can only SETITEMS? for .* but got <class '([^']+)'>")
+RETRIES = 20  # classes of mappings and lists, found one by one
+FILLED = re.compile(r"Can only (?:(SETITEMS?) for .*|append to lists|extend lists)[ ,]+but got <class '([^']+)'>")
 
 
 def load_zip(path: Path, archive: zipfile.ZipFile) -> object:
@@ -57,7 +58,7 @@ def load_legacy(path: Path) -> object:
 def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
     known = dict(_numpy()) | {name: _first for name in references if name.startswith("torch.jit._pickle.")}
     made_by = dict(_tensor_classes(references))
-    mappings = {"collections.defaultdict"}
+    filled = {"collections.defaultdict": "mapping", "collections.deque": "list"}
     for _ in range(RETRIES):
         allowed = dict(known)
         for reference in dict.fromkeys(references):
@@ -65,20 +66,20 @@ def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
             if name not in known:
                 stand_in = stand_in_for(
                     name,
-                    mapping=name in mappings,
+                    filled=filled.get(name, ""),
                     tensor=name in made_by,
                     wrapper=made_by.get(name) == "torch._utils._rebuild_wrapper_subclass",
                 )
                 allowed |= {reference: stand_in, name: stand_in}  # PyTorch knows not all names of Python 2
         try:
             source.seek(0)
-            with warnings.catch_warnings(), torch.serialization.safe_globals([(v, k) for k, v in allowed.items()]):
+            with warnings.catch_warnings(), _only(allowed):
                 warnings.simplefilter("ignore")  # of dtypes and pickle protocols that PyTorch is about to drop
                 return torch.load(source, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            wanted = MAPPING_WANTED.search(str(error))
-            if wanted and wanted[1] not in mappings:
-                mappings.add(wanted[1])
+            wanted = FILLED.search(str(error))
+            if wanted and wanted[2] not in filled:
+                filled[wanted[2]] = "mapping" if wanted[1] else "list"
                 continue
             reason = _reason(error)
             if "Only persistent_load of storage" in reason:  # a file without a zip keeps the source code of modules
@@ -90,7 +91,22 @@ def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
             ) from error
         except Exception as error:  # torch.load raises whatever its readers do
             raise ValueError(f"{path}: a checkpoint that is damaged: {_first_line(error)}") from error
-    raise ValueError(f"{path}: holds mappings of more than {RETRIES} classes; save model.state_dict() instead")
+    raise ValueError(
+        f"{path}: holds mappings and lists of more than {RETRIES} classes; save model.state_dict() instead"
+    )
+
+
+@contextlib.contextmanager
+def _only(allowed: dict[str, Any]) -> Iterator[None]:
+    """Let PyTorch's reader use these and none that the process has allowed elsewhere; what it had allowed comes back."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([(value, name) for name, value in allowed.items()])
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _reason(error: Exception) -> str:

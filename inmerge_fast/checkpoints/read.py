@@ -87,7 +87,13 @@ def read(source: str | Path) -> Checkpoint:
     path = _from_hub(str(source)) if str(source).startswith(HUB) and not is_there(source) else Path(source)
     if is_there(path) and path.is_dir():
         path = _main_file(path)
-    found = _networks(path)
+    try:
+        found = _networks(path)
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file makes its readers raise whatever they do
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(f"{path}: cannot be read, it is damaged: {type(error).__name__}: {reason}") from error
     if not found:
         raise ValueError(f"{path}: there are no weights in it")
     return Checkpoint(str(path), tuple(found))

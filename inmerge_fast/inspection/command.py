@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -19,7 +21,7 @@ from ..checkpoints.read import HUB, Checkpoint, is_there, names_a_file, read
 from ..stats import describe_skipped
 from .outlook import outlook
 from .outputs import Outputs, describe, write_pictures, write_table
-from .similarity import PICTURED_LAYERS, most_alike, similarity
+from .similarity import MOST_PICTURED, PICTURED_LAYERS, most_alike, similarity
 
 
 def load_weights(source: str, entry: str | None = None) -> tuple[nn.Module | Network, str]:
@@ -72,7 +74,11 @@ def _title(checkpoint: Checkpoint, network: Network) -> str:
     lines = [f"{checkpoint.source}{where}, {len(network.tensors)} tensors"]
     if network.optimizer:
         lines[0] += f" ({network.optimizer} of an optimizer left out)"
-    others = [f"{one.entry!r} ({len(one.tensors)})" for one in checkpoint.networks if one is not network]
+    others = [
+        f"{one.entry!r} ({len(one.tensors)})"
+        for one in checkpoint.networks
+        if one is not network and any(tensor.dim() > 1 for tensor in one.tensors.values())
+    ]
     if others:
         lines.append(f"other entries with weights, for --entry: {', '.join(others)}")
     return "\n".join(lines)
@@ -92,8 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--entry", metavar="NAME", help="which of several networks in the file (default: what is "
                         "called model, state_dict, ... before ema, teacher, ...; the others are listed)")  # fmt: skip
-    parser.add_argument("--skip-first", metavar="N", type=_count_or_share, help="leave out this many of the first "
-                        "layers, or this share of them, as merge_ does (default: show all)")  # fmt: skip
+    parser.add_argument(
+        "--skip-first",
+        metavar="N",
+        type=_count_share_or_pattern,
+        help="leave out this many of the first layers, or this share of them, or those of a pattern, as merge_ does "
+        "(default: none)",
+    )
     parser.add_argument("--layers", action="append", metavar="PATTERN", default=[], help="only layers whose name "
                         "matches (fnmatch); repeatable")  # fmt: skip
     parser.add_argument("--exclude", action="append", metavar="PATTERN", default=[],
@@ -107,11 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count_or_share(text: str) -> float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+def _count_share_or_pattern(text: str) -> float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -120,6 +131,9 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: command line after the word ``inspect``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # layers may have names that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         _run(arguments)
         sys.stdout.flush()
@@ -150,7 +164,8 @@ def _run(arguments: Sequence[str]) -> None:
         if not isinstance(weights, nn.Module):
             found.skipped += weights.skipped
         for name in options.layer or ():
-            found[name]
+            if found[name].filters > MOST_PICTURED:
+                raise ValueError(f"--layer: {name} has {found[name].filters} filters; up to {MOST_PICTURED} are drawn")
     except (ValueError, TypeError) as error:
         outputs.withdraw()
         parser.error(f"{options.source}: {_one_line(error)}")
@@ -160,7 +175,10 @@ def _run(arguments: Sequence[str]) -> None:
     print(f"{title}\n\n{describe(found)}\n", flush=True)
     print(outlook(target, found, options.skip_first, layouts))
     if options.csv is not None:
-        write_table(found, options.csv)
+        try:
+            write_table(found, options.csv)
+        except OSError as error:
+            parser.error(f"--csv: {options.csv}: {error.strerror or error}")
         print(f"\ntable: {options.csv}")
     if folder is None:
         return
@@ -170,6 +188,8 @@ def _run(arguments: Sequence[str]) -> None:
         outputs.withdraw()
         parser.error(f"the pictures need matplotlib and scipy ({error}): pip install 'inmerge_fast[plots]', or "
                      "--no-pictures")  # fmt: skip
+    except OSError as error:
+        parser.error(f"--output: {folder}: {error.strerror or error}")
     print("\npictures:", *paths, sep="\n  ")
 
 

@@ -16,6 +16,7 @@ from .bar import Bar
 from .looks import Look, Selection, looks_at
 
 PICTURED_LAYERS = 3
+MOST_PICTURED = 4096  # filters of a layer: its matrix takes 128 MiB
 
 
 class Similarity:
@@ -161,8 +162,8 @@ def similarity(
 def most_alike(found: Similarity) -> list[str]:
     """The layers in which a twentieth of the filters have the most similar nearest neighbours.
 
-    Those of one element per filter are none of them: every cosine there is 1 or -1.
+    Those of one element per filter are none of them, where every cosine is 1 or -1, and none of more than 4,096.
     """
-    layers = [layer for layer in found.layers if layer.pairs and layer.elements > 1]
+    layers = [layer for layer in found.layers if layer.pairs and layer.elements > 1 and layer.filters <= MOST_PICTURED]
     layers.sort(key=lambda layer: -layer.threshold_for_rate(0.05, "nearest"))
     return [layer.name for layer in layers[:PICTURED_LAYERS]]
