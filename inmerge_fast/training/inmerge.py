@@ -31,6 +31,7 @@ from .run import MergeRun
 from .schedules import Schedule
 from .silence import Evaluation
 from .summary import Preview, RunSummary, preview, summarise
+from .untrained import Untrained
 
 
 class InMerge:
@@ -301,14 +302,12 @@ class InMerge:
         """Merge after each step of ``optimizer``, so that nothing is left to call, whatever mode the model is in.
 
         With ``lasting=False``: merge before the first training forward pass of each step, restore before the optimizer
-        writes. All micro-batches of a step see the same merge, and so does every evaluation of a closure. An evaluation
-        in between, ``state_dict()`` and copies of the model see the weights as they were.
+        writes. Micro-batches and closures of a step see the same merge; evaluations, ``state_dict()`` and copies none.
 
-        With gradient accumulation that is once per optimizer step. A step that a ``GradScaler`` skips merges nothing
-        and is not counted; with fused and capturable optimizers, which decide on the device whether to skip, the host
-        waits for that decision. Wrapped optimizers (accelerate, Lookahead, SAM, ``PostLocalSGDOptimizer``,
-        ``ZeroRedundancyOptimizer``, ...) are followed: a step is one that the innermost optimizer takes, and is merged
-        when the outermost call is over.
+        With gradient accumulation that is once per optimizer step. A step that a ``GradScaler`` skips is not counted
+        (where the device decides that, the host waits). Wrapped ones (accelerate, Lookahead, SAM, ...) are followed: a
+        step is one that the innermost optimizer takes, and is merged when the outermost call is over. Weights that
+        ``optimizer`` does not hold are merged as well, if anything has written to them since the last time.
 
         Another InMerge that is attached for the same weights is detached, with a warning. A warning also tells when the
         weights go on changing without steps of ``optimizer``. As a context it is detached at the end::
@@ -326,13 +325,13 @@ class InMerge:
             RuntimeError: it is attached already.
         """
         if self._attached is not None:
-            raise RuntimeError(
-                "this InMerge is attached already; of several optimizers, attach it to the last one to step"
-            )
+            raise RuntimeError("this InMerge is attached already; of several optimizers attach to the last one to step")
         forward = self._forward
         before = None if forward is None else forward.before_write
         self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach, before)
-        if forward is not None:
+        if forward is None:
+            self._run.untrained = Untrained(self.plan, self._attached.held, type(optimizer).__name__)
+        else:
             forward.attach(self._attached)
         return self
 
@@ -361,6 +360,7 @@ class InMerge:
         """Undo :meth:`attach`; does nothing where it is not attached."""
         attached, self._attached = self._attached, None
         if attached is not None:
+            self._run.untrained = None
             attached.remove()
             if self._forward is not None:
                 self._forward.detach()
