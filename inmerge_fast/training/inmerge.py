@@ -309,8 +309,8 @@ class InMerge:
         step is one that the innermost optimizer takes, and is merged when the outermost call is over. Weights that
         ``optimizer`` does not hold are merged as well, if anything has written to them since the last time.
 
-        Another InMerge that is attached for the same weights is detached, with a warning. A warning also tells when the
-        weights go on changing without steps of ``optimizer``. As a context it is detached at the end::
+        Another InMerge that is attached for the same weights is detached, with a warning. Another one tells when they
+        go on changing without steps of ``optimizer``. As a context it is detached at the end::
 
             with inmerge_fast.InMerge(model).attach(optimizer) as merger:
                 train()
@@ -326,13 +326,12 @@ class InMerge:
         """
         if self._attached is not None:
             raise RuntimeError("this InMerge is attached already; of several optimizers attach to the last one to step")
-        forward = self._forward
-        before = None if forward is None else forward.before_write
+        before = None if self._forward is None else self._forward.before_write
         self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach, before)
-        if forward is None:
+        if self._forward is None:
             self._run.untrained = Untrained(self.plan, self._attached.held, type(optimizer).__name__)
         else:
-            forward.attach(self._attached)
+            self._forward.attach(self._attached)
         return self
 
     def merged(self) -> AbstractContextManager[MergeStats | None]:
@@ -397,4 +396,5 @@ class InMerge:
         self._run.load_state_dict(state, keep)
 
     def __repr__(self) -> str:
-        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={self._run.recipe.seed})"
+        seed = f"{self._run.recipe.seed}{'' if self._forward is None else ', lasting=False'}"
+        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={seed})"
