@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_within(int, 0, 2**63 - 1, "an integer in [0, 2**63)"), default=0, metavar="N",
                         help="seed of weights, data order and merging (default: %(default)s)")  # fmt: skip
     parser.add_argument("--save", metavar="FILE", help="save the state dict of arm c's network when it is trained")
+    parser.add_argument("--resume", metavar="FILE", help="go on from the network in FILE, as --save writes it, instead "
+                        "of training a backbone")  # fmt: skip
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="torch device (default: %(default)s)")  # fmt: skip
     return parser

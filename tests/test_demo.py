@@ -1,5 +1,6 @@
 """The main command: what it prints, that a seed fixes it, and what it says about options it cannot use."""
 
+import math
 import os
 import re
 import subprocess
@@ -14,8 +15,17 @@ from inmerge_fast import MergeStats, merge_
 from inmerge_fast.__main__ import main
 from inmerge_fast.demo import train as demo_train
 from inmerge_fast.demo.data import ImageSet
-from inmerge_fast.demo.report import Arm, Outcome, _comparison, sign_test
-from inmerge_fast.demo.train import History, MergeSetting, Schedule, Similarities, build_net, evaluate, train
+from inmerge_fast.demo.report import Arm, Outcome, _comparison, report, sign_test
+from inmerge_fast.demo.train import (
+    History,
+    MergeSetting,
+    Schedule,
+    Similarities,
+    build_net,
+    evaluate,
+    measure_similarities,
+    train,
+)
 
 BRIEF = ["--quick", "--epochs", "1", "--backbone-epochs", "1", "--device", "cpu"]
 TIMES = re.compile(r" *[\d.]+ (ms|%)")
@@ -184,6 +194,35 @@ def test_several_labels_are_judged_one_by_one():
     assert evaluate(torch.nn.Identity(), data).tolist() == [3, 1, 1]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_outputs_that_are_not_finite_judge_nothing(bad, multi_label):
+    logits = torch.tensor([[1.0, -1.0], [bad, 3.0], [bad, bad]])
+    truth = torch.zeros(3, 2) if multi_label else torch.zeros(3, dtype=torch.int64)
+    data = ImageSet("labels", "", logits, truth, logits, truth, classes=2)
+    assert evaluate(torch.nn.Identity(), data).tolist() == [1, -1, -1]
+
+
+def test_a_training_that_diverged_is_called_that(capsys):
+    x, y = torch.randn(32, 1, 16, 16), torch.arange(32) % 2
+    data = ImageSet("noise", "", x, y, x, y, classes=2)
+    setting, schedule = MergeSetting(0.8, 0.3, 0.3), Schedule(0, 2, 1e30, 1e29, 16, 0)
+    sound, gone = (build_net(1, 2, 0) for _ in range(2))
+    before = train(sound, data, Schedule(0, 2, 1e-3, 1e-4, 16, 0), None, "sound")
+    after = train(gone, data, schedule, setting, "gone")
+    assert not before.diverged
+    assert after.diverged
+    assert math.isnan(after.accuracy[-1])
+    similarities = measure_similarities(sound, 0)
+    report([Outcome(Arm("a", "no merging", None), sound, before, similarities),
+            Outcome(Arm("b", "too fast", setting), gone, after, measure_similarities(gone, 0))], data)  # fmt: skip
+    text = capsys.readouterr().out
+    epochs = text[text.index("Training loss") : text.index("Pairs sampled")]
+    assert epochs.count("diverged") == 2
+    assert "diverged" in text[text.index("Totals") : text.index("What this shows")]
+    assert "training of arm b has diverged, so that nothing is compared" in " ".join(text.split())
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -209,6 +248,23 @@ def test_arms_are_compared_image_by_image(change, expected):
         for key, right in (("a", torch.full((len(change),), 4)), ("b", 4 + torch.tensor(change)))
     )
     assert expected in _comparison(base, other, data)
+
+
+def test_goes_on_from_a_saved_network(tmp_path, capsys):
+    path = tmp_path / "net.pt"
+    main([*BRIEF, "--save", str(path)])
+    first = capsys.readouterr().out
+    torch.save({"state_dict": {f"module.{key}": value for key, value in torch.load(path).items()}}, path)
+    main([*BRIEF, "--resume", str(path)])
+    second = capsys.readouterr().out
+    found = re.search(r"Backbone: .*net\.pt, entry 'state_dict': 50 tensors loaded; test accuracy ([\d.]+) %", second)
+    assert found, second
+    assert found[1] in table(first, "Training loss, test")[-1]  # of arm c at its end
+    torch.save(build_net(3, 10, 0).state_dict(), path)
+    with pytest.raises(
+        SystemExit, match=r"--resume: .*another shape: conv1\.weight \(16, 3, 3, 3\) instead of \(16, 1,"
+    ):
+        main([*BRIEF, "--resume", str(path)])
 
 
 def save(path, size, labels):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inmerge_fast.demo.data import load_npz
+from inmerge_fast.demo.npz import read_npz
 
 
 def medmnist(size=(28, 28), classes=2, counts=(12, 4, 6)):
@@ -155,6 +156,64 @@ def test_a_third_as_many_volumes_are_used(tmp_path):
     assert "a random 10 of the 20 test volumes are used" in data.details
 
 
+@pytest.mark.parametrize(
+    ("stored", "shape", "words"),
+    [
+        ((1, 28, 20), (28, 20), "grey images, their one channel first"),
+        ((28, 20, 1), (28, 20), "grey images, their one channel last"),
+        ((3, 28, 20), (28, 20, 3), "colour images in PyTorch's order, channels first"),
+        ((1, 8, 12, 16), (8, 12, 16), "grey volumes, their one channel first"),
+        ((8, 12, 16, 1), (8, 12, 16), "grey volumes, their one channel last"),
+        ((28, 20), (28, 20), None),
+        ((28, 20, 3), (28, 20, 3), None),
+        ((8, 12, 16), (8, 12, 16), None),
+    ],
+)
+def test_axes_are_understood_and_said(tmp_path, stored, shape, words):
+    arrays = medmnist(stored)
+    np.savez(tmp_path / "set.npz", **arrays)
+    found = read_npz(tmp_path / "set.npz")
+    for split in ("train", "val", "test"):
+        images = arrays[f"{split}_images"]
+        expected = np.moveaxis(images, 1, -1) if stored[0] == 3 else images.reshape(len(images), *shape)
+        assert np.array_equal(found.arrays[f"{split}_images"], expected)
+        assert found.arrays[f"{split}_images"].flags["C_CONTIGUOUS"]
+    assert found.notes == ((f"images of shape {(12, *stored)} are read as {words}",) if words else ())
+    assert words is None or found.notes[0] in load(tmp_path / "set.npz").details
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64])
+def test_one_hot_labels_are_classes(tmp_path, dtype):
+    arrays = medmnist(classes=3)
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_labels"] = np.eye(3, dtype=dtype)[arrays[f"{split}_labels"][:, 0]]
+    np.savez(tmp_path / "set.npz", **arrays)
+    data = load(tmp_path / "set.npz")
+    assert (data.multi_label, data.classes) == (False, 3)
+    assert data.train_y.tolist() == [0, 1, 2] * 4
+    assert "labels of shape (12, 3), of which each image has one, are read as classes" in data.details
+    arrays["val_labels"][0] = 1  # one image with all of them
+    np.savez(tmp_path / "set.npz", **arrays)
+    assert load(tmp_path / "set.npz").multi_label
+
+
+def test_images_that_occur_more_than_once_are_counted(tmp_path):
+    arrays = medmnist()
+    arrays["test_images"][:3] = arrays["train_images"][:3]
+    arrays["val_images"][1] = arrays["train_images"][0]  # the label of an even image is 0, here it is 1
+    arrays["train_images"][5] = arrays["train_images"][7]
+    np.savez(tmp_path / "set.npz", **arrays)
+    notes = (
+        "1 of the 4 validation images are training images too, pixel for pixel",
+        "3 of the 6 test images are training images too, pixel for pixel",
+        "1 of the 6 test images are validation images too, pixel for pixel",
+        "1 of the 12 training images repeat another of them",
+        "1 images occur with different labels",
+    )
+    assert read_npz(tmp_path / "set.npz").notes == notes
+    assert "; ".join(notes) in load(tmp_path / "set.npz").details
+
+
 def changed(**changes):
     return lambda: {**medmnist(), **changes}
 
@@ -201,6 +260,46 @@ BROKEN = {
         r"test_labels and train_labels differ in shape: \(6, 13\) and \(12, 14\)",
     ),
     "no labels": (changed(train_labels=np.zeros((12, 0), BYTES)), r"must have shape \(N, 1\) .*, got \(12, 0\)"),
+    "flat colours": (changed(train_images=np.zeros((12, 784, 3), BYTES)), r"of colours or a side is not clear"),
+    "colours first or last": (
+        changed(train_images=np.zeros((12, 3, 28, 3), BYTES)),
+        r"train_images must have .*got \(12, 3, 28, 3\); whether .* np.moveaxis\(images, 1, -1\)",
+    ),
+    "RGBA first": (changed(train_images=np.zeros((12, 4, 28, 28), BYTES)), r"must have .*got \(12, 4, 28, 28\); wheth"),
+    "two slices": (changed(train_images=np.zeros((12, 2, 28, 28), BYTES)), r"must have .*got \(12, 2, 28, 28\); wheth"),
+    "one slice and one channel": (changed(train_images=np.zeros((12, 1, 28, 1), BYTES)), r"got \(12, 1, 28, 1\); whet"),
+    "colours in between": (changed(train_images=np.zeros((12, 28, 3, 28), BYTES)), r"got \(12, 28, 3, 28\); whether"),
+    "RGB volumes first": (changed(train_images=np.zeros((12, 3, 8, 8, 8), BYTES)), r"got \(12, 3, 8, 8, 8\); whether"),
+    "RGB volumes between": (changed(train_images=np.zeros((12, 8, 8, 3, 8), BYTES)), r"got \(12, 8, 8, 3, 8\); whet"),
+    "images in [0, 1]": (
+        changed(val_images=np.full((4, 28, 28), 0.5)),
+        r"uint8, got float64 between 0.5 and 0.5: save \(255 \* images\).round\(\).astype\(np.uint8\)",
+    ),
+    "images in [0, 255]": (changed(val_images=np.full((4, 28, 28), 99.5)), r"99.5: save images.round\(\).astype"),
+    "images around 0": (changed(val_images=np.full((4, 28, 28), -0.5)), r"-0.5: say which values are black and white"),
+    "images of 16 bits": (changed(val_images=np.full((4, 28, 28), 999, np.uint16)), r"uint16 between 999 and 999: say"),
+    "images with NaN": (changed(val_images=np.full((4, 28, 28), np.nan)), r"float64 with 3136 values that are not fin"),
+    "yes and no": (changed(val_images=np.ones((4, 28, 28), bool)), r"got bool: save images.astype\(np.uint8\) \* 255"),
+    "[0, 1] cut to uint8": (
+        changed(val_images=np.arange(4 * 28 * 28).reshape(4, 28, 28).astype(BYTES) % 2),
+        r"val_images hold no value above 1, of 255: made uint8 from \[0, 1\], or masks\? Save",
+    ),
+    "black images": (changed(val_images=np.zeros((4, 28, 28), BYTES)), r"val_images hold no value above 0, of 255"),
+    "labels with NaN": (changed(val_labels=np.full((4, 1), np.nan)), r"float64 with 4 values that are not finite"),
+    "whole labels as floats": (changed(val_labels=np.ones((4, 1))), r"float64: save labels.astype\(np.int64\)"),
+    "shares as labels": (changed(val_labels=np.full((4, 1), 0.5)), r"float64 with values between whole numbers"),
+    "yes and no as labels": (changed(val_labels=np.ones((4, 1), bool)), r"got bool: save labels.astype\(np.uint8\)"),
+    "from 1": (changed(train_labels=(np.arange(12) % 2 + 1)[:, None]), r"between 1 and 2: save np.unique\(labels, ret"),
+    "one-hot, a class without training images": (
+        lambda: {
+            **medmnist(),
+            **{
+                f"{split}_labels": np.eye(3, dtype=BYTES)[np.arange(count) % 2 * 2]
+                for split, count in (("train", 12), ("val", 4), ("test", 6))
+            },
+        },
+        r"train_labels out of range: 2 classes must be numbered 0 to 1, but .* 0 and 2",
+    ),
     "label maps": (changed(train_labels=np.zeros((12, 2, 2), BYTES)), r"must have shape .*, got \(12, 2, 2\)"),
     "float labels": (changed(val_labels=np.zeros((4, 1))), r"val_labels must be integers, got float64"),
     "counts": (changed(test_labels=np.zeros((5, 1), BYTES)), r"6 test_images but 5 test_labels"),

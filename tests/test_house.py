@@ -16,7 +16,7 @@ FLOORS = [
     ["inmerge_fast.kernels", "inmerge_fast.native"],
     ["inmerge_fast.draw", "inmerge_fast.reference", "inmerge_fast.stats", "inmerge_fast.effect", "inmerge_fast.dynamo"],
     ["inmerge_fast.plan"],
-    ["inmerge_fast.paths"],
+    ["inmerge_fast.paths", "inmerge_fast.checkpoints"],
     [
         "inmerge_fast.layer_similarity",
         "inmerge_fast.rank_cost",

@@ -1,7 +1,6 @@
 """MedMNIST-C's package as a source of corruptions: a stand-in of its layout, and the package itself where it is."""
 
 import importlib.util
-import json
 import random
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from paper_fixtures import write_npz
 
 from benchmarks.paper import medmnist_c, protocol, robustness
 from benchmarks.paper.__main__ import main
+from benchmarks.paper.storage import runs_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -45,6 +45,10 @@ class Large:
     def apply(self, img, severity=-1):
         return np.array(img)[: random.randint(10, img.size[0] - 100)]
 
+class Numbers:
+    def apply(self, img, severity=-1):
+        return np.array(img)[..., 0].astype(np.float32) * 300
+
 class Cut:
     def apply(self, img, severity=-1):
         return np.array(img)[:, :3]
@@ -54,7 +58,7 @@ CORRUPTIONS_DS = {
     "pathmnist": {"darker": Darker()},
     "chestmnist": {"darker": Darker()},
     "bloodmnist": {"darker": Darker(), "large": Large()},
-    "octmnist": {"cut": Cut()},
+    "octmnist": {"cut": Cut(), "numbers": Numbers()},
 }
 DATASET_RGB = {"pneumoniamnist": False, "pathmnist": True, "chestmnist": False, "bloodmnist": True, "octmnist": False}
 '''
@@ -151,8 +155,8 @@ def run(tmp_path, capsys, data, *more):
 
 
 def results(tmp_path, recipe):
-    found = sorted((tmp_path / "results" / recipe).glob("baseline.*/test-000.json"))
-    return [json.loads(path.read_text()) for path in found]
+    runs = runs_of(tmp_path / "results" / f"{recipe}.jsonl")
+    return [result for name, result in runs.items() if name.startswith("baseline.") and name.endswith("/test-000")]
 
 
 def test_an_experiment_uses_it_where_it_is(package, tmp_path, capsys):
@@ -191,6 +195,13 @@ def test_other_data_and_other_machines_get_our_own(package, tmp_path, capsys, mo
     forget_package(monkeypatch)
     monkeypatch.setitem(sys.modules, "medmnistc", None)
     assert "corruptions: our own (medmnistc cannot be imported" in run(tmp_path, capsys, "pneumoniamnist")
+
+
+def test_numbers_above_255_are_refused_and_not_cut(package):
+    with pytest.raises(
+        ValueError, match=r"numbers at severity 3 fails on images of 16x16 \(it gives pixels of .* mode F"
+    ):
+        medmnist_c.corrupt(some_images(), "octmnist", "numbers", 3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("medmnistc") is None, reason="needs the medmnistc package")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from paper_fixtures import write_chestxray14, write_npz
 
-from benchmarks.paper import chestxray
+from benchmarks.paper import chestxray_tables, image_cache
 from benchmarks.paper.chestxray import LABELS, load_chestxray14
-from benchmarks.paper.data import load
+from benchmarks.paper.data import _say, load
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -59,6 +59,36 @@ def test_a_file_is_found_below_the_root(tmp_path, monkeypatch):
     write_npz(tmp_path / "own.npz")
     monkeypatch.setenv("INMERGE_DATA", str(tmp_path))
     assert load("own.npz").name == "own"
+
+
+def test_what_was_understood_is_said(tmp_path, capsys):
+    labels = np.eye(3, dtype=np.uint8)[np.arange(24) % 2]
+    labels[0] = labels[1] = [0, 0, 1]
+    path = write_npz(tmp_path / "own.npz", shape=(3, 28, 20), train_labels=labels, val_labels=labels,
+                     test_labels=np.eye(3, dtype=np.uint8)[np.arange(24) % 2])  # fmt: skip
+    _say.cache_clear()
+    data = load(str(path))
+    assert data.train.images.shape == (24, 3, 28, 20)
+    assert (data.task, data.dims, data.labels) == ("multi-class", 2, ("0", "1", "2"))
+    assert data.train.labels[:4].tolist() == [2, 2, 0, 1]
+    with np.load(path) as arrays:
+        assert torch.equal(data.val.images, torch.from_numpy(arrays["val_images"]))
+    assert data.notes == (
+        "images of shape (24, 3, 28, 20) are read as colour images in PyTorch's order, channels first",
+        "labels of shape (24, 3), of which each image has one, are read as classes",
+        "none or all of the test images have 2: no AUC for it there",
+    )
+    load(str(path))
+    assert capsys.readouterr().err.splitlines() == [f"own: {note}" for note in data.notes]  # once
+
+
+def test_labels_without_an_auc_are_said(tmp_path):
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, (24, 4), dtype=np.uint8)
+    path = write_npz(
+        tmp_path / "multi.npz", train_labels=labels, val_labels=labels, test_labels=labels | [[0, 1, 0, 0]]
+    )
+    assert load(str(path)).notes == ("none or all of the test images have 1: no AUC for it there",)
 
 
 BROKEN = {
@@ -167,7 +197,7 @@ def test_chestxray14_in_all_its_forms(tmp_path, kaggle, new_table):
 def test_chestxray14_splits_by_patient(tmp_path):
     folder = tmp_path / "nih"
     write_chestxray14(folder, kaggle=False, new_table=False)
-    parts = chestxray._read_splits(folder)
+    parts = chestxray_tables.read_splits(folder).entries
     patients = {split: {entry.patient for entry in entries} for split, entries in parts.items()}
     assert patients["val"]
     assert not patients["train"] & patients["val"]
@@ -178,7 +208,7 @@ def test_chestxray14_is_decoded_once(tmp_path, monkeypatch):
     folder = tmp_path / "nih"
     write_chestxray14(folder, kaggle=False, new_table=False)
     first = load_chestxray14(folder, size=16, cache=tmp_path / "cache")
-    monkeypatch.setattr(chestxray, "_grey", None)
+    monkeypatch.setattr(image_cache, "read_grey", None)
     again = load_chestxray14(folder, size=16, cache=tmp_path / "cache")
     assert torch.equal(first.train.images, again.train.images)
 
@@ -191,10 +221,12 @@ def test_chestxray14_with_folds(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["Image Index", *LABELS, "fold"])
         for index, name in enumerate(names):
-            writer.writerow([name, *(int(index % 14 == k) for k in range(14)), ("train", "val", "test")[index % 3]])
+            writer.writerow(
+                [name, *(int(index % 14 == k) for k in range(14)), ("train", "val", "test")[index // 4 % 3]]
+            )
     data = load_chestxray14(folder, size=16, cache=tmp_path / "cache")
     assert [len(data.split(name)) for name in ("train", "val", "test")] == [16, 16, 16]
-    assert data.val.labels.argmax(1).tolist() == [index % 14 for index in range(1, 48, 3)]
+    assert data.val.labels.argmax(1).tolist() == [index % 14 for index in range(48) if index // 4 % 3 == 1]
 
 
 def _rewrite(path, old, new):

@@ -12,17 +12,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from paper_fixtures import TINY, write_chestxray14, write_npz
 
-from benchmarks.paper import confirm, grid, protocol, report
+from benchmarks.paper import confirm, forward_page, grid, protocol, report
 from benchmarks.paper.__main__ import main, show
 from benchmarks.paper.compare import compare
-from benchmarks.paper.config import BASELINE, RESEEDED, Arm, Merging, Run
+from benchmarks.paper.config import BACKBONE, BASELINE, RESEEDED, Arm, Merging, Run
 from benchmarks.paper.experiments import EXPERIMENTS, Experiment, Options, recipes
-from benchmarks.paper.grid import Where, execute, load_result
+from benchmarks.paper.grid import Where, execute
+from benchmarks.paper.models import Weights
 from benchmarks.paper.published import CHESTXRAY14
+from benchmarks.paper.storage import append, is_stored, load_result, mend, path_of, runs_of
 from benchmarks.paper.tables import write_manifest
+from inmerge_fast.demo.train import build_net
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -69,11 +74,11 @@ def test_everything_is_made_again_byte_for_byte(finished, capsys):
 
 
 def test_table_shows_what_the_files_say(finished):
-    files = sorted(finished.glob(f"{FAST.name}/tau*/test-*.json"))
-    bases = sorted(finished.glob(f"{FAST.name}/baseline.*/test-*.json"))
+    runs = runs_of(finished / f"{FAST.name}.jsonl")
+    merged, bases = ([runs[name] for name in sorted(runs) if name.startswith(start)] for start in ("tau", "baseline."))
     values = [
-        100 * (load_result(a)["metrics"]["corrupted"]["auc"] - load_result(b)["metrics"]["corrupted"]["auc"])
-        for a, b in zip(files, bases, strict=True)
+        100 * (a["metrics"]["corrupted"]["auc"] - b["metrics"]["corrupted"]["auc"])
+        for a, b in zip(merged, bases, strict=True)
     ]
     with (finished / f"partner-rules.{FAST.name}.csv").open() as file:
         rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(file)}
@@ -111,14 +116,41 @@ def test_fewer_seeds_and_other_options_leave_tables_alone(finished):
     assert len(names | usual) == len(others) + 2
 
 
-def test_damaged_results_are_named(finished, tmp_path):
-    path = tmp_path / "test-000.json"
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"test-000\.json: cannot be read as a result"):
-        load_result(path)
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"test-000\.json: is not a result: arm, data"):
-        load_result(path)
+def small(seed):
+    about = {key: {} for key in ("data", "digests", "metrics", "filters")}
+    return about | {"recipe": {"name": "small"}, "arm": {"label": "a"}, "seed": seed}
+
+
+def test_a_cut_last_line_is_no_run_and_the_next_command_removes_it(tmp_path):
+    for seed in range(3):
+        append(tmp_path, f"small/a/test-00{seed}", small(seed))
+    path = tmp_path / "small.jsonl"
+    whole = path.read_bytes()
+    for cut in (whole[:-1], whole[:-30], whole[: whole.rfind(b"\n", 0, -1) + 2]):
+        path.write_bytes(cut)
+        assert list(runs_of(path)) == ["a/test-000", "a/test-001"]
+        assert not is_stored(tmp_path, "small/a/test-002")
+        mend(tmp_path, "small")
+        append(tmp_path, "small/a/test-002", small(2))
+        assert path.read_bytes() == whole
+    mend(tmp_path, "small")
+    assert path.read_bytes() == whole
+    append(tmp_path, "small/a/test-001", small(7))  # made again: the last one counts
+    assert load_result(tmp_path, "small/a/test-001")["seed"] == 7
+
+
+def test_damaged_results_are_named(tmp_path):
+    append(tmp_path, "small/a/test-000", small(0))
+    path = tmp_path / "small.jsonl"
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match=r"small\.jsonl: has no run b/test-000"):
+        load_result(tmp_path, "small/b/test-000")
+    path.write_bytes(whole[:20] + b"\n" + whole)
+    with pytest.raises(ValueError, match=r"small\.jsonl, line 1: cannot be read as a result"):
+        runs_of(path)
+    path.write_bytes(whole + b"{}\n")
+    with pytest.raises(ValueError, match=r"small\.jsonl, line 2: is not a result: arm, data"):
+        runs_of(path)
 
 
 COMMAND = ["-m", "benchmarks.paper", "sweep-layers", "--quick", "--device", "cpu"]
@@ -133,24 +165,27 @@ def test_a_killed_sweep_resumes_without_repeating_or_losing_a_run(tmp_path):
     """SIGKILL while runs are under way in two processes; their group is killed, as a batch system would."""
     out = tmp_path / "results"
     arguments = [sys.executable, *COMMAND, "--processes", "2", "--out", str(out)]
-    expected = {run.file() for run in EXPERIMENTS["sweep-layers"](Options(quick=True)).runs()}
+    expected = [run.key() for run in EXPERIMENTS["sweep-layers"](Options(quick=True)).runs()]
+    path = path_of(out, expected[0])
     assert len(expected) == 8
     first = subprocess.Popen(
         arguments, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 300
-    while not list(out.glob("*/*/*.json")):
+    while not (path.exists() and path.read_bytes().endswith(b"\n")):
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    done = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("*/*/*.json")}
-    assert 0 < len(done) < 8
+    done = path.read_bytes()
+    assert 0 < done.count(b"\n") < 8
+    path.write_bytes(done + b'{"run": "cut')  # as if killed in mid-write
     main([*COMMAND[2:], "--processes", "1", "--out", str(out)])
-    assert {str(path.relative_to(out)) for path in out.glob("*/*/*.json")} == expected
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in done} == done
+    assert path.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
+    assert path.read_bytes().count(b"\n") == 8  # none was made twice
+    assert sorted(f"{path.stem}/{name}" for name in runs_of(path)) == sorted(expected)
     picture = out / "sweep-layers.digits-quick-strong-decay.png"
     before = picture.read_bytes()
     picture.unlink()
@@ -159,6 +194,51 @@ def test_a_killed_sweep_resumes_without_repeating_or_losing_a_run(tmp_path):
     main([*COMMAND[2:], "--show", "--out", str(out)])  # trains nothing
     assert picture.read_bytes() == before
     assert not checkpoints.exists()
+
+
+def test_data_of_the_same_name_are_told_apart(tmp_path):
+    """Two folders with a file of one name have the same runs: the results of one are not shown as the other's."""
+    for place, seed in (("a", 1), ("b", 2)):
+        (tmp_path / place).mkdir()
+        images = np.random.default_rng(seed).integers(0, 256, (24, 16, 16), dtype=np.uint8)
+        write_npz(tmp_path / place / "own.npz", shape=(16, 16), train_images=images)
+    recipe = dataclasses.replace(FAST, data="own.npz", name="own", limit=None)
+    one, other = (Where(tmp_path / "out", root=str(tmp_path / place)) for place in "ab")
+    execute([Run(recipe, BACKBONE, 0)], one)
+    for runs in ([Run(recipe, BACKBONE, 0)], [Run(recipe, BACKBONE, 0), Run(recipe, BASELINE, 0)]):
+        with pytest.raises(
+            ValueError, match=r"was done with other data of this name \(own.npz, md5 .*: choose another"
+        ):
+            execute(runs, other)
+    (tmp_path / "a" / "own.npz").unlink()
+    grid._benches.clear()
+    execute([Run(recipe, BACKBONE, 0)], one)  # no data, and none are needed
+
+
+def test_a_damaged_backbone_is_trained_again_and_named(tmp_path, capfd):
+    where = Where(tmp_path)
+    execute([Run(FAST, BACKBONE, 0)], where)
+    [path] = (tmp_path / "checkpoints").glob("*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    execute([Run(FAST, RESEEDED, 0)], where)
+    assert f"{path}: is damaged (" in capfd.readouterr().err
+    results = [load_result(tmp_path, Run(FAST, arm, 0).key()) for arm in (BACKBONE, RESEEDED)]
+    assert results[0]["digests"]["backbone"] == results[1]["digests"]["backbone"]
+
+
+def test_weights_are_checked_and_said_before_anything_is_trained(tmp_path, capsys):
+    net = build_net(1, 7, 0)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}, tmp_path / "w.ckpt")
+    execute([Run(FAST, BACKBONE, 0)], Where(tmp_path / "out", weights=Weights(tmp_path / "w.ckpt")))
+    said = capsys.readouterr().out
+    assert "w.ckpt, entry 'state_dict': 48 tensors loaded; the head starts at random, the file's is for another" in said
+    command = ["sweep-layers", "--quick", "--processes", "1", "--out", str(tmp_path / "cli"), "--corruptions", "own"]
+    with pytest.raises(SystemExit):
+        main([*command, "--weights", str(tmp_path / "w.ckpt"), "--model", "resnet18"])
+    assert "conv1.weight (16, 1, 3, 3) instead of (64, 3, 7, 7)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--entry", "ema"])
+    assert "argument --entry: is for --weights" in capsys.readouterr().err
 
 
 def test_two_ranks_train_one_model(tmp_path):
@@ -176,7 +256,7 @@ def test_two_ranks_train_one_model(tmp_path):
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = [load_result(path) for path in sorted((tmp_path / "out").glob("*/*/*.json"))]
+    results = list(runs_of(tmp_path / "out" / f"{FAST.name}.jsonl").values())
     assert [result["environment"]["ranks"] for result in results] == [2, 2]
     assert results[0]["digests"]["weights"] != results[1]["digests"]["weights"]
     assert results[1]["merging"]["per_step"] > 50
@@ -207,7 +287,7 @@ def test_chestxray14_end_to_end(tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     assert "–" in ours[0]  # findings that no image of so small a test set has
     assert 0 < float(ours[0].rstrip("| ").split("|")[-1]) < 1
-    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json*"))
 
 
 def test_chestxray14_without_data_leaves_our_row_empty(tmp_path, capsys):
@@ -246,11 +326,13 @@ def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(confirm, "recipes", lambda options: (other, other))
         confirm.search(options, where)
-    assert not list(where.out.glob("*/*/test-*.json"))  # the test images are not looked at
+    assert not any(
+        "/test-" in name for path in where.out.glob("*.jsonl") for name in runs_of(path)
+    )  # the test images are not looked at
     confirm.plan(options, where)
     path = confirm.plan_path(options, where.out)
     plan = json.loads(path.read_text())
-    own = compare([[load_result(where.out / run.file()) for run in confirm.search_experiment(options).runs()
+    own = compare([[load_result(where.out, run.key()) for run in confirm.search_experiment(options).runs()
                     if run.arm == arm] for arm in confirm.search_experiment(options).groups[0][1]])  # fmt: skip
     assert {row.label: row.difference["corrupted AUC"].mean for row in own[1:]} == pytest.approx(
         {label: one["d_mean"] for label, one in plan["search"].items()}, abs=1e-12
@@ -306,7 +388,7 @@ def test_a_file_of_ones_own(tmp_path, capsys, monkeypatch):
           "--out", str(tmp_path / "results"), "--tensorboard", str(tmp_path / "logs")])  # fmt: skip
     assert "| tau 0.3, alpha 0.8, p 0.3, skip 0, in validation |" in capsys.readouterr().out
     assert len(list((tmp_path / "logs").rglob("events.out.*"))) == 4
-    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json*"))
 
 
 @pytest.mark.parametrize(
@@ -346,7 +428,9 @@ def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypat
     assert report.write(tmp_path / "results").read_text() == (folder / "RESULTS.md").read_text()
     for path in (tmp_path / "results").glob("*.md"):
         assert path.read_text() == (folder / "results" / path.name).read_text()
+    assert (tmp_path / "FORWARD_ONLY.md").read_text() == (folder / "FORWARD_ONLY.md").read_text()
     readme = (ROOT / "README.md").read_text()
+    assert forward_page.updated(readme, forward_page.readme_section(tmp_path / "results")) == readme
     section = readme[readme.index("## Does it help?") : readme.index("## How it can be trusted")]
     quoted = re.findall(r"[−+-]?\d+\.\d+ \[[^]]*\]", section)
     assert quoted

@@ -1,6 +1,5 @@
 """Measures and statistics of the paper's experiments, against independent implementations."""
 
-import json
 import math
 
 import numpy as np
@@ -10,8 +9,10 @@ from torch import nn
 
 from benchmarks.paper import robustness
 from benchmarks.paper.compare import compare, holm, paired, two_level_bootstrap
-from benchmarks.paper.grid import load_result
-from benchmarks.paper.metrics import FilterState, accuracy, auc, class_aucs, filter_state
+from benchmarks.paper.metrics import FilterState, accuracy, auc, calibration_error, class_aucs, filter_state
+from benchmarks.paper.report import _sentence
+from benchmarks.paper.storage import append, load_result
+from benchmarks.paper.tables import _absolute, _csv, _differences
 from inmerge_fast import MergePlan
 
 metrics = pytest.importorskip("sklearn.metrics")
@@ -59,6 +60,61 @@ def test_measures_are_medmnists(task):
     assert accuracy(labels, scores) == pytest.approx(evaluator.getACC(theirs, given, task), abs=1e-12)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize(("classes", "multi_label"), [(2, False), (5, False), (14, True)])
+def test_no_measure_makes_a_number_of_scores_that_are_not_finite(bad, everywhere, classes, multi_label):
+    labels, scores = predictions(classes, multi_label)
+    scores[slice(None) if everywhere else (3, 1)] = bad
+    assert all(map(math.isnan, class_aucs(labels, scores)))
+    for measure in (auc, accuracy, calibration_error):
+        assert math.isnan(measure(labels, scores)), measure.__name__
+
+
+def result(seed, arm="baseline", acc=0.5, loss=(0.1,), **merging):
+    """A result as far as tables look at it."""
+    return {
+        "recipe": {"name": "r", "corruptions": "own"}, "data": {}, "seed": seed, "corruptions": "own",
+        "arm": {"label": arm, "stop": False, "reseed": False, "merging": merging or None},
+        "digests": {"backbone": "b", "weights": f"{arm}{seed}"}, "loss": list(loss),
+        "filters": {"rank_before": 1.0, "rank": None if acc is None else 0.5, "collapsed": False},
+        "merging": {"per_step": 1.0} if merging else None,
+        "metrics": {key: {"acc": acc, "auc": acc} for key in ("clean", "corrupted", "noise")}
+        | {"attacked": {"fgsm 8/255": acc, "pgd 2/255": acc}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("gone", [{"acc": None}, {"loss": [0.1, None]}, {"acc": 0.05, "loss": [None]}])
+def test_a_diverged_run_is_called_that_and_enters_no_comparison(gone):
+    base = [result(seed) for seed in range(4)]
+    arm = [result(seed, "tau", 0.6 + 0.01 * seed, alpha=0.8) for seed in range(3)] + [
+        result(3, "tau", **{"acc": 0.9, **gone}, alpha=0.8)
+    ]
+    rows = compare([base, arm])
+    assert (rows[1].n, rows[1].diverged, rows[1].rank) == (3, 1, (1.0, 0.5))
+    assert rows[1].title == "tau (diverged: 1 of 4 seeds)"
+    assert rows[1].mean["acc"] == pytest.approx(61)
+    assert (rows[1].difference["acc"].n, rows[1].difference["acc"].mean) == (3, pytest.approx(11))
+    assert "| tau (diverged: 1 of 4 seeds) |" in _absolute(rows)
+    assert "| tau (diverged: 1 of 4 seeds) |" in _differences(rows)
+    assert "r,tau (diverged: 1 of 4 seeds),acc,3," in _csv([("r", rows)])
+    assert "Not compared: tau (diverged: 1 of 4 seeds)." in _sentence(rows)
+    # Nor a sound run whose baseline diverged.
+    rows = compare([[result(0), result(1), result(2, **{"acc": 0.9, **gone})], arm[:3]])
+    assert (rows[0].diverged, rows[1].diverged, rows[1].n) == (1, 0, 3)
+    assert (rows[1].difference["acc"].n, rows[1].difference["acc"].mean) == (2, pytest.approx(10.5))
+
+
+def test_an_arm_that_diverged_altogether_has_no_numbers():
+    rows = compare([[result(0), result(1)], [result(seed, "tau", None, alpha=0.8) for seed in (0, 1)]])
+    assert rows[1].title == "tau (diverged: 2 of 2 seeds)"
+    for table in (_absolute(rows[1:]), _differences(rows)):
+        assert "nan" not in table
+        assert "| tau (diverged: 2 of 2 seeds) |" in table
+    assert math.isnan(rows[1].difference["acc"].mean)
+    assert "Bit-identical" not in _sentence(rows)
+
+
 def test_paired_differences_are_students():
     a, b = np.random.default_rng(0).normal(size=(2, 9))
     one, expected = paired(b - a), stats.ttest_rel(b, a)
@@ -82,16 +138,16 @@ def test_paired_differences_of_identical_arms_and_of_one_seed():
     assert math.isnan(one.p)
 
 
-def test_files_from_before_there_was_a_choice_of_corruptions_compare_with_new_ones(tmp_path):
+def test_results_from_before_there_was_a_choice_of_corruptions_compare_with_new_ones(tmp_path):
     result = {
         "recipe": {"name": "r"}, "data": {}, "seed": 0, "arm": {"label": "a", "stop": 0, "reseed": 0, "merging": None},
         "digests": {"backbone": "b", "weights": "w"}, "filters": {"rank_before": 1.0, "rank": 1.0, "collapsed": False},
         "merging": None, "metrics": {"attacked": {"fgsm 8/255": 0, "pgd 2/255": 0}}
         | {key: {"acc": 0.5, "auc": 0.5} for key in ("clean", "corrupted", "noise")},
     }  # fmt: skip
-    (tmp_path / "old.json").write_text(json.dumps(result))
-    old = load_result(tmp_path / "old.json")
-    new = result | {"recipe": {"name": "r", "corruptions": "own"}, "corruptions": "own"}
+    append(tmp_path, "r/a/test-000", result)
+    old = load_result(tmp_path, "r/a/test-000")
+    new = result | {"recipe": {"name": "r", "corruptions": "own", "attack": True}, "corruptions": "own"}
     assert compare([[old], [new]])[1].identical == 1
     theirs = result | {"recipe": {"name": "r", "corruptions": "medmnistc"}, "corruptions": "medmnistc 0.1.0"}
     with pytest.raises(ValueError, match="another recipe than the baseline's"):

@@ -99,12 +99,18 @@ CASES = {
     "count": ("_count_kernel", barriers.merge_case(ARCH), 3),
     "draw": ("_draw_kernel", barriers.plan_case(ARCH), 4),
 }
+IS_NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 # Of a sum over warps: before their parts are written, when they are, and, up to Triton 3.7, when one thread's sum of
 # them is. Since 3.8 every warp adds all parts.
-OF_A_SUM = 3 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+OF_A_SUM = 2 if IS_NEW else 3
 # Of count_rows: three to hand partners and coins over to the threads that count, two of the running sum, two that give
 # all warps the list's old length.
 OF_COUNTS = 7 + OF_A_SUM
+
+# Before the first look at a row's counter, which shares its word of shared memory with the first of the three sums.
+# Since 3.8 each of those has a place and a barrier of its own, so that two others order that one; Triton looks at all
+# three places as one, of which the last has just been read.
+NEEDLESS = {"dense": {"_merge_row 1"}, "strided": {"_merge_row 1"}} if IS_NEW else {}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -115,4 +121,6 @@ def test_each_barrier_deleted_from_the_ptx_is_missed(name):
         assert len(found) == OF_COUNTS
     else:
         assert len(found) >= 20
-    assert not [deletion.name for deletion in found if not deletion.noticed_by]
+    # That a needless barrier is no loss is no guess: what only it orders is nothing. All others are noticed.
+    assert {each.name for each in found if not each.noticed_by} <= NEEDLESS.get(name, set())
+    assert [each.name for each in found if bool(each.orders) != bool(each.noticed_by)] == []

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from ptx.between import Touched
 from ptx.handwritten import kernel, kinds, run
 from ptx.machine import Machine, Schedule, StuckError
 from ptx.memory import Memory
@@ -165,6 +166,42 @@ def test_a_deleted_barrier_is_missed():
                 seen.add("never written")
         assert bool(seen) == missed
     assert program.barriers() == [first, second]
+
+
+PUT, GET = "st.shared.b32 [%r1], %t;", "ld.shared.b32 %r4, [%r3+252];"  # own word, another thread's
+ADD = "atom.global.gpu.acq_rel.add.u32 %r5, [%a+256], 1;"
+NEVER = "setp.eq.s32 %p1, %t, %t; @%p1 bra $END;"
+
+
+@pytest.mark.parametrize(("body", "needed"), [
+    (f"{PUT} bar.sync 0; {GET}", [True]),
+    (f"{GET} bar.sync 0; {PUT}", [True]),
+    (f"{PUT} bar.sync 0; bar.sync 0; {GET}", [False, False]),
+    (f"{PUT} bar.sync 0; bar.sync 1, 32; {GET}", [True, False]),
+    (f"{PUT} bar.sync 0; {GET} bar.sync 0; st.shared.b32 [%r1+256], %t;", [True, False]),
+    (f"{PUT} bar.sync 0; {GET} bar.sync 0; st.shared.b8 [%r1+255], %rs1;", [True, True]),
+    (f"st.shared.b8 [%r1+255], %rs1; bar.sync 0; {GET}", [True]),
+    (f"{GET} bar.sync 0; {GET}", [False]),
+    (f"{PUT} setp.lt.s32 %p1, %a0, 1; @%p1 bra $ON; bar.sync 0; $ON: bar.sync 0; {GET}", [False, True]),
+    (f"{PUT} bar.sync 0; setp.lt.s32 %p1, %a0, 1; @%p1 bra $ON; bar.sync 0; $ON: {GET}", [True, False]),
+    (f"$LOOP: {PUT} bar.sync 0; {GET} add.s32 %a0, %a0, 1; setp.lt.s32 %p1, %a0, 3; @%p1 bra $LOOP;", [True]),
+    (f"$LOOP: bar.sync 0; {PUT} bar.sync 0; {GET} add.s32 %a0, %a0, 1; setp.lt.s32 %p1, %a0, 3; @%p1 bra $LOOP;",
+     [True, True]),
+    (f"{PUT} bar.sync 0; {NEVER} {GET} $END:", [True]),
+    (f"{PUT} bar.sync 0; {NEVER} ld.global.b32 %r5, [%rd1]; $END:", [False]),
+    (f"st.global.b32 [%rd1], %t; bar.sync 0; {ADD}", [True]),
+    (f"st.global.b32 [%rd1], %t; bar.sync 0; {ADD.replace('acq_rel', 'acquire')}", [False]),
+    (f"{ADD} bar.sync 0; ld.global.b32 %r5, [%rd1];", [True]),
+    (f"{ADD.replace('acq_rel', 'release')} bar.sync 0; ld.global.b32 %r5, [%rd1];", [False]),
+    (f"{ADD} bar.sync 0; {PUT}", [False]),
+])  # fmt: skip
+def test_what_a_barrier_stands_between_alone(body, needed):
+    """Paths count whether or not they were taken; of accesses that none came to all bytes of their kind of memory."""
+    start = f"{OWN} shl.b32 %r1, %t, 2; mov.b32 %r2, smem; sub.s32 %r3, %r2, %r1; mov.b32 %a0, 0; {PUT}"
+    program = kernel(f".reg .b32 %a0; {start} bar.sync 0; bar.sync 0; {body}", ["a"], warps=2, shared_bytes=512)
+    touched = Touched(program)
+    run(touched.program, {"a": np.zeros(80, "u4")})
+    assert [bool(touched.only_by(step)) for step in program.barriers()[2:]] == needed
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules

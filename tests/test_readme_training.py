@@ -44,7 +44,8 @@ def names(tmp_path, monkeypatch):
 def test_there_is_no_snippet_that_no_test_runs():
     marks = [
         ".preview()", "steps_per_epoch", "QuantileThreshold", "load_state_dict", "plot_merges",
-        "integrations.lightning", "integrations.huggingface", "fabric.setup", "fully_shard", "torch.cuda.graph",
+        "integrations.lightning", "integrations.huggingface", "integrations.ignite", "fabric.setup", "fully_shard",
+        "torch.cuda.graph",
     ]  # fmt: skip
     assert sorted(map(snippet, marks)) == sorted(SNIPPETS)
 
@@ -109,6 +110,25 @@ def test_huggingface(names):
     pytest.importorskip("accelerate")
     exec(snippet("integrations.huggingface"), names)
     assert any(isinstance(c, names["InMergeCallback"]) for c in names["trainer"].callback_handler.callbacks)
+
+
+def test_ignite_and_monai(names):
+    engine = pytest.importorskip("ignite.engine")
+    names["monai"] = pytest.importorskip("monai", reason="no MONAI")
+    pytest.importorskip("monai.engines")
+    model, optimizer, data = names["model"], names["optimizer"], [torch.randn(4, 3, 9, 9)]
+    names |= {
+        "trainer": engine.create_supervised_trainer(
+            model, optimizer, lambda out, _: out.sum(), prepare_batch=lambda batch, **_: (batch, batch)
+        ),
+        "loader": [{"image": x, "label": x} for x in data],
+        "loss": lambda out, _: out.sum(),
+        "device": "cpu",
+    }
+    exec(snippet("integrations.ignite"), names)
+    names["trainer"].run(data)
+    assert names["handler"].merger.step_count == 1
+    names["monai_trainer"].run()
 
 
 def test_fully_shard(names):

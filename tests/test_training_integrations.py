@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision_ops
 from test_training import loss_of, net
 from torch import nn
 from trainers import ACCUMULATE, BUDGET, DATA, RECIPE, assert_as_plain, plain_loop
@@ -70,6 +71,34 @@ def test_a_typo_surfaces_where_it_is_written(callback_class):
 def test_a_wrong_value_surfaces_where_it_is_written(callback_class, wrong, error, message):
     with pytest.raises(error, match=message):
         callback_class(**wrong)
+
+
+def test_a_framework_that_is_missing_broken_or_too_old_says_what_to_install(monkeypatch):
+    from inmerge_fast.integrations import common
+
+    monkeypatch.setitem(common.OLDEST, "torch", ("9.5", "some"))
+    message = r"torch >= 9.5 is needed, and [\d.]+\S* is installed: pip install 'inmerge_fast\[some\]'"
+    with pytest.raises(ImportError, match=message):
+        common.require("torch", "torch")
+    monkeypatch.setitem(common.OLDEST, "nowhere", ("1", "some"))
+    with pytest.raises(
+        ImportError, match=r"nowhere >= 1 is needed and cannot be imported \(No module named 'no_such'\)"
+    ):
+        common.require("nowhere", "no_such")
+    common.require("nowhere", "torch")  # no distribution tells its release
+    monkeypatch.setitem(common.OLDEST, "torch", ("2.9", "some"))  # which is older than 2.10
+    monkeypatch.setattr(common.importlib.metadata, "version", lambda _: "2.10.0a0+git")
+    common.require("torch", "torch")
+
+
+def test_the_oldest_releases_are_those_that_pip_is_told():
+    from inmerge_fast.integrations.common import OLDEST
+
+    declared = (ROOT / "pyproject.toml").read_text()
+    for distribution, (oldest, extra) in OLDEST.items():
+        if distribution != "pytorch-lightning":  # the same code; the extra installs the other name
+            line = next(line for line in declared.splitlines() if line.startswith(f"{extra} = "))
+            assert f'"{distribution}>={oldest}"' in line
 
 
 def test_only_lightning_has_several_optimizers():
@@ -174,8 +203,8 @@ def test_fabric_gives_the_same_weights_as_a_plain_loop():
 
 def test_timm_gives_the_same_weights_as_a_plain_loop():
     """Model, optimizer, loss scaler and EMA as in timm's train.py; one line is added."""
-    reason = "timm needs torchvision, whose wheels each demand one build of PyTorch; installed by hand this runs"
-    timm = pytest.importorskip("timm", reason=reason)
+    torchvision_ops.declare()
+    timm = pytest.importorskip("timm", reason="timm is not installed: tests/frameworks.sh")
     pytest.importorskip("timm.optim")
     pytest.importorskip("timm.utils")
 

@@ -47,6 +47,22 @@ def plain_loop(recipe=RECIPE, epochs=1):
     return model, merger
 
 
+def forward_loop(recipe, epochs=1):
+    """The same with merging for the forward and backward passes only, by hooks of the optimizer."""
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    merger = InMerge(model, **recipe).attach(optimizer)
+    for _ in range(epochs):
+        for index, x in enumerate(DATA):
+            (loss_of(model, x) / ACCUMULATE).backward()
+            if index % ACCUMULATE == ACCUMULATE - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    merger.detach()
+    return model, merger
+
+
 def assert_same_weights(model, other):
     for name, value in other.state_dict().items():
         assert_same_bits(model.state_dict()[name], value, name)

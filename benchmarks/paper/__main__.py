@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import confirm, medmnist_c, report
+from . import confirm, forward_only, forward_page, medmnist_c, report
 from .config import OWN
 from .data import load, md5_of
+from .dataset import MissingDataError, Reading
 from .experiments import EXPERIMENTS, Experiment, Options
 from .figures import write_figures
 from .grid import Where, execute, is_leader
+from .models import Weights
 from .tables import manifest_name, markdown, write_manifest, write_tables
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,10 +28,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
         description="The InMerge paper's experiments with paired seeds, equal epochs and a noise floor. Runs that have "
-        "a result file are not repeated, so that a killed command goes on where it was.",
+        "a result are not repeated, so that a killed command goes on where it was.",
     )
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, *confirm.STAGES, "report"],
-                        help="what to run; report writes tables, figures and RESULTS.md from the files")  # fmt: skip
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, "report"],
+                        help="what to run; report writes tables, figures, RESULTS.md and FORWARD_ONLY.md")  # fmt: skip
+    parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
+                        "validation images and write the plan, or do it")  # fmt: skip
+    parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
+                        "not from one trained backbone")  # fmt: skip
+    parser.add_argument("--like", metavar="NAME", help=f"{forward_only.NAME} plan: take over what another plan has "
+                        "chosen, e.g. digits, without exploring")  # fmt: skip
     parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH "
                         "ChestX-ray14 (default: digits; of table-chestxray14: chestxray14)")  # fmt: skip
     parser.add_argument(
@@ -37,11 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=int, help="side of the images: 28, 64, 128 or 224 for MedMNIST, any for ChestX-ray14"
     )
+    parser.add_argument("--bits", type=_bits, metavar="N", help="bits that hold data in ChestX-ray14's images, if they "
+                        "are of 16: white is 2**N - 1 (default: what the files say, where that is sure)")  # fmt: skip
+    parser.add_argument("--allow-overlap", action="store_true", help="ChestX-ray14: take an image or a patient in two "
+                        "parts, or an image twice in one, as it is and only say so")  # fmt: skip
     parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg11, vgg16, vgg19, vgg11_bn, "
-                        "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; timm:NAME")  # fmt: skip
+                        "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; efficientnet_lite0 with "
+                        "ImageNet weights; timm:NAME")  # fmt: skip
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="pre-trained weights, a state_dict saved by PyTorch"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="pre-trained weights: a state dict or a checkpoint with one, of "
+        "PyTorch or as safetensors; a head of another number of classes is left out",
     )
+    parser.add_argument("--entry", metavar="NAME", help="which of several networks in the file of --weights, or the "
+                        "prefix of its keys (default: the first that fits)")  # fmt: skip
     parser.add_argument("--seeds", type=_count, metavar="N", help="seeds 0 to N - 1 of every arm")
     parser.add_argument("--backbone-epochs", type=_count, metavar="N", help="epochs before the arms, without merging")
     parser.add_argument("--arm-epochs", type=_count, metavar="N", help="epochs of every arm")
@@ -76,13 +96,27 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _corruptions(wanted: str, spec: str, size: int | None, root: str | None) -> str:
+def _bits(text: str) -> int:
+    try:
+        return Reading(bits=int(text)).bits or 0
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _md5_of_weights(path: Path) -> str:
+    """MD5 of a file; of an index of shards that of all of them, since other weights may have the same index."""
+    parts = [path, *sorted(path.parent.glob("*.safetensors"))] if path.suffix == ".json" else [path]
+    found = [md5_of(one) for one in parts]
+    return found[0] if len(found) == 1 else hashlib.md5(" ".join(found).encode()).hexdigest()
+
+
+def _corruptions(wanted: str, spec: str, size: int | None, root: str | None, reading: Reading) -> str:
     """Whose corruptions are used with a data set; says so where nobody has chosen."""
     if wanted != "auto":
         return wanted
     try:
         medmnist_c.registry()  # first, since the data may be large or missing
-        data = load(spec, size=size, root=root)
+        data = load(spec, size=size, root=root, reading=reading)
         medmnist_c.check(data.test.images, data.name)
         out, text = medmnist_c.PACKAGE, f"those of {medmnist_c.version()} (or --corruptions {OWN})"
     except ValueError as error:
@@ -119,26 +153,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = given.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    where = Where(out, root, device, processes, given.tensorboard, given.weights)
+    reading = Reading(given.bits, given.allow_overlap)
+    chosen = None if given.weights is None else Weights(given.weights, given.entry)
+    where = Where(out, root, device, processes, given.tensorboard, chosen, reading)
     if given.show and given.experiment not in EXPERIMENTS:
         parser.error(f"argument --show: is for experiments, not for {given.experiment}")
+    if (given.experiment == forward_only.NAME) != (given.stage is not None):
+        parser.error(f"argument stage: plan or confirm, for {forward_only.NAME} and for nothing else")
+    if given.experiment != forward_only.NAME and (given.from_scratch or given.like):
+        parser.error(f"arguments --from-scratch and --like: are for {forward_only.NAME}")
+    if given.like and given.stage != "plan":
+        parser.error("argument --like: is for plan")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"argument --device: {device}: there is no CUDA device here")
     if given.each_forward and given.micro_batches == 1:
         parser.error("argument --each-forward: changes nothing with one forward pass per step; give --micro-batches")
     if given.weights is not None and not given.weights.is_file():
         parser.error(f"argument --weights: {given.weights}: there is no such file")
-    weights = f"{given.weights.name}, md5 {md5_of(given.weights)}" if given.weights is not None else None
+    if given.entry is not None and given.weights is None:
+        parser.error("argument --entry: is for --weights")
+    weights = f"{given.weights.name}, md5 {_md5_of_weights(given.weights)}" if given.weights is not None else None
+    weights = f"{weights}, entry {given.entry}" if given.entry is not None else weights
     options = Options(
         data=data, size=given.size, model=given.model, weights=weights, seeds=given.seeds,
         backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
         bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
         micro_batches=given.micro_batches, quick=given.quick,
-        corruptions=OWN if given.experiment == "report" else _corruptions(given.corruptions, data, given.size, root),
+        corruptions=OWN if given.experiment == "report"
+        else _corruptions(given.corruptions, data, given.size, root, reading),
     )  # fmt: skip
     try:
         if given.experiment == "report":
             report.write(out)
+            if out == RESULTS:
+                readme = RESULTS.parents[2] / "README.md"
+                readme.write_text(forward_page.updated(readme.read_text(), forward_page.readme_section(out)))
+        elif given.experiment == forward_only.NAME:
+            forward_only.run_stage(given.stage, options, where, given.from_scratch, given.like)
         elif given.experiment in confirm.STAGES:
             confirm.STAGES[given.experiment](options, where)
         else:
@@ -146,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 if not given.show:
                     execute(experiment.runs(), where)
-            except ValueError as error:
+            except MissingDataError as error:
                 if given.experiment != "table-chestxray14" or options.data != "chestxray14":
                     raise
                 print(f"no data, so our row stays empty: {error}")

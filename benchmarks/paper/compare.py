@@ -51,9 +51,9 @@ class Paired:
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """Summarise differences."""
+    """Summarise differences; all NaN if there are none."""
     values = np.asarray(differences, dtype=float)
-    n, mean = len(values), float(values.mean())
+    n, mean = len(values), float(values.mean()) if len(values) else math.nan
     sd = float(values.std(ddof=1)) if n > 1 else math.nan
     if n > 1 and not values.any():
         return Paired(0.0, 0.0, 0.0, 0.0, 1.0, n)
@@ -85,7 +85,8 @@ class Row:
     Attributes:
         label: the arm.
         kind: "baseline", "reseeded", "backbone" or "setting".
-        n: seeds.
+        n: seeds, without those that diverged, which are in none of the numbers that follow.
+        diverged: seeds whose training diverged.
         mean: of each metric, in percent.
         sd: of each metric, NaN with one seed.
         difference: to the baseline of the same seed, empty for the baseline.
@@ -99,6 +100,7 @@ class Row:
     label: str
     kind: str
     n: int
+    diverged: int
     mean: dict[str, float]
     sd: dict[str, float]
     difference: dict[str, Paired]
@@ -107,6 +109,24 @@ class Row:
     collapsed: int
     identical: int
     merging: dict[str, Any] | None
+
+    @property
+    def title(self) -> str:
+        """The label, and how many seeds diverged if any did."""
+        return (
+            f"{self.label} (diverged: {self.diverged} of {self.diverged + self.n} seeds)"
+            if self.diverged
+            else self.label
+        )
+
+
+def has_diverged(result: Mapping[str, Any]) -> bool:
+    """Whether a run has no scores, or ended with a loss that is not finite: no number is made of it.
+
+    Runs from before accuracies of such scores were NaN have a number there; their loss tells.
+    """
+    last = [result["metrics"]["clean"]["acc"], *result.get("loss", [])[-1:]]
+    return any(value is None or not math.isfinite(value) for value in last)
 
 
 def value_of(result: Mapping[str, Any], metric: str) -> float:
@@ -142,8 +162,10 @@ def compare(arms: Sequence[Sequence[Mapping[str, Any]]]) -> list[Row]:
 
 def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], is_base: bool) -> Row:
     arm = results[0]["arm"]
-    kind = "backbone" if arm["stop"] else "reseeded" if arm["reseed"] else "setting" if arm["merging"] else "baseline"
-    values = {metric: [value_of(result, metric) for result in results] for metric in METRICS}
+    treated = arm["merging"] or arm.get("dropout") or arm.get("dropconnect")
+    kind = "backbone" if arm["stop"] else "reseeded" if arm["reseed"] else "setting" if treated else "baseline"
+    measured = [result for result in results if not has_diverged(result)]
+    values = {metric: [value_of(result, metric) for result in measured] for metric in METRICS}
     differences: dict[str, list[float]] = {metric: [] for metric in METRICS}
     identical = 0
     for result in results:
@@ -158,26 +180,33 @@ def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, A
         ):
             if one != other:
                 raise ValueError(f"{arm['label']}, seed {result['seed']}: another {what} than the baseline's")
+        if has_diverged(result) or has_diverged(partner):
+            continue
         identical += result["digests"]["weights"] == partner["digests"]["weights"]
         for metric in METRICS:
             differences[metric].append(value_of(result, metric) - value_of(partner, metric))
-    merging = [result["merging"] for result in results if result["merging"] is not None]
+    merging = [result["merging"] for result in measured if result["merging"] is not None]
     return Row(
         label=arm["label"],
         kind=kind,
-        n=len(results),
-        mean={metric: float(np.mean(each)) for metric, each in values.items()},
+        n=len(measured),
+        diverged=len(results) - len(measured),
+        mean={metric: _mean(each) for metric, each in values.items()},
         sd={metric: float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for metric, each in values.items()},
         difference={} if is_base else {metric: paired(each) for metric, each in differences.items()},
-        per_step=float(np.mean([one["per_step"] for one in merging])) if merging else math.nan,
+        per_step=_mean([one["per_step"] for one in merging]),
         rank=(
-            float(np.mean([result["filters"]["rank_before"] for result in results])),
-            float(np.mean([result["filters"]["rank"] for result in results])),
+            _mean([result["filters"]["rank_before"] for result in measured]),
+            _mean([result["filters"]["rank"] for result in measured]),
         ),
-        collapsed=sum(result["filters"]["collapsed"] for result in results),
+        collapsed=sum(result["filters"]["collapsed"] for result in measured),
         identical=identical,
         merging=arm["merging"],
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
 
 
 def two_level_bootstrap(

@@ -1,4 +1,4 @@
-"""What a run is: a recipe, an arm and a seed. Their values decide everything, so they name the run's file."""
+"""What a run is: a recipe, an arm and a seed. Their values decide everything, so they are the run's key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Recipe:
     """Everything that the arms of a comparison have in common.
 
     Attributes:
-        name: short name for folders and tables.
+        name: short name for result files and tables.
         data: as for :func:`benchmarks.paper.data.load`.
         size: side of the images, None for the data set's own.
         model: as for :func:`benchmarks.paper.models.build`.
@@ -35,6 +35,7 @@ class Recipe:
         severities: of the corruptions, 1 to 5.
         corruptions: "own", those of ``robustness.py``, or "medmnistc", those of that package.
         limit: use this many images of every part, evenly spaced, or None for all.
+        attack: whether networks are attacked, too, which takes as long as a third of all other measuring.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Recipe:
     severities: tuple[int, ...] = (3, 5)
     corruptions: str = OWN
     limit: int | None = None
+    attack: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Merging:
         decay: whether ``prob`` falls to 0 (cosine) over the arm.
         each_forward: merge before every forward pass, as the published code does, not once per optimizer step.
         in_validation: merge before every forward pass of a validation after each epoch too, as the published code does.
+        lasting: whether merging stays in the weights, as published; else it lasts for a forward and backward pass.
+        as_noise: with ``lasting=False``, move every merged filter as far, but in a random direction.
     """
 
     alpha: float = 0.8
@@ -87,9 +91,13 @@ class Merging:
     decay: bool = False
     each_forward: bool = False
     in_validation: bool = False
+    lasting: bool = True
+    as_noise: bool = False
 
     def label(self) -> str:
         """The setting in a few words, without what is at its default and usually so."""
+        if not self.lasting:
+            return self._forward_label()
         words = [
             f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}",
             f"alpha {self.alpha:g}",
@@ -105,8 +113,18 @@ class Merging:
             words.append(f"from {100 * self.start:g} % on")
         return ", ".join(words)
 
+    def _forward_label(self) -> str:
+        words = ["noise like forward-only merging" if self.as_noise else "forward-only merging"]
+        words += [f"alpha {self.alpha:g}", f"p {self.prob:g}"]
+        if self.z is not None or self.threshold > -1:
+            words.append(f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}")
+        words += [self.partner] * (self.partner != "random") + ["Linear"] * self.include_linear
+        words += [f"skip {self.skip_first:g}"] * (self.skip_first > 0)
+        return ", ".join(words) + (f", from {100 * self.start:g} % on" if self.start else "")
+
 
 PAPER = Merging()
+FORWARD = Merging(alpha=0.5, prob=0.5, threshold=-1.0, skip_first=0.0, lasting=False)  # the library's defaults
 
 
 @dataclass(frozen=True)
@@ -117,17 +135,24 @@ class Arm:
         merging: how to merge; None for a baseline.
         reseed: train in another data order: the noise floor.
         stop: do not train any further: what the epochs of the arms alone bring.
+        dropout: probability of Dropout2d behind the layers that merge, or behind all convolutions.
+        dropconnect: probability that a weight of a convolution is dropped for a step.
     """
 
     merging: Merging | None = None
     reseed: bool = False
     stop: bool = False
+    dropout: float = 0.0
+    dropconnect: float = 0.0
 
     def label(self) -> str:
         """Name of the arm in tables."""
-        if self.merging is None:
-            return "backbone" if self.stop else "baseline, reseeded" if self.reseed else "baseline"
-        return self.merging.label()
+        words = [] if self.merging is None else [self.merging.label()]
+        words += [f"Dropout2d {self.dropout:g}"] * (self.dropout > 0)
+        words += [f"DropConnect {self.dropconnect:g}"] * (self.dropconnect > 0)
+        if words:
+            return " + ".join(words)
+        return "backbone" if self.stop else "baseline, reseeded" if self.reseed else "baseline"
 
 
 BASELINE, RESEEDED, BACKBONE = Arm(), Arm(reseed=True), Arm(stop=True)
@@ -135,23 +160,33 @@ BASELINE, RESEEDED, BACKBONE = Arm(), Arm(reseed=True), Arm(stop=True)
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed; ``split`` is what it is measured on: "val" to choose settings, "test" to report them."""
+    """One arm with one seed.
+
+    Attributes:
+        recipe: what it has in common with other arms.
+        arm: the arm.
+        seed: the seed.
+        split: what it is measured on: "val" to choose settings, "test" to report them.
+        keep_scores: keep the scores of every image.
+        plan: digest of the plan that it is a part of, for its result.
+    """
 
     recipe: Recipe
     arm: Arm
     seed: int
     split: str = "test"
     keep_scores: bool = field(default=False, compare=False)
+    plan: str = field(default="", compare=False)
 
-    def file(self) -> str:
-        """Path of the run's file below the folder of results."""
+    def key(self) -> str:
+        """Names the run: its recipe, which is its result file, its arm, what it is measured on, and its seed."""
         kind = self.arm.label().replace(" %", "pc").replace(", ", "_").replace(" ", "-")
         key = digest({"recipe": chosen(self.recipe), "arm": chosen(self.arm)})
-        return f"{self.recipe.name}/{kind}.{key}/{self.split}-{self.seed:03d}.json"
+        return f"{self.recipe.name}/{kind}.{key}/{self.split}-{self.seed:03d}"
 
 
 def chosen(values: Any) -> dict[str, Any]:
-    """Fields that are not at their default, so that a new option does not rename the files of old runs."""
+    """Fields that are not at their default, so that a new option does not rename old runs."""
     out = {}
     for one in dataclasses.fields(values):
         value = getattr(values, one.name)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .compare import Paired, compare, holm, paired, two_level_bootstrap, value_of
+from .compare import Paired, Row, compare, has_diverged, holm, paired, two_level_bootstrap, value_of
 from .config import BASELINE, Arm, Merging, Recipe, Run
 from .experiments import Experiment, Options, arms_of, recipes
-from .grid import Where, execute, is_leader, load_result
+from .grid import Where, execute, is_leader, scores_path
 from .metrics import auc
+from .storage import is_stored, load_result, without_nan
 from .tables import manifest_name, markdown, write_manifest, write_tables
 
 CANDIDATES = (
@@ -77,23 +79,22 @@ def plan(options: Options, where: Where) -> None:
         raise ValueError(
             f"{path}: there is a plan already, and a second look would not be one look; delete it to start over"
         )
-    missing = [run.file() for run in experiment.runs() if not (where.out / run.file()).exists()]
+    missing = [run.key() for run in experiment.runs() if not is_stored(where.out, run.key())]
     if missing:
         raise ValueError(
             f"the search is not complete: {len(missing)} runs are missing, as {missing[0]}; run search first"
         )
     rows = compare(_results(experiment, where.out))[1:]
-    ranked = sorted(zip(rows, CANDIDATES, strict=True), key=lambda pair: -pair[0].difference[METRIC].mean)
-    chosen = [setting for row, setting in ranked if row.difference[METRIC].mean > 0 and not row.collapsed][
-        :MOST_CONFIRMED
-    ]
+    sound = [pair for pair in zip(rows, CANDIDATES, strict=True) if not (pair[0].diverged or pair[0].collapsed)]
+    ranked = sorted(sound, key=lambda pair: -pair[0].difference[METRIC].mean)
+    chosen = [setting for row, setting in ranked if row.difference[METRIC].mean > 0][:MOST_CONFIRMED]
     first, count = FIRST_FRESH_SEED, 3 if options.quick else CONFIRM_SEEDS
     content = {
         "recipe": dataclasses.asdict(experiment.groups[0][0]),
         "metric": METRIC,
         "rule": RULE,
         "decision": DECISION,
-        "search": {row.label: {"d_mean": row.difference[METRIC].mean, "collapsed": row.collapsed} for row in rows},
+        "search": {row.label: _searched(row) for row in rows},
         "confirm": [dataclasses.asdict(setting) for setting in chosen],
         "seeds": list(range(first, first + count)),
         "split": "test",
@@ -101,6 +102,12 @@ def plan(options: Options, where: Where) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
     labels = "; ".join(setting.label() for setting in chosen) or "nothing: no setting of the search qualifies"
     print(f"{path}: to be confirmed on the test images with {count} fresh seeds: {labels}\nCommit it before confirm.")
+
+
+def _searched(row: Row) -> dict[str, Any]:
+    mean = row.difference[METRIC].mean
+    found = {"d_mean": None if math.isnan(mean) else mean, "collapsed": row.collapsed}
+    return found | ({"diverged": row.diverged} if row.diverged else {})
 
 
 def confirm_experiment(path: Path) -> Experiment:
@@ -141,7 +148,7 @@ def _results(experiment: Experiment, out: Path) -> list[list[dict[str, Any]]]:
     """Results of every arm of an experiment with one recipe, a list each."""
     ((recipe, arms),) = experiment.groups
     runs = [[Run(recipe, arm, seed, experiment.split) for seed in experiment.seeds] for arm in arms]
-    return [[load_result(out / run.file()) for run in each] for each in runs]
+    return [[load_result(out, run.key()) for run in each] for each in runs]
 
 
 def result_path(experiment: Experiment, out: Path) -> Path:
@@ -153,29 +160,29 @@ def verdict(experiment: Experiment, out: Path) -> dict[str, Any]:
     """Apply the plan's decision to the runs and write it down."""
     (recipe, arms) = experiment.groups[0]
     one: dict[Arm, list[Run]] = {arm: [Run(recipe, arm, seed) for seed in experiment.seeds] for arm in arms}
-    scores = {arm: [np.load((out / run.file()).with_suffix(".npz")) for run in runs] for arm, runs in one.items()}
+    scores = {arm: [np.load(scores_path(out, run)) for run in runs] for arm, runs in one.items()}
     results = dict(zip(arms, _results(experiment, out), strict=True))
     labels = scores[arms[0]][0]["labels"]
     names = [key for key in scores[arms[0]][0].files if key not in ("labels", "clean") and not key.startswith("noise-")]
     tested: list[tuple[Arm, Paired, tuple[float, float, float]]] = []
     for arm in arms[1:]:
-        values = zip(results[arms[0]], results[arm], strict=True)
-        difference = paired([value_of(b, METRIC) - value_of(a, METRIC) for a, b in values])
-        pairs = [
-            ([a[name] for name in names], [b[name] for name in names])
-            for a, b in zip(scores[arms[0]], scores[arm], strict=True)
-        ]
-        tested.append((arm, difference, two_level_bootstrap(labels, pairs, auc, repeats=BOOTSTRAP_REPEATS)))
+        both = list(zip(results[arms[0]], results[arm], scores[arms[0]], scores[arm], strict=True))
+        sound = [four for four in both if not (has_diverged(four[0]) or has_diverged(four[1]))]
+        difference = paired([value_of(b, METRIC) - value_of(a, METRIC) for a, b, _, _ in sound])
+        pairs = [([a[name] for name in names], [b[name] for name in names]) for _, _, a, b in sound]
+        interval = two_level_bootstrap(labels, pairs, auc, repeats=BOOTSTRAP_REPEATS) if pairs else (math.nan,) * 3
+        tested.append((arm, difference, interval))
     adjusted = holm([difference.p for _, difference, _ in tested])
     content = {
         arm.label(): {
             "d_mean": difference.mean, "d_low": difference.low, "d_high": difference.high, "p": difference.p,
             "p_holm": p, "bootstrap_low": 100 * low, "bootstrap_high": 100 * high,
             "confirmed": bool(p < 0.05 and difference.mean > 0 and low > 0), "seeds": difference.n,
-        }
+        } | ({"diverged": len(experiment.seeds) - difference.n} if difference.n < len(experiment.seeds) else {})
         for (arm, difference, (_, low, high)), p in zip(tested, adjusted, strict=True)
     }  # fmt: skip
-    result_path(experiment, out).write_text(json.dumps(content, indent=1) + "\n")
+    content = without_nan(content)
+    result_path(experiment, out).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
 
 

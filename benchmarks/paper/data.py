@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
 import re
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -13,15 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inmerge_fast.demo.data import DIGITS_TRAIN, is_volumes, read_digits, read_npz
+from inmerge_fast.demo.data import DIGITS_TRAIN, read_digits
+from inmerge_fast.demo.npz import is_volumes, read_npz
 
-from .dataset import SPLITS, DataSet, Split
+from .dataset import AS_IT_IS, SPLITS, DataSet, Reading, Split
 
 SIZES = {2: (28, 64, 128, 224), 3: (28, 64)}  # MedMNIST's, by the dimensions of its images
 DIGITS_VAL = 297  # of the 797 digits that the demo tests with; the remaining 500 are the test set here
 
 
-def load(spec: str, *, size: int | None = None, root: str | Path | None = None) -> DataSet:
+def load(spec: str, *, size: int | None = None, root: str | Path | None = None, reading: Reading = AS_IT_IS) -> DataSet:
     """Load a data set.
 
     Args:
@@ -29,10 +34,33 @@ def load(spec: str, *, size: int | None = None, root: str | Path | None = None) 
             the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``. Paths may be relative to ``root``.
         size: side of the images, for MedMNIST (28, 64, 128, 224; volumes 28, 64) and ChestX-ray14 (any; 224 if None).
         root: folder of the data; the environment variable ``INMERGE_DATA``, else ``~/.medmnist``, if None.
+        reading: what image files and splits leave open, for ChestX-ray14.
+
+    Returns:
+        The data set. Its notes, what was understood and what is odd about it, are said once, on standard error.
 
     Raises:
         ValueError: the data cannot be found or used; the message names the file and the cure.
     """
+    data = _load(spec, size, root, reading)
+    data = dataclasses.replace(data, notes=(*data.notes, *data.without_auc()))
+    for note in data.notes:
+        _say(f"{data.name}: {note}")
+    return data
+
+
+@functools.cache
+def _say(line: str) -> None:
+    if is_leader() and multiprocessing.parent_process() is None:  # not from every process of a pool
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that writes and prints: the only one, or rank 0 of ``torchrun``."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading) -> DataSet:
     from .chestxray import load_chestxray14  # needs Pillow, the others do not
 
     folder = Path(root or os.environ.get("INMERGE_DATA") or "~/.medmnist").expanduser()
@@ -47,7 +75,7 @@ def load(spec: str, *, size: int | None = None, root: str | Path | None = None) 
         return _from_npz(path, path.stem)
     for path in (Path(spec), folder / spec):
         if spec == "chestxray14" or path.is_dir():
-            return load_chestxray14(path if path.is_dir() else folder / spec, size=size or 224)
+            return load_chestxray14(path if path.is_dir() else folder / spec, size=size or 224, reading=reading)
     return _medmnist(spec, size or 28, folder)
 
 
@@ -65,11 +93,12 @@ def _digits() -> DataSet:
 
 
 def _from_npz(path: Path, name: str, labels: tuple[str, ...] | None = None) -> DataSet:
-    arrays, classes = read_npz(path)
+    archive = read_npz(path)
+    arrays = archive.arrays
     train, val, test = (_split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS)
     task = "multi-label" if arrays["train_labels"].ndim == 2 else "multi-class"
-    names = labels if labels is not None else tuple(map(str, range(classes)))
-    return DataSet(name, task, names, train, val, test, f"{path.name}, md5 {md5_of(path)}")
+    names = labels if labels is not None else tuple(map(str, range(archive.classes)))
+    return DataSet(name, task, names, train, val, test, f"{path.name}, md5 {md5_of(path)}", archive.notes)
 
 
 def _split(images: npt.NDArray, labels: npt.NDArray) -> Split:

@@ -83,7 +83,7 @@ def _bars(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
 
 def _tick(row: Row) -> str:
     merges = "" if math.isnan(row.per_step) else f"\n{row.per_step:.2f} merges/step"
-    return row.label + merges
+    return row.title + merges
 
 
 def _difference_label(rows: Sequence[Row]) -> str:
@@ -128,7 +128,10 @@ def _line(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
     bottom.set_ylim(0, 1.05)
     bottom.set_ylabel("share of the\nhighest rank")
     bottom.legend(fontsize=8, loc="best", frameon=False)
-    bottom.set_xticks(range(len(shown)), [f"{_swept(row, manifest['name'])}\n{row.per_step:.2f}" for row in shown])
+    bottom.set_xticks(
+        range(len(shown)),
+        [f"{_swept(row, manifest['name'])}\n{'diverged' if row.diverged else f'{row.per_step:.2f}'}" for row in shown],
+    )
     bottom.set_xlabel("setting, and filters merged per step")
     return figure
 
@@ -157,8 +160,9 @@ def _heat(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
                 if one is not None:
                     row = cells[alphas[y], probs[x]]
                     half = "" if math.isnan(one.low) else f"\n±{one.high - one.mean:.2f}"
-                    alarm = "\ncollapsed" if row.collapsed else ""
-                    axis.text(x, y, f"{one.mean:+.2f}{half}{alarm}", ha="center", va="center", fontsize=8,
+                    alarm = "\ndiverged" if row.diverged else "\ncollapsed" if row.collapsed else ""
+                    mean = "–" if math.isnan(one.mean) else f"{one.mean:+.2f}"
+                    axis.text(x, y, f"{mean}{half}{alarm}", ha="center", va="center", fontsize=8,
                               color="white" if abs(one.mean) > 0.65 * top else "black")  # fmt: skip
         axis.set_xticks(range(len(probs)), [f"{p:g}" for p in probs])
         axis.set_yticks(range(len(alphas)), [f"{a:g}" for a in alphas])

@@ -1,13 +1,12 @@
-"""Runs many runs: resumes, several processes with one thread each or the ranks of ``torchrun``, progress, JSON."""
+"""Runs many runs: resumes, several processes with one thread each or the ranks of ``torchrun``, progress."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,11 @@ import torch.distributed as dist
 from inmerge_fast.demo.data import require
 
 from . import protocol
-from .config import OWN, Recipe, Run, digest
-from .data import load
+from .config import Recipe, Run, digest
+from .data import is_leader, load
+from .dataset import AS_IT_IS, Reading
+from .models import Weights
+from .storage import append, is_stored, load_result, mend
 
 POLL_SECONDS = 1.0
 
@@ -36,6 +38,7 @@ class Where:
         processes: processes at a time, each with one thread on a CPU.
         tensorboard: folder of TensorBoard's logs, or None.
         weights: file with pre-trained weights, or None.
+        reading: what the data's files leave open.
     """
 
     out: Path
@@ -43,28 +46,34 @@ class Where:
     device: str = "cpu"
     processes: int = 1
     tensorboard: str | None = None
-    weights: Path | None = None
+    weights: Weights | None = None
+    reading: Reading = AS_IT_IS
 
 
-_benches: dict[tuple[str, int | None, int | None], protocol.Bench] = {}
+_benches: dict[Hashable, protocol.Bench] = {}
 
 
 def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
     """The data of a recipe, loaded once per process."""
-    key = (recipe.data, recipe.size, recipe.limit)
+    key = (recipe.data, recipe.size, recipe.limit, where.root, where.device, where.weights, where.reading)
     if key not in _benches:
-        data = load(recipe.data, size=recipe.size, root=where.root)
+        data = load(recipe.data, size=recipe.size, root=where.root, reading=where.reading)
+        if is_leader() and multiprocessing.parent_process() is None:  # once, not from every process of the pool
+            print(f"data: {data.describe()}", flush=True)
         _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit, where.weights)
     return _benches[key]
 
 
 def execute(runs: Sequence[Run], where: Where) -> None:
-    """Do the runs that have no file yet. Each is written when it is done, so that a kill loses only those under way.
+    """Do the runs that have no result yet. Each is written when it is done, so that a kill loses only those under way.
 
     Raises:
-        ValueError: the data or corruptions of a recipe cannot be used, before anything is trained.
+        ValueError: the data or corruptions of a recipe cannot be used, or what is done already was done with other
+            data; before anything is trained.
     """
     with _ranks(where) as rank:
+        for recipe in dict.fromkeys(run.recipe for run in runs) if rank == 0 else ():
+            mend(where.out, recipe.name)
         pending = [run for run in dict.fromkeys(runs) if not _is_done(run, where.out)]
         if dist.is_initialized():
             shared = [pending]
@@ -73,7 +82,11 @@ def execute(runs: Sequence[Run], where: Where) -> None:
         if rank == 0:
             print(f"{len(set(runs)) - len(pending)} of {len(set(runs))} runs are done already", flush=True)
         for recipe in dict.fromkeys(run.recipe for run in pending):
-            bench_for(recipe, where).check_corruptions(recipe.corruptions)
+            bench = bench_for(recipe, where)
+            bench.check_corruptions(recipe.corruptions)
+            if where.weights is not None and is_leader():
+                print(f"weights: {bench.check_weights(recipe)}", flush=True)
+        _check_same_data(set(runs) - set(pending), where)
         tasks: dict[tuple[Recipe, int], list[Run]] = {}
         for run in sorted(pending, key=lambda run: run.seed):  # whole seeds first: half a grid is then balanced
             tasks.setdefault((run.recipe, run.seed), []).append(run)
@@ -87,9 +100,32 @@ def execute(runs: Sequence[Run], where: Where) -> None:
                     bar.set_postfix_str(f"{run.recipe.name} {run.arm.label()} seed {run.seed}"[:60], refresh=False)
 
 
+def _check_same_data(done: Iterable[Run], where: Where) -> None:
+    """Two folders or files of one name share their results' names: those of the other must not pass for this one's.
+
+    Raises:
+        ValueError: results are of other data.
+    """
+    for run in done:
+        try:
+            source = bench_for(run.recipe, where).data.source
+        except ValueError:  # the data are not here, and all runs are done: nothing else is looked at
+            continue
+        found = load_result(where.out, run.key())["data"]["source"]
+        if found != source:
+            raise ValueError(
+                f"{where.out}: {run.key()} was done with other data of this name ({found}), not with {source}: choose "
+                "another folder with --out"
+            )
+
+
 def _is_done(run: Run, out: Path) -> bool:
-    path = out / run.file()
-    return path.exists() and (path.with_suffix(".npz").exists() or not run.keep_scores)
+    return is_stored(out, run.key()) and (scores_path(out, run).exists() or not run.keep_scores)
+
+
+def scores_path(out: Path, run: Run) -> Path:
+    """Where a run's scores of every image are, if it keeps them."""
+    return out / f"{run.key()}.npz"
 
 
 def _bar(total: int, disable: bool = False) -> Any:
@@ -105,7 +141,7 @@ def _in_pool(tasks: list[list[Run]], pending: list[Run], where: Where) -> None:
         result = pool.starmap_async(_do_all, [(task, where) for task in tasks], chunksize=1)
         while not result.ready():
             result.wait(POLL_SECONDS)
-            bar.update(sum((where.out / run.file()).exists() for run in pending) - bar.n)
+            bar.update(sum(is_stored(where.out, run.key()) for run in pending) - bar.n)
         result.get()  # raises what a process raised
         bar.update(len(pending) - bar.n)
 
@@ -131,7 +167,7 @@ def _do(task: list[Run], where: Where) -> Iterator[Run]:
         if dist.is_initialized():
             _check_ranks(run, result)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            _write(where.out / run.file(), result, scores if run.keep_scores else None)
+            _write(run, where.out, result, scores)
         yield run
 
 
@@ -140,34 +176,28 @@ def _check_ranks(run: Run, result: dict[str, Any]) -> None:
     dist.all_gather_object(found, result["digests"])
     # Batch-norm statistics are each rank's own between synchronisations, so the weights alone are compared.
     if len({values["parameters"] for values in found}) > 1:
-        raise RuntimeError(f"the ranks have drifted apart in {run.file()}: {found}")
+        raise RuntimeError(f"the ranks have drifted apart in {run.key()}: {found}")
 
 
-def _write(path: Path, result: dict[str, Any], scores: dict[str, Any] | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if scores is not None:
+def _write(run: Run, out: Path, result: dict[str, Any], scores: dict[str, Any]) -> None:
+    if run.keep_scores:
+        path = scores_path(out, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")
         np.savez_compressed(part, **scores)
-        part.replace(path.with_suffix(".npz"))
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_without_nan(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
-    part.replace(path)  # last, and at once: a run with a JSON file is complete
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what could not be measured is null."""
-    if isinstance(value, dict):
-        return {str(key): _without_nan(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        part.replace(path)
+    append(out, run.key(), result)  # last: a run that has a line is complete
 
 
 def _backbone(recipe: Recipe, seed: int, bench: protocol.Bench, where: Where) -> protocol.State:
     values = protocol.backbone_identity(recipe, bench, seed)
     path = where.out / "checkpoints" / f"{recipe.name}-{digest(values)}.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:  # torch.load raises whatever its readers do
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            print(f"{path}: is damaged ({reason}); the backbone is trained again", file=sys.stderr, flush=True)
     state = protocol.train_backbone(recipe, bench, seed)
     if not dist.is_initialized() or dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,16 +216,11 @@ def _logger(run: Run, where: Where) -> Iterator[Any]:
         yield None
         return
     SummaryWriter = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
-    writer = SummaryWriter(str(Path(where.tensorboard) / run.file().removesuffix(".json")))
+    writer = SummaryWriter(str(Path(where.tensorboard) / run.key()))
     try:
         yield writer.add_scalar
     finally:
         writer.close()
-
-
-def is_leader() -> bool:
-    """Whether this process is the one that writes and prints: the only one, or rank 0 of ``torchrun``."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -212,21 +237,3 @@ def _ranks(where: Where) -> Iterator[int]:
         dist.barrier()  # a rank that is torn down while another still talks to it may abort
     finally:
         dist.destroy_process_group()
-
-
-def load_result(path: Path) -> dict[str, Any]:
-    """One run's result.
-
-    Raises:
-        ValueError: the file is not one; the message names it.
-    """
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a result: {error}; delete it and run again") from error
-    missing = {"recipe", "arm", "seed", "data", "digests", "metrics", "filters"} - set(result)
-    if missing:
-        raise ValueError(f"{path}: is not a result: {', '.join(sorted(missing))} missing; delete it and run again")
-    for values in (result, result["recipe"]):
-        values.setdefault("corruptions", OWN)  # files from before there was a choice have no word on it
-    return result

@@ -116,6 +116,9 @@ def corrupt(images: torch.Tensor, data_name: str, name: str, severity: int) -> t
                 changed = Image.fromarray(corruptor.apply(pixels, severity - 1))
             except Exception as error:  # whatever the libraries below it raise
                 raise ValueError(_failure(name, severity, image, str(error))) from error
+            if changed.mode not in ("L", "RGB"):  # from other numbers than uint8, which convert would cut at 255
+                raise ValueError(_failure(name, severity, image, f"it gives pixels of Pillow's mode {changed.mode}"))
+            changed = changed.convert("RGB")
             pixels = np.array(changed if colour else changed.convert("L"))
             if pixels.shape[:2] != image.shape[:2]:
                 raise ValueError(_failure(name, severity, image, f"it gives images of shape {pixels.shape}"))

@@ -1,4 +1,8 @@
-"""What is measured: AUC and accuracy by MedMNIST's definitions, effective rank and similarity of filters."""
+"""What is measured: AUC and accuracy by MedMNIST's definitions, effective rank and similarity of filters.
+
+Every measure of scores is NaN if one of them is not finite: a network that diverged has no accuracy, although comparing
+NaN with a threshold, or looking for the largest of them, gives an answer that looks like one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import numpy.typing as npt
 from inmerge_fast import MergePlan, similarity
 from inmerge_fast.demo.data import require
 
+CALIBRATION_BINS = 15
 COLLAPSED_RANK = 0.5  # share of the backbone's effective rank below which a net counts as collapsed
 COLLAPSED_SIMILARITY = 0.9  # mean of the filters' largest similarities above which it does, too
 
@@ -25,6 +30,8 @@ def class_aucs(labels: npt.NDArray, scores: npt.NDArray) -> list[float]:
     Returns:
         K values; NaN for a class or label that all images or none have, which has no AUC.
     """
+    if not np.isfinite(scores).all():
+        return [float("nan")] * scores.shape[1]
     rankdata = require("scipy.stats", "scikit-learn").rankdata
     truth = labels > 0.5 if labels.ndim == 2 else labels[:, None] == np.arange(scores.shape[1])
     positive = truth.sum(axis=0)
@@ -47,11 +54,34 @@ def auc(labels: npt.NDArray, scores: npt.NDArray) -> float:
 
 def accuracy(labels: npt.NDArray, scores: npt.NDArray) -> float:
     """MedMNIST's ACC: the share of right classes; in a multi-label set the mean over labels, at a threshold of 0.5."""
+    if not np.isfinite(scores).all():
+        return float("nan")
     if labels.ndim == 2:
         return float(((scores > 0.5) == (labels > 0.5)).mean())
     if scores.shape[1] == 2:
         return float(((scores[:, 1] > 0.5) == (labels == 1)).mean())
     return float((scores.argmax(axis=1) == labels).mean())
+
+
+def calibration_error(labels: npt.NDArray, scores: npt.NDArray) -> float:
+    """Expected calibration error (Guo et al. 2017): mean distance of confidence and accuracy over 15 equal bins.
+
+    Args:
+        labels: ``(N,)`` classes or ``(N, K)`` of 0 and 1, each label then judged by itself.
+        scores: ``(N, K)`` probabilities.
+
+    Returns:
+        In [0, 1]; NaN if a score is not finite.
+    """
+    if not np.isfinite(scores).all():
+        return float("nan")
+    if labels.ndim == 2:
+        confidence, right = np.maximum(scores, 1 - scores).ravel(), ((scores > 0.5) == (labels > 0.5)).ravel()
+    else:
+        confidence, right = scores.max(axis=1), scores.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence.astype(float), minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from inmerge_fast.checkpoints.into_model import head_of, load_into
 from inmerge_fast.demo.train import build_net
 from tests import nets
 
 from .dataset import DataSet
+from .imagenet import efficientnet_lite0
 from .sequence_models import mamba_small, vit_small
 
 # As torchvision names and registers them, so that its ImageNet weights fit. They take three channels.
@@ -31,7 +32,7 @@ PUBLISHED: dict[str, Callable[[int], nn.Module]] = {
 }
 SMALL = ("vgg8", "resnet18_small", "vit_small", "mamba_small")  # take the channels that the images have
 SMALL_SIDE, PUBLISHED_SIDE = 16, 32  # smallest images they can pool; smaller ones are enlarged
-OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])")
+LITE, LITE_SIDE = "efficientnet_lite0", 64  # EfficientNet-Lite0 halves the side five times
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -44,23 +45,34 @@ class Model:
         channels: colour channels it takes.
         side: side of the images it takes.
         normalisation: ``(means, spreads)`` it was pre-trained with; None for those of the training images.
+        loaded: what became of the file of weights, a line; empty for random ones.
     """
 
     net: nn.Module
     channels: int
     side: int
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    loaded: str = ""
 
 
-def build(name: str, data: DataSet, seed: int, weights: str | Path | None = None) -> Model:
+@dataclass(frozen=True)
+class Weights:
+    """A file of pre-trained weights, and which of several networks in it, or the prefix of its keys."""
+
+    path: Path
+    entry: str | None = None
+
+
+def build(name: str, data: DataSet, seed: int, weights: Weights | str | Path | None = None) -> Model:
     """Build a network with random weights, or pre-trained ones from a file.
 
     Args:
-        name: a key of :data:`PUBLISHED`, one of :data:`SMALL`, or ``timm:`` and a name that timm knows.
+        name: a key of :data:`PUBLISHED`, one of :data:`SMALL`, ``efficientnet_lite0``, which comes with ImageNet
+            weights, or ``timm:`` and a name that timm knows.
         data: gives the number of classes, the channels and the size.
         seed: seed of the random weights.
-        weights: a ``state_dict`` saved by PyTorch, for example torchvision's ImageNet weights; the last layer is left
-            out if its shape differs.
+        weights: pre-trained ones, for example torchvision's of ImageNet; the last layer is left out if it is of another
+            number of classes.
 
     Raises:
         ValueError: the name is unknown, the data does not fit it, or the file does not.
@@ -80,14 +92,17 @@ def build(name: str, data: DataSet, seed: int, weights: str | Path | None = None
         side = max(side, SMALL_SIDE)
         maker = vit_small if name == "vit_small" else mamba_small
         model = Model(maker(data.channels, classes, side), data.channels, side)
+    elif name == LITE:
+        model = Model(efficientnet_lite0(classes, seed), 3, max(side, LITE_SIDE))
     elif name.startswith("timm:"):
         model = Model(_from_timm(name.removeprefix("timm:"), classes), 3, max(side, PUBLISHED_SIDE))
     else:
-        raise ValueError(f"model must be one of {', '.join([*PUBLISHED, *SMALL])} or timm:NAME, got {name!r}")
+        raise ValueError(f"model must be one of {', '.join([*PUBLISHED, *SMALL, LITE])} or timm:NAME, got {name!r}")
     if weights is None:
         return model
-    _load_weights(model.net, Path(weights))
-    return Model(model.net, model.channels, model.side, IMAGENET if model.channels == 3 else None)
+    weights = weights if isinstance(weights, Weights) else Weights(Path(weights))
+    loaded = load_into(model.net, weights.path, head=head_of(model.net, classes), entry=weights.entry)
+    return Model(model.net, model.channels, model.side, IMAGENET if model.channels == 3 else None, loaded.text)
 
 
 def _from_timm(name: str, classes: int) -> nn.Module:
@@ -101,27 +116,3 @@ def _from_timm(name: str, classes: int) -> nn.Module:
     if not timm.is_model(name):
         raise ValueError(f"model 'timm:{name}': timm has no such model; see timm.list_models()")
     return timm.create_model(name, pretrained=False, num_classes=classes)
-
-
-def _load_weights(net: nn.Module, path: Path) -> None:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: there is no such file of weights") from error
-    except Exception as error:  # torch.load raises whatever its readers do
-        raise ValueError(f"{path}: cannot be read as PyTorch weights: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: must hold a state_dict, got {type(loaded).__name__}")
-    loaded = {OLD_DENSENET_KEY.sub(r"\1\2", key): value for key, value in loaded.items()}
-    own = net.state_dict()
-    last = [key for key in own if key.endswith(".weight")][-1].removesuffix("weight")
-    head = {key for key in own if key.startswith(last)}
-    wrong = [
-        key for key, value in own.items() if key not in head and getattr(loaded.get(key), "shape", None) != value.shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path}: does not fit this model: {len(wrong)} tensors missing or of another shape, as {wrong[0]}"
-        )
-    fitting = {key: loaded[key] for key in own if getattr(loaded.get(key), "shape", None) == own[key].shape}
-    net.load_state_dict(own | fitting)

@@ -9,7 +9,6 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,11 @@ from inmerge_fast.demo.train import MOMENTUM, Schedule, epoch_steps
 from . import medmnist_c, robustness
 from .config import OWN, Recipe, Run
 from .dataset import SPLITS, DataSet, Split
-from .merging import Merger
-from .metrics import accuracy, auc, class_aucs, filter_state
-from .models import Model, build
+from .measure import autocast, batch_norms, logits_of, measure, recompute_statistics
+from .merging import Merger, treatment
+from .metrics import filter_state
+from .models import Model, Weights, build
 
-EVAL_BATCH = 128
 DEVICE_BYTES = 2 * 2**30
 CACHE_BYTES = 64 * 2**20  # corrupted copies of small sets are kept, since every run looks at them
 RESEED = 1_000_003  # added to the seed of the data order
@@ -47,7 +46,7 @@ class Bench:
     """
 
     def __init__(
-        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Path | None = None
+        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Weights | None = None
     ) -> None:
         if limit is not None:
             train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
@@ -81,6 +80,14 @@ class Bench:
         """
         if source != OWN:
             medmnist_c.check(self.data.test.images, self.data.name)
+
+    def check_weights(self, recipe: Recipe) -> str:
+        """Load the pre-trained weights once, to see whether they fit; gives a line on what became of them.
+
+        Raises:
+            ValueError: they cannot be read or do not fit the recipe's network.
+        """
+        return build(recipe.model, self.data, 0, self.weights).loaded
 
     def copies(self, split: str, source: str, kind: str, level: float) -> torch.Tensor:
         """Corrupted copies of a part's images by one of :meth:`corruptions`, or noisy ones (``kind`` "noise")."""
@@ -127,14 +134,15 @@ def train_backbone(recipe: Recipe, bench: Bench, seed: int) -> State:
     """Weights after the epochs that all arms share."""
     model = build(recipe.model, bench.data, seed, bench.weights)
     _place(model, bench)
-    _train(model, recipe, bench, schedules(recipe, seed)[0], None)
+    if recipe.backbone_epochs:
+        _train(model, recipe, bench, schedules(recipe, seed)[0], None)
     return {key: value.detach().cpu().clone() for key, value in model.net.state_dict().items()}
 
 
 def backbone_identity(recipe: Recipe, bench: Bench, seed: int) -> dict[str, Any]:
     """Everything that the backbone's weights depend on."""
     values = dataclasses.asdict(recipe)
-    for unused in ("name", "arm_epochs", "low", "severities", "corruptions"):
+    for unused in ("name", "arm_epochs", "low", "severities", "corruptions", "attack"):
         del values[unused]
     return values | {"seed": seed, "source": bench.data.source} | environment(bench.device)
 
@@ -151,7 +159,9 @@ def run_arm(
         log: called with a name, a value and a step, for example ``SummaryWriter.add_scalar``.
 
     Returns:
-        The result, ready for JSON, and the scores of every evaluation by name with the labels.
+        The result, ready for JSON, and the scores of every evaluation by name with the labels. ``metrics`` are of the
+        network as trained, ``recomputed`` of the same with batch-norm statistics recomputed for its final weights
+        (None for a network without batch norm).
     """
     recipe, merging = run.recipe, run.arm.merging
     start = time.perf_counter()
@@ -162,17 +172,21 @@ def run_arm(
     linear = (merging is not None and merging.include_linear) or recipe.model in ("vit_small", "mamba_small")
     plan = MergePlan(model.net, skip_first=0.6 if merging is None else merging.skip_first, include_linear=linear)
     before = filter_state(plan)
-    merger = None
-    if merging is not None:
-        per_step = recipe.micro_batches if merging.each_forward else 1
-        batches = schedule.batches(len(bench.data.train))
-        first, steps = (epochs * batches * per_step for epochs in (schedule.first_epoch, schedule.epochs))
-        merger = Merger(model.net, merging, run.seed, first, steps)
+    per_step = recipe.micro_batches if merging is not None and merging.each_forward else 1
+    first, steps = (
+        epochs * schedule.batches(len(bench.data.train)) * per_step
+        for epochs in (schedule.first_epoch, schedule.epochs)
+    )
+    merger = treatment(model.net, run.arm, run.seed, first, steps)
     losses: list[float] = []
     if not run.arm.stop:
         losses = _train(model, recipe, bench, schedule, merger, log)
     after = filter_state(plan)
-    metrics, scores = _measure(model, recipe, bench, run.split)
+    trained = digest_of(model.net.state_dict())
+    metrics, scores = measure(model, recipe, bench, run.split)
+    recomputed = None
+    if recompute_statistics(model, recipe, bench):
+        recomputed = measure(model, dataclasses.replace(recipe, attack=False), bench, run.split)[0]
     result = {
         "recipe": dataclasses.asdict(recipe),
         "arm": {"label": run.arm.label(), **dataclasses.asdict(run.arm)},
@@ -186,10 +200,12 @@ def run_arm(
         },
         "digests": {
             "backbone": digest_of(backbone),
-            "weights": digest_of(model.net.state_dict()),
+            "weights": trained,
             "parameters": digest_of(dict(model.net.named_parameters())),
         },
         "metrics": metrics,
+        "recomputed": recomputed,
+        "batch_norms": len(batch_norms(model.net)),
         "loss": losses,
         "filters": {
             "before": dataclasses.asdict(before),
@@ -202,7 +218,7 @@ def run_arm(
         "merging": None if merger is None else merger.summary(),
         "corruptions": OWN if recipe.corruptions == OWN else medmnist_c.version(),
         "environment": environment(bench.device) | {"seconds": round(time.perf_counter() - start, 2)},
-    }
+    } | ({"plan": run.plan} if run.plan else {})
     return result, scores
 
 
@@ -250,6 +266,8 @@ def _train(
         )
     whole = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
     optimizer = _optimizer(recipe, net)
+    if merger is not None:
+        merger.attach(optimizer)
     # On the device if they fit: 2 GiB are 40,000 grey images of 224x224.
     images = train.images.to(bench.device) if train.images.numel() <= DEVICE_BYTES else train.images
     labels = train.labels.to(bench.device)
@@ -262,7 +280,7 @@ def _train(
             coins = np.random.default_rng([schedule.seed, step, 1]).random(len(train)) < 0.5
             chosen = torch.from_numpy(coins[mine.cpu().numpy()]).to(bench.device)
             unit = torch.where(chosen.view(-1, *[1] * (unit.ndim - 1)), unit.flip(-1), unit)
-        with _autocast(recipe, bench.device):
+        with autocast(recipe, bench.device):
             logits = whole(bench.prepare(model, unit))
         return bench.loss(logits, labels[mine])
 
@@ -277,16 +295,18 @@ def _train(
                 for step in epoch_steps(
                     schedule, epoch, len(train), optimizer, loss_at, merger, device=bench.device,
                     micro_batches=recipe.micro_batches,
-                    merge_each_forward=merger is not None and merger.setting.each_forward,
+                    merge_each_forward=merger is not None and merger.each_forward,
                 )
             ]  # fmt: skip
             losses.append(float(torch.stack(total).mean()))
-            if merger is not None and merger.setting.in_validation:
+            if merger is not None and merger.in_validation:
                 _validate_merging(model, recipe, bench, merger)
             if log is not None:
                 log("loss", losses[-1], epoch)
                 if merger is not None:
                     log("merges", merger.merged, epoch)
+    if merger is not None:
+        merger.detach()
     if not math.isfinite(losses[-1]):
         warnings.warn(f"the loss of {recipe.name} is {losses[-1]} in the last epoch", stacklevel=2)
     return losses
@@ -300,80 +320,9 @@ def _optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     raise ValueError(f"optimizer must be sgd or adam, got {recipe.optimizer!r}")
 
 
-def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bf16)
-
-
 def _validate_merging(model: Model, recipe: Recipe, bench: Bench, merger: Merger) -> None:
     """The published code's validation: it merges before every forward pass there too."""
     for images in bench.data.val.images.split(recipe.batch_size):
         model.net.train()  # InMerge does nothing in evaluation mode, and rightly so
-        merger.in_validation()
-        _logits(model, recipe, bench, images)
-
-
-@torch.no_grad()
-def _logits(model: Model, recipe: Recipe, bench: Bench, images: torch.Tensor) -> torch.Tensor:
-    model.net.eval()
-    out = []
-    for chunk in images.split(EVAL_BATCH):
-        with _autocast(recipe, bench.device):
-            out.append(model.net(bench.prepare(model, chunk.to(bench.device).float() / 255)).float())
-    return torch.cat(out)
-
-
-def _measure(model: Model, recipe: Recipe, bench: Bench, split: str) -> tuple[dict[str, Any], dict[str, npt.NDArray]]:
-    part = bench.data.split(split)
-    labels = part.labels.numpy()
-    scores: dict[str, npt.NDArray] = {"labels": labels}
-
-    def measured(name: str, images: torch.Tensor) -> dict[str, float]:
-        scores[name] = bench.probabilities(_logits(model, recipe, bench, images)).cpu().numpy()
-        return {"acc": accuracy(labels, scores[name]), "auc": auc(labels, scores[name])}
-
-    metrics: dict[str, Any] = {"clean": measured("clean", part.images)}
-    metrics["class_auc"] = dict(zip(bench.data.labels, class_aucs(labels, scores["clean"]), strict=True))
-    corrupted = {
-        name: {
-            str(level): measured(f"{name}-{level}", bench.copies(split, recipe.corruptions, name, level))
-            for level in recipe.severities
-        }
-        for name in bench.corruptions(recipe.corruptions)
-    }
-    noise = {
-        f"{sigma:g}": measured(f"noise-{sigma:g}", bench.copies(split, OWN, "noise", sigma))
-        for sigma in robustness.NOISE_SIGMAS
-    }
-    flat = [values for by_level in corrupted.values() for values in by_level.values()]
-    metrics |= {
-        "corrupted": {key: float(np.mean([values[key] for values in flat])) for key in ("acc", "auc")},
-        "by_corruption": corrupted,
-        "noise": {key: float(np.mean([values[key] for values in noise.values()])) for key in ("acc", "auc")},
-        "by_noise": noise,
-        "attacked": _attacked(model, bench, part),
-    }
-    return metrics, scores
-
-
-def _attacked(model: Model, bench: Bench, part: Split) -> dict[str, float]:
-    """Accuracy on attacked images, in float32: gradients of bfloat16 would make the attack weaker."""
-    count = min(len(part), robustness.ATTACKED)
-    right: dict[str, list[npt.NDArray]] = {}
-    kinds = [(f"fgsm {round(eps * 255)}/255", eps, 1) for eps in robustness.FGSM_EPSILONS]
-    kinds.append((f"pgd {round(robustness.PGD_EPSILON * 255)}/255", robustness.PGD_EPSILON, robustness.PGD_STEPS))
-    model.net.eval()
-    for images, labels in zip(
-        part.images[:count].split(EVAL_BATCH), part.labels[:count].split(EVAL_BATCH), strict=True
-    ):
-        unit, truth = images.to(bench.device).float() / 255, labels.to(bench.device)
-
-        def loss_of(x: torch.Tensor, truth: torch.Tensor = truth) -> torch.Tensor:
-            return bench.loss(model.net(bench.prepare(model, x)), truth)
-
-        for name, epsilon, steps in kinds:
-            changed = robustness.attack(loss_of, unit, epsilon, steps)
-            with torch.no_grad():
-                scores = bench.probabilities(model.net(bench.prepare(model, changed)))
-            right.setdefault(name, []).append(scores.cpu().numpy())
-    truth = part.labels[:count].numpy()
-    return {name: accuracy(truth, np.concatenate(chunks)) for name, chunks in right.items()}
+        merger.validate()
+        logits_of(model, recipe, bench, images)

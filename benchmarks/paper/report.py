@@ -1,4 +1,4 @@
-"""``RESULTS.md``: every table, figure and verdict, from the result files alone."""
+"""``RESULTS.md``: every table, figure and verdict, from the result files alone; ``FORWARD_ONLY.md`` beside it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
+from .forward_page import write as write_forward_page
 from .tables import SHOWN, difference_text, markdown, rows_of, write_tables
 
 MOST_NAMED = 4  # gains or losses that a sentence names; more are counted
 ORDER = [*EXPERIMENTS, "search", "confirm"]
 HEAD = """# Does in-model merging help? What these experiments found
 
-Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, one JSON per run. How
-runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
+Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, a run in each line.
+How runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
 [protocol.py](protocol.py): all arms of a seed start from the same backbone, see the same images in the same order for
 the same number of epochs, and keep the weights of their last epoch. Tables of test images choose nothing; the one
 setting that was followed up from such a table is named as that.
@@ -73,6 +74,7 @@ def write(out: Path) -> Path:
     target = out.parent / "RESULTS.md"
     target.write_text("\n".join(parts).rstrip() + "\n")
     print(f"written: {target}")
+    write_forward_page(out)
     return target
 
 
@@ -126,12 +128,15 @@ def _sentence(rows: Sequence[Row]) -> str:
     ]
     text += f" ({'; '.join(few)})" if few else ""
     text += "."
-    idle = [row.label for row in settings if row.identical == row.n]
+    idle = [row.label for row in settings if 0 < row.n == row.identical]
     if idle:
         text += f" Bit-identical to the baseline in every seed: {'; '.join(idle)}."
     collapsed = [f"{row.label} ({row.collapsed}/{row.n})" for row in settings if row.collapsed]
     if collapsed:
         text += f" Collapsed: {'; '.join(collapsed)}."
+    diverged = [row.title for row in rows if row.diverged]
+    if diverged:
+        text += f" Not compared: {'; '.join(diverged)}."
     floor = next((row for row in rows if row.kind == "reseeded"), None)
     if floor is not None:
         text += f" Another data order alone moves acc by {difference_text(floor.difference['acc'])} points."
@@ -143,7 +148,10 @@ def _unconfirmed(plan: Path) -> str:
     content = json.loads(plan.read_text())
     if content["confirm"]:
         return ""
-    label, best = max(content["search"].items(), key=lambda item: item[1]["d_mean"])
+    found = {label: one for label, one in content["search"].items() if one["d_mean"] is not None}
+    if not found:
+        return f"**confirm**, {content['recipe']['name']}: nothing to confirm, every setting of the search diverged."
+    label, best = max(found.items(), key=lambda item: item[1]["d_mean"])
     return (
         f"**confirm**, {content['recipe']['name']}: nothing to confirm, so no look at the test images followed. The "
         f"plan's rule: {content['rule']}. None of the {len(content['search'])} settings of the search is; the best is "
@@ -157,10 +165,14 @@ def _confirmation(path: Path) -> str:
         return "**confirm**: planned, not run."
     lines = []
     for label, one in json.loads(result.read_text()).items():
+        diverged = f" ({one['diverged']} more seeds diverged)" if one.get("diverged") else ""
+        if None in (one["d_mean"], one["d_low"]):
+            lines.append(f"{label}: not confirmed, no interval{diverged}")
+            continue
         lines.append(
             f"{label}: d corrupted AUC {one['d_mean']:+.2f} [{one['d_low']:+.2f}, {one['d_high']:+.2f}], p after Holm "
             f"{one['p_holm']:.2g}, over seeds and images [{one['bootstrap_low']:+.2f}, {one['bootstrap_high']:+.2f}]: "
-            f"{'confirmed' if one['confirmed'] else 'not confirmed'}"
+            f"{'confirmed' if one['confirmed'] else 'not confirmed'}{diverged}"
         )
     recipe = path.stem.split(".", 1)[1]
     chosen = json.loads((path.parent / f"plan.{recipe}.json").read_text())["rule"]

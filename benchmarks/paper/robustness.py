@@ -25,6 +25,10 @@ SEVERITIES = (1, 2, 3, 4, 5)
 NOISE_SIGMAS = (0.1, 0.2, 0.3)  # of Gaussian noise on images in [0, 1], beside the corruptions
 FGSM_EPSILONS = (2 / 255, 8 / 255)
 PGD_EPSILON, PGD_STEPS = 2 / 255, 5
+ATTACKS = {  # epsilon and steps
+    **{f"fgsm {round(epsilon * 255)}/255": (epsilon, 1) for epsilon in FGSM_EPSILONS},
+    f"pgd {round(PGD_EPSILON * 255)}/255": (PGD_EPSILON, PGD_STEPS),
+}
 ATTACKED = 256  # images that are attacked: it costs about 20 forward passes for each
 
 

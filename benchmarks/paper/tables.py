@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .chestxray import LABELS
-from .compare import METRICS, Paired, Row, compare
+from .compare import METRICS, Paired, Row, compare, has_diverged
 from .config import OWN, Run
 from .data import without_size
 from .experiments import Experiment
-from .grid import load_result
 from .published import CHESTXRAY14, CHESTXRAY14_COLUMNS, MEDMNIST
+from .storage import is_stored, load_result
 
 SHOWN = ("acc", "AUC", "corrupted acc", "corrupted AUC", "noise AUC", "PGD 2/255 acc")
 NOTE = (
@@ -44,7 +44,7 @@ def write_manifest(experiment: Experiment, out: Path) -> Path:
         {
             "recipe": recipe.name,
             "arms": [arm.label() for arm in arms],
-            "files": [[Run(recipe, arm, seed, experiment.split).file() for seed in experiment.seeds] for arm in arms],
+            "runs": [[Run(recipe, arm, seed, experiment.split).key() for seed in experiment.seeds] for arm in arms],
         }
         for recipe, arms in experiment.groups
     ]
@@ -53,9 +53,9 @@ def write_manifest(experiment: Experiment, out: Path) -> Path:
     path = out / f"{manifest_name(experiment)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        files = [arm for group in json.loads(path.read_text())["groups"] for arm in group["files"]]
-        fewer = [arm for group in groups for arm in group["files"]]
-        if len(files) == len(fewer) and all(set(a) > set(b) for a, b in zip(files, fewer, strict=True)):
+        more = [arm for group in json.loads(path.read_text())["groups"] for arm in group["runs"]]
+        fewer = [arm for group in groups for arm in group["runs"]]
+        if len(more) == len(fewer) and all(set(a) > set(b) for a, b in zip(more, fewer, strict=True)):
             return path
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
@@ -65,7 +65,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], list[list[list[dict[str, 
     """A manifest and the results that exist of its groups and arms."""
     manifest = json.loads(path.read_text())
     results = [
-        [[load_result(path.parent / file) for file in arm if (path.parent / file).exists()] for arm in group["files"]]
+        [[load_result(path.parent, key) for key in arm if is_stored(path.parent, key)] for arm in group["runs"]]
         for group in manifest["groups"]
     ]
     return manifest, results
@@ -128,7 +128,8 @@ def setup_of(rows: Sequence[Row], results: Any, recipe: str, manifest: Mapping[s
     return text
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     lines.insert(1, "|---" + "|--:" * (len(head) - 1) + "|")
     return "\n".join(lines) + "\n"
@@ -136,7 +137,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _counts(row: Row) -> list[str]:
     merges = "–" if math.isnan(row.per_step) else f"{row.per_step:.2f}"
-    return [merges, f"{row.rank[0]:.2f} → {row.rank[1]:.2f}", f"{row.collapsed}/{row.n}"]
+    rank = "–" if math.isnan(row.rank[0]) else f"{row.rank[0]:.2f} → {row.rank[1]:.2f}"
+    return [merges, rank, f"{row.collapsed}/{row.n}"]
 
 
 def _number(mean: float, sd: float) -> str:
@@ -158,19 +160,19 @@ def difference_text(one: Paired) -> str:
 def _absolute(rows: Sequence[Row]) -> str:
     head = ["arm", "seeds", "merges", "rank", "collapsed", *SHOWN]
     body = [
-        [row.label, str(row.n), *_counts(row), *(_number(row.mean[key], row.sd[key]) for key in SHOWN)] for row in rows
+        [row.title, str(row.n), *_counts(row), *(_number(row.mean[key], row.sd[key]) for key in SHOWN)] for row in rows
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _differences(rows: Sequence[Row]) -> str:
     head = ["arm", "merges", "rank", "collapsed", "identical", *(f"d {metric}" for metric in SHOWN)]
     body = [
-        [row.label, *_counts(row), f"{row.identical}/{row.n}", *(difference_text(row.difference[key]) for key in SHOWN)]
+        [row.title, *_counts(row), f"{row.identical}/{row.n}", *(difference_text(row.difference[key]) for key in SHOWN)]
         for row in rows
         if row.difference
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _csv(groups: Sequence[tuple[str, list[Row]]]) -> str:
@@ -193,7 +195,7 @@ def _csv(groups: Sequence[tuple[str, list[Row]]]) -> str:
                 )
                 counts = [text(row.per_step), *map(text, row.rank), row.collapsed, row.identical]
                 level = [text(row.mean[metric]), text(row.sd[metric])]
-                writer.writerow([recipe, row.label, metric, row.n, *level, *pair, *counts])
+                writer.writerow([recipe, row.title, metric, row.n, *level, *pair, *counts])
     return out.getvalue()
 
 
@@ -206,12 +208,14 @@ def _chestxray(results: list[list[list[dict[str, Any]]]]) -> str:
         empty = ["–"] * (len(head) - 1)
         body.append(["**ours**: no data, see below", *empty])
     for arm in ours:
-        classes = [_mean([result["metrics"]["class_auc"][label] for result in arm]) for label in LABELS]
-        total = _mean([result["metrics"]["clean"]["auc"] for result in arm])
-        name = f"**ours**: {arm[0]['arm']['label']} ({arm[0]['recipe']['model']}, {len(arm)} seeds)"
+        kept = [result for result in arm if not has_diverged(result)]
+        classes = [_mean([result["metrics"]["class_auc"][label] for result in kept]) for label in LABELS]
+        total = _mean([result["metrics"]["clean"]["auc"] for result in kept])
+        seeds = f"{len(kept)} seeds" + (f", {len(arm) - len(kept)} more diverged" if len(kept) < len(arm) else "")
+        name = f"**ours**: {arm[0]['arm']['label']} ({arm[0]['recipe']['model']}, {seeds})"
         body.append([name, *("–" if math.isnan(value) else f"{value:.3f}" for value in [*classes, total])])
     text = "AUROC; the first eleven rows are the paper's (arXiv 2502.20516, its table of ChestX-ray14).\n\n"
-    text += _table(head, body)
+    text += table(head, body)
     if not ours:
         text += (
             "\nOur row is empty: the 112,120 images are not here. `python -m benchmarks.paper table-chestxray14 --data "

@@ -71,7 +71,8 @@ def run(recipe: Recipe, setting: str, seed: int, data: str | None) -> dict[str, 
     ranks = {layer.name: RankCost(weight, layer.layout, 0).rank for layer, weight in layers}
     found: dict[str, Any] = {
         "recipe": recipe.name, "setting": setting, "seed": seed, "steps": recipe.steps,
-        "merging_steps": recipe.steps - recipe.start, "accuracy": images.accuracy(net), "rank": ranks,
+        "merging_steps": recipe.steps - recipe.start, "accuracy": _plain(images.accuracy(net)),
+        "rank": {name: _plain(rank) for name, rank in ranks.items()},
         "filters": dict(zip(plan.names, plan.filters, strict=True)), "merger_seconds": seconds,
     }  # fmt: skip
     if merger is not None:
@@ -108,9 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
                 found = run(RECIPES[name], setting, seed, options.data)
                 with options.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
+                right = "diverged" if found["accuracy"] is None else f"accuracy {100 * found['accuracy']:.2f} %"
                 merged = sum(layer["merged"] for layer in found.get("layers", {}).values())
-                print(f"{name:9} seed {seed} {setting:34} {found['cpu_seconds']:6.0f} s of CPU, accuracy "
-                      f"{100 * found['accuracy']:.2f} %, {merged} merges", flush=True)  # fmt: skip
+                print(f"{name:9} seed {seed} {setting:34} {found['cpu_seconds']:6.0f} s of CPU, {right}, "
+                      f"{merged} merges", flush=True)  # fmt: skip
     if options.command == "report":
         print("written:", write_table(options.out))
 

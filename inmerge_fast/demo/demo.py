@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import MergePlan, __version__
+from ..checkpoints.into_model import load_into
 from .data import ImageSet, load_digits, load_npz, require
 from .report import TEXT_WIDTH, Arm, Outcome, print_paragraph, report
 from .train import (
@@ -25,6 +26,7 @@ from .train import (
     Schedule,
     Similarities,
     build_net,
+    evaluate,
     measure_similarities,
     train,
 )
@@ -49,6 +51,7 @@ class Options:
     batch_size: int = 32
     quick: bool = False
     save: str | None = None
+    resume: str | None = None
 
     def epoch_counts(self) -> tuple[int, int]:
         """Backbone epochs, and epochs of each arm.
@@ -91,11 +94,18 @@ def run(options: Options, data: ImageSet) -> None:
 
     backbone = build_net(data.train_x.shape[1], data.classes, options.seed, data.dims).to(device)
     _print_setup(options, data, backbone, before, after)
-    history = train(backbone, data, before, None, "backbone")
-    print(
-        f"\nBackbone, trained without merging; epochs: {backbone_epochs}, training loss {history.loss[-1]:.4f}, "
-        f"test {data.measure} {100 * history.accuracy[-1]:.2f} %"
-    )
+    if options.resume is not None:
+        _resume(backbone, options.resume, data)
+    else:
+        history = train(backbone, data, before, None, "backbone")
+        print(
+            f"\nBackbone, trained without merging; epochs: {backbone_epochs}, training loss {history.loss[-1]:.4f}, "
+            f"test {data.measure} {100 * history.accuracy[-1]:.2f} %"
+        )
+        if history.diverged:
+            raise SystemExit(
+                "The backbone's training has diverged: there is nothing to go on from, try another --seed."
+            )
     threshold = _choose_threshold(options, measure_similarities(backbone, options.seed))
     own = MergeSetting(options.alpha, options.prob, threshold)
     arms = [
@@ -118,6 +128,22 @@ def run(options: Options, data: ImageSet) -> None:
         print(
             f"\nThe network of arm c is in {options.save}; to look at it: python -m inmerge_fast inspect {options.save}"
         )
+
+
+def _resume(net: nn.Module, path: str, data: ImageSet) -> None:
+    """Load a backbone instead of training one.
+
+    Raises:
+        SystemExit: the file cannot be read, or does not fit the net, its head included.
+    """
+    try:
+        text = load_into(net, path).text
+    except ValueError as error:
+        raise SystemExit(f"--resume: {error}") from error
+    right = evaluate(net, data)
+    if (right < 0).any():
+        raise SystemExit(f"--resume: {path}: the outputs of this network are not finite: its training has diverged")
+    print(f"\nBackbone: {text}; test {data.measure} {100 * right.float().mean().item() / data.labels_each:.2f} %")
 
 
 def _print_setup(options: Options, data: ImageSet, net: nn.Module, before: Schedule, after: Schedule) -> None:

@@ -60,7 +60,9 @@ def _print_epochs(outcomes: list[Outcome], data: ImageSet) -> None:
         row = f"  {epoch + 1:5d}"
         for outcome in outcomes:
             history = outcome.history
-            row += f"    {history.loss[epoch]:6.4f}  {100 * history.accuracy[epoch]:6.2f}"
+            loss, accuracy = history.loss[epoch], history.accuracy[epoch]
+            finite = math.isfinite(loss) and math.isfinite(accuracy)
+            row += f"    {loss:6.4f}  {100 * accuracy:6.2f}" if finite else f"    {'diverged':>14}"
             row += f"  {history.merged[epoch]:6d}" if outcome.arm.setting else ""
         print(row)
 
@@ -101,7 +103,7 @@ def _print_totals(outcomes: list[Outcome], data: ImageSet) -> None:
         sampled = sum(layer.sampled for layer in history.layers.values())
         top = max(map(max, outcome.similarities.largest.values()))
         row = f"  {arm.key}  {arm.title:20}  {sampled:7d}  {sum(history.merged):6d}  {outcome.similarities.mean:9.4f}"
-        row += f"  {top:8.4f}    {100 * history.accuracy[-1]:6.2f}"
+        row += f"  {top:8.4f}  " + ("diverged" if history.diverged else f"  {100 * history.accuracy[-1]:6.2f}")
         times = f"{history.merge_ms:4.2f} ms" if arm.setting else "-"
         share = f"{100 * history.merge_ms / history.step_ms:.1f} %" if arm.setting else "-"
         print(f"{row}  {times:>7} {history.step_ms:5.1f} ms  {share:>6}")
@@ -131,6 +133,9 @@ def _verdict(base: Outcome, other: Outcome, data: ImageSet) -> str:
             return f"{text}Its weights are those of arm {base.arm.key}, bit for bit."
     else:
         text = f"{name} merged {merged} filter{'s' if merged > 1 else ''}. "
+    gone = [outcome.arm.key for outcome in (base, other) if outcome.history.diverged]
+    if gone:
+        return f"{text}The training of arm {' and of arm '.join(gone)} has diverged, so that nothing is compared."
     text += _comparison(base, other, data)
     if other.similarities.mean > COLLAPSED:
         text += (

@@ -60,7 +60,8 @@ class History:
 
     Attributes:
         loss: mean training loss of each epoch.
-        accuracy: share of test images judged right after each epoch; in a multi-label set, share of their labels.
+        accuracy: share of test images judged right after each epoch; in a multi-label set, share of their labels. NaN
+            if an output of the net was not finite.
         merged: filters merged in each epoch.
         layers: counts by layer, empty without merging.
         merge_ms: median time of a ``merge_`` call, NaN without merging.
@@ -79,6 +80,11 @@ class History:
     calls: int = 0
     notices: list[Warning] = field(default_factory=list)
     right: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last epoch's loss or an output after it was not finite."""
+        return not (math.isfinite(self.loss[-1]) and math.isfinite(self.accuracy[-1]))
 
     def count(self, stats: MergeStats) -> None:
         """Add one call of ``merge_`` to the last epoch."""
@@ -279,7 +285,8 @@ def _run_epochs(
                 bar.update()
             history.right = evaluate(net, data)
             history.loss.append(sum(losses) / len(losses))
-            history.accuracy.append(history.right.float().mean().item() / data.labels_each)
+            judged = bool((history.right >= 0).all())
+            history.accuracy.append(history.right.float().mean().item() / data.labels_each if judged else math.nan)
             bar.set_postfix_str(f"loss {history.loss[-1]:.4f}, test {100 * history.accuracy[-1]:.2f} %", refresh=False)
     # Medians: the first call of an arm finds the layers and, on a GPU, compiles.
     history.step_ms = 1000 * median(step_times)
@@ -297,11 +304,13 @@ def _now(device: torch.device) -> float:
 def evaluate(net: nn.Module, data: ImageSet) -> torch.Tensor:
     """How many labels of each test image the net judges right, int64 ``(test images,)`` on the CPU.
 
-    In a multi-label set the net predicts a label if its probability is above 0.5, that is, if its logit is above 0.
+    An image for which an output is not finite has -1: the largest of NaN, or its sign, is no judgement. In a
+    multi-label set the net predicts a label if its probability is above 0.5, that is, if its logit is above 0.
     """
     net.eval()
     right = []
     for x, y in zip(data.test_x.split(EVAL_BATCH), data.test_y.split(EVAL_BATCH), strict=True):
         output = net(x)
-        right.append(((output > 0) == (y > 0)).sum(1) if data.multi_label else (output.argmax(1) == y).long())
+        counts = ((output > 0) == (y > 0)).sum(1) if data.multi_label else (output.argmax(1) == y).long()
+        right.append(torch.where(output.isfinite().flatten(1).all(1), counts, -1))
     return torch.cat(right).cpu()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
+import importlib.metadata
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -23,6 +26,41 @@ Part: TypeAlias = str | Callable[[Any], nn.Module] | None
 PARAMETERS = inspect.signature(InMerge).parameters
 DEFAULTS = {name: p.default for name, p in PARAMETERS.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
+# The distribution that each module here is made for, the oldest release that will do, and what pip installs it with.
+OLDEST = {
+    "lightning": ("2.4", "lightning"),
+    "pytorch-lightning": ("2.4", "lightning"),
+    "transformers": ("4.50", "huggingface"),
+    "accelerate": ("1.3", "huggingface"),
+    "pytorch-ignite": ("0.4.13", "ignite"),
+    "nnunetv2": ("2.8", "nnunet"),
+}
+
+
+def require(distribution: str, module: str) -> None:
+    """Make sure that a framework is there, and new enough.
+
+    Args:
+        distribution: what pip calls it, one of ``OLDEST``.
+        module: what is imported.
+
+    Raises:
+        ImportError: it is missing, cannot be imported, or is too old; says what to install.
+    """
+    oldest, extra = OLDEST[distribution]
+    cure = f"pip install 'inmerge_fast[{extra}]'"
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{distribution} >= {oldest} is needed and cannot be imported ({error}): {cure}") from error
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path, perhaps
+        return
+    numbers = [tuple(map(int, re.findall(r"\d+", text.split("+")[0])[:2])) for text in (found, oldest)]
+    if numbers[0] < numbers[1]:
+        raise ImportError(f"{distribution} >= {oldest} is needed, and {found} is installed: {cure}")
+
 
 class Blueprint:
     """What a callback needs to make an :class:`inmerge_fast.InMerge`, whenever its framework begins to train a model.
@@ -31,6 +69,7 @@ class Blueprint:
         target: the part of the model that is merged: its name, or a function of the model; None for all of it.
         keep: see :meth:`inmerge_fast.InMerge.load_state_dict`.
         recipe: arguments of :class:`inmerge_fast.InMerge`.
+        owner: the class that takes them, for messages.
 
     Attributes:
         recipe: the arguments that were given.
@@ -40,19 +79,21 @@ class Blueprint:
         ValueError: an argument is out of range.
     """
 
-    def __init__(self, target: Part, keep: Sequence[str], recipe: InMergeArguments) -> None:
+    def __init__(
+        self, target: Part, keep: Sequence[str], recipe: InMergeArguments, owner: str = "InMergeCallback"
+    ) -> None:
         for name in recipe:
             if name not in DEFAULTS:
                 near = difflib.get_close_matches(name, DEFAULTS, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(DEFAULTS)}"
-                raise TypeError(f"InMergeCallback() got an unexpected argument {name!r}; {hint}")
+                raise TypeError(f"{owner}() got an unexpected argument {name!r}; {hint}")
         if target is not None and not isinstance(target, str) and not callable(target):
             raise TypeError(f"target must be the name of a part of the model or a function of it, got {target!r}")
         self.recipe: dict[str, Any] = dict(recipe)
         # The framework will tell a budget its steps, so that here any number will do.
         meant = checked(DEFAULTS | fitted_to(self.recipe, MAX_STEP, None)).recipe
         meant.restored(meant.to_plain(), keep)  # raises where keep names no argument
-        self._target, self._keep, self._fitted = target, tuple(keep), False
+        self._target, self._keep, self._fitted, self._owner = target, tuple(keep), False, owner
 
     @property
     def label(self) -> str:
@@ -105,7 +146,7 @@ class Blueprint:
         merger.step_count = steps
         warnings.warn(
             f"training resumes after {steps} optimizer steps from a checkpoint that was saved without this "
-            f"InMergeCallback{f' ({self.label})' if self.label else ''}: they were not merged, and merging goes on as "
+            f"{self._owner}{f' ({self.label})' if self.label else ''}: they were not merged, and merging goes on as "
             f"planned for step {steps}",
             UserWarning,
             stacklevel=callers_level(),

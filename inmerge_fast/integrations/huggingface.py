@@ -9,14 +9,18 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from typing_extensions import Unpack
 
 from ..training.arguments import InMergeArguments
 from ..training.inmerge import InMerge
 from ..training.monitor import Row, flat
-from .common import Blueprint, Part
+from .common import Blueprint, Part, require
+
+require("transformers", "transformers")
+require("accelerate", "accelerate")
+
+from transformers import TrainerCallback  # noqa: E402
+from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
 
 KEY = "inmerge_fast"  # in the Trainer's state; the name of the class would have it construct another callback
 

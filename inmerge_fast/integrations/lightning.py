@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 import sys
 import weakref
@@ -15,7 +15,7 @@ from ..training.arguments import InMergeArguments
 from ..training.forward import ForwardSteps
 from ..training.inmerge import InMerge
 from ..training.monitor import Row, flat
-from .common import Blueprint, Part
+from .common import Blueprint, Part, require
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # the same code under two names, each with a Callback of its own
 
@@ -24,10 +24,10 @@ def _callback_class() -> Any:
     """What is a Callback in each of the packages that this process uses, or in the first one that is installed."""
     bases = [sys.modules[name].Callback for name in PACKAGES if hasattr(sys.modules.get(name), "Callback")]
     if not bases:
-        try:
-            bases = [importlib.import_module(PACKAGES[0]).Callback]
-        except ImportError:
-            bases = [importlib.import_module(PACKAGES[1]).Callback]
+        found = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+        name = (found or PACKAGES)[0]
+        require(name.partition(".")[0].replace("_", "-"), name)
+        bases = [importlib.import_module(name).Callback]
     return type("Callback", tuple(dict.fromkeys(bases)), {})
 
 

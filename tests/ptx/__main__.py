@@ -71,7 +71,7 @@ def run_cases(options: argparse.Namespace) -> int:
 
 
 def show_barriers(options: argparse.Namespace) -> None:
-    """Which deletions no schedule notices: none of them, one by one, and all of these at once."""
+    """Which deletions no schedule notices, and whether one should have: one by one, and all of these at once."""
     for arch in options.arch:
         for name, (kernel, case) in BARRIERS.items():
             if arch == "sm_100" and kernel in ("_list_kernel", "_match_kernel"):
@@ -79,10 +79,10 @@ def show_barriers(options: argparse.Namespace) -> None:
             run = case(arch)
             found = barriers.deletions(kernel, run, options.schedules)
             unnoticed = [deletion for deletion in found if not deletion.noticed_by]
-            names = ", ".join(deletion.name for deletion in unnoticed) or "none"
+            names = ", ".join(f"{each.name} ({each.orders or 'needless'})" for each in unnoticed) or "none"
             print(f"{arch} {name}: {len(found)} barriers, unnoticed: {names}", flush=True)
             if len(unnoticed) > 1:
-                (program,) = barriers.programs_of(kernel, run, 1)
+                program = barriers.touched_by(kernel, run, 1).original
                 without = barriers.without_all(program, [deletion.step for deletion in unnoticed])
                 print(f"  all of these: {barriers.noticed(kernel, without, run, options.schedules)[0]}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cases
+from .between import Touched
 from .cases import Outcome
 from .machine import Schedule
 from .program import Program
@@ -28,12 +29,14 @@ class Deletion:
         name: the function that it comes from, and which of its barriers it is, as they stand in the PTX.
         noticed_by: what was reported first, or None.
         runs: schedules that were tried.
+        orders: two accesses that no other barrier orders and that must be, or None: see :mod:`.between`.
     """
 
     step: int
     name: str
     noticed_by: str | None
     runs: int
+    orders: str | None
 
 
 @cache
@@ -64,27 +67,30 @@ def deletions(kernel: str, run: Run, schedules: int) -> list[Deletion]:
     Raises:
         AssertionError: the kernel as it is does not pass, so nothing could be said.
     """
-    (program,) = programs_of(kernel, run, schedules)
+    touched = touched_by(kernel, run, schedules)
     found = []
-    for step, name in names(program).items():
-        noticed_by, runs = noticed(kernel, program.without(step), run, schedules)
-        found.append(Deletion(step, name, noticed_by, runs))
+    for step, name in names(touched.original).items():
+        noticed_by, runs = noticed(kernel, touched.original.without(step), run, schedules)
+        found.append(Deletion(step, name, noticed_by, runs, touched.only_by(step)))
     return found
 
 
-def programs_of(kernel: str, run: Run, schedules: int) -> list[Program]:
-    """The programs that the cases use, which must pass as they are."""
-    programs: list[Program] = []
+def touched_by(kernel: str, run: Run, schedules: int) -> Touched:
+    """What the program that the cases use touches; it must be one, and pass as it is."""
+    programs: dict[Program, Touched] = {}
 
-    def grab(name: str, program: Program, _compiled: Any) -> Program:
-        if name == kernel and program not in programs:
-            programs.append(program)
-        return program
+    def watch(name: str, program: Program, _compiled: Any) -> Program:
+        if name != kernel:
+            return program
+        if program not in programs:
+            programs[program] = Touched(program)
+        return programs[program].program
 
     for number in range(schedules):
-        outcome = run(number, grab)
+        outcome = run(number, watch)
         assert outcome.is_fine, f"as it is, number {number}: {outcome}"
-    return programs
+    (touched,) = programs.values()
+    return touched
 
 
 def noticed(kernel: str, changed: Program, run: Run, schedules: int) -> tuple[str | None, int]:

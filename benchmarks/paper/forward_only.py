@@ -1,0 +1,280 @@
+"""Forward-only merging against no merging and against standard regularisers, with batch-norm statistics recomputed.
+
+``plan`` trains all settings of :data:`FAMILIES` and measures them on corrupted *validation* images, chooses by
+:data:`RULE` and writes what will be confirmed. It is to be committed before ``confirm``, which trains fresh seeds,
+looks at the test images once, and refuses a plan that was changed after its first run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .compare import paired
+from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
+from .experiments import Options, recipes
+from .grid import Where, execute, is_leader
+from .storage import load_result, path_of, runs_of, without_nan
+
+NAME = "forward-only"
+
+
+def _forward(**changed: Any) -> Arm:
+    return Arm(dataclasses.replace(FORWARD, **changed))
+
+
+FAMILIES: dict[str, tuple[Arm, ...]] = {
+    "forward-only merging": (
+        Arm(FORWARD),
+        *(_forward(alpha=alpha) for alpha in (0.3, 0.7)),
+        *(_forward(prob=prob) for prob in (0.25, 1.0)),
+        _forward(skip_first=PAPER.skip_first),
+        *(_forward(z=2.0, partner=partner) for partner in ("random", "similar")),
+        _forward(partner="nearest"),
+    ),
+    "Dropout2d": tuple(Arm(dropout=prob) for prob in (0.1, 0.2, 0.3)),
+    "DropConnect": tuple(Arm(dropconnect=prob) for prob in (0.2, 0.4)),
+    "both": tuple(Arm(FORWARD, dropout=prob) for prob in (0.1, 0.2)),
+}
+MERGING, DROPOUT, DROPCONNECT, BOTH = FAMILIES
+NOISE, LASTING, DEFAULT = "noise", "lasting merging", "default"
+# Column title and place in a result; shown in percent or points.
+COLUMNS: dict[str, tuple[str, str]] = {
+    "acc": ("clean", "acc"),
+    "AUC": ("clean", "auc"),
+    "ECE": ("clean", "ece"),
+    "corrupted acc": ("corrupted", "acc"),
+    "corrupted AUC": ("corrupted", "auc"),
+    "corrupted ECE": ("corrupted", "ece"),
+    "noise AUC": ("noise", "auc"),
+}
+METRIC = "corrupted AUC"
+TRAINED, RECOMPUTED = "metrics", "recomputed"
+SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 3, 20, 600
+RULE = (
+    f"of every family the setting with the largest mean {METRIC} on validation images, statistics recomputed, among "
+    "those of which no seed diverged or collapsed; beside them the library's default of forward-only merging, noise as "
+    "large as the merging that was chosen, and lasting merging as published"
+)
+
+
+def recipe_of(options: Options, from_scratch: bool = False) -> Recipe:
+    """The recipe of a data set and a network: short, small steps, 1,000 training images at most.
+
+    Args:
+        options: the command line.
+        from_scratch: the arms start from random weights (or those of a file), not from a trained backbone.
+    """
+    usual = recipes(options)[0]
+    digits = options.data == "digits"
+    values: dict[str, Any] = {
+        "name": f"{NAME}.{usual.name.removesuffix('-ordinary')}", "batch_size": options.batch_size or 32,
+        "severities": (4,), "attack": False, "limit": usual.limit or (None if digits else 1000),
+    }  # fmt: skip
+    if not (digits or options.quick):  # bfloat16: on a CPU that has it, three times as fast
+        values |= {"backbone_epochs": options.backbone_epochs or 6, "arm_epochs": options.arm_epochs or 3, "bf16": True}
+    if usual.model == "efficientnet_lite0" and not options.quick:  # has been trained before
+        epochs = options.backbone_epochs or 2, options.arm_epochs or 2
+        values |= {"backbone_epochs": epochs[0], "arm_epochs": epochs[1], "high": 0.02, "limit": 800}
+    out = dataclasses.replace(usual, **values)
+    if from_scratch:
+        epochs = out.backbone_epochs if options.arm_epochs is None else options.arm_epochs
+        return dataclasses.replace(
+            out, name=f"{out.name}-scratch", backbone_epochs=0, arm_epochs=epochs, middle=out.high
+        )
+    return out
+
+
+def plan_path(recipe: Recipe, out: Path) -> Path:
+    """Where a recipe's plan is."""
+    return out / f"{recipe.name}.plan.json"
+
+
+def value_of(result: dict[str, Any], column: str, evaluation: str = RECOMPUTED) -> float:
+    """A number of a result, in percent; NaN for a diverged run.
+
+    Args:
+        result: from a result file.
+        column: of :data:`COLUMNS`.
+        evaluation: as trained, or with batch-norm statistics recomputed, which is the same without batch norm.
+    """
+    group, key = COLUMNS[column]
+    value = (result[evaluation] or result[TRAINED])[group][key]
+    return float("nan") if value is None else 100 * value
+
+
+def has_diverged(result: dict[str, Any]) -> bool:
+    """Whether a run has no scores, so that no number is made of it."""
+    return bool(np.isnan(value_of(result, "acc", TRAINED)))
+
+
+def has_failed(result: dict[str, Any]) -> bool:
+    """Whether a run diverged, in either evaluation, or its filters collapsed."""
+    return has_diverged(result) or bool(np.isnan(value_of(result, METRIC))) or result["filters"]["collapsed"]
+
+
+def search_runs(recipe: Recipe, seeds: int) -> dict[str, dict[Arm, list[Run]]]:
+    """The runs that a plan is made from, on validation images, by family; "" is no merging."""
+    families = {"": (BASELINE,)} | FAMILIES
+    return {
+        family: {arm: [Run(recipe, arm, seed, "val") for seed in range(seeds)] for arm in arms}
+        for family, arms in families.items()
+    }
+
+
+def plan(recipe: Recipe, where: Where, options: Options, like: Path | None = None) -> Path:
+    """Explore on validation images, choose and write the plan.
+
+    Args:
+        recipe: of the runs.
+        where: where results are.
+        options: give the number of seeds.
+        like: take over what this plan has chosen, for another network or start, without exploring.
+
+    Raises:
+        ValueError: there is a plan already, or the test images have been looked at.
+    """
+    path = plan_path(recipe, where.out)
+    if path.exists():
+        raise ValueError(f"{path}: there is a plan already, and a second choice would not be one; delete it to restart")
+    seen = [name for name in runs_of(path_of(where.out, recipe.name)) if "/test-" in name]
+    if seen:
+        raise ValueError(f"{path}: {len(seen)} runs have looked at the test images already; no plan may follow that")
+    if like is None:
+        seeds = options.seeds or (2 if options.quick else SEARCH_SEEDS)
+        chosen, explored = _explore(recipe, where, seeds)
+        source = f"explored with {seeds} seed{'s' * (seeds > 1)}"
+    else:
+        taken, explored = json.loads(like.read_text()), {}
+        chosen = {family: arm_of(values) for family, values in taken["confirm"].items() if family in FAMILIES}
+        source = f"taken over from {like.name}, without a look at this network or start"
+    first, count = FIRST_FRESH_SEED, 3 if options.quick else CONFIRM_SEEDS
+    content = {
+        "recipe": dataclasses.asdict(recipe), "metric": METRIC, "rule": RULE, "source": source, "search": explored,
+        "confirm": {family: dataclasses.asdict(arm) for family, arm in confirmed_with(chosen).items()},
+        "seeds": list(range(first, first + count)),
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(without_nan(content), indent=1) + "\n")
+    print(f"{path}: {'; '.join(arm.label() for arm in chosen.values())}\nCommit it before confirm.")
+    return path
+
+
+def _explore(recipe: Recipe, where: Where, seeds: int) -> tuple[dict[str, Arm], dict[str, Any]]:
+    """The best setting of every family on validation images, and what was seen of all."""
+    runs = search_runs(recipe, seeds)
+    execute([run for arms in runs.values() for each in arms.values() for run in each], where)
+    base = [load_result(where.out, run.key()) for run in runs[""][BASELINE]]
+    chosen, explored = {}, {}
+    for family in FAMILIES:
+        gains = {}
+        for arm, each in runs[family].items():
+            results = [load_result(where.out, run.key()) for run in each]
+            pairs = zip(results, base, strict=True)
+            gain = float(np.mean([value_of(one, METRIC) - value_of(other, METRIC) for one, other in pairs]))
+            failed = sum(map(has_failed, results))
+            explored[arm.label()] = {"family": family, "d_mean": gain, "failed": failed}
+            if not failed:
+                gains[arm] = gain
+        if gains:
+            chosen[family] = max(gains, key=lambda arm: gains[arm])
+    return chosen, explored
+
+
+def confirmed_with(chosen: dict[str, Arm]) -> dict[str, Arm]:
+    """What is confirmed: the chosen arms and what the rule puts beside them, each once."""
+    out = dict(chosen)
+    merging = chosen.get(MERGING, Arm(FORWARD)).merging
+    assert merging is not None
+    out |= {NOISE: Arm(dataclasses.replace(merging, as_noise=True)), LASTING: Arm(PAPER)}
+    if Arm(FORWARD) not in out.values():
+        out[DEFAULT] = Arm(FORWARD)
+    return out
+
+
+def arm_of(values: dict[str, Any]) -> Arm:
+    """An arm from a plan."""
+    merging = values["merging"]
+    return Arm(**{**values, "merging": None if merging is None else Merging(**merging)})
+
+
+def read_plan(path: Path) -> tuple[Recipe, dict[str, Arm], list[int], str]:
+    """A plan's recipe, arms by family without the baseline, seeds, and digest.
+
+    Raises:
+        ValueError: there is no plan.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no plan; run {NAME} plan first")
+    content = json.loads(path.read_text())
+    recipe = Recipe(**{**content["recipe"], "severities": tuple(content["recipe"]["severities"])})
+    arms = {family: arm_of(values) for family, values in content["confirm"].items()}
+    return recipe, arms, content["seeds"], hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def confirm(path: Path, where: Where) -> None:
+    """Do a plan.
+
+    Raises:
+        ValueError: there is none, or it is not the one that runs were made by.
+    """
+    recipe, arms, seeds, digest = read_plan(path)
+    for name, result in runs_of(path_of(where.out, recipe.name)).items():
+        if "/test-" in name and result.get("plan") != digest:
+            raise ValueError(
+                f"{path}: was changed after the confirmation had begun: {name} was made by plan {result.get('plan')}, "
+                f"and this is {digest}; restore it"
+            )
+    execute([Run(recipe, arm, seed, plan=digest) for seed in seeds for arm in (BASELINE, *arms.values())], where)
+
+
+def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, dict[str, Any]]]]:
+    """The arms of a plan and their results that exist, by family and seed; "" is no merging."""
+    recipe, arms, seeds, _ = read_plan(path)
+    every = {"": BASELINE} | arms
+    runs = runs_of(path_of(path.parent, recipe.name))
+    found = {}
+    for family, arm in every.items():
+        names = {seed: Run(recipe, arm, seed).key().partition("/")[2] for seed in seeds}
+        found[family] = {seed: runs[name] for seed, name in names.items() if name in runs}
+    return every, found
+
+
+def differences(
+    one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], column: str, evaluation: str = RECOMPUTED
+) -> list[float]:
+    """Paired differences in points, over the seeds of which both runs exist and neither diverged.
+
+    Raises:
+        ValueError: the runs of a seed cannot be compared: they started from other weights or saw other data.
+    """
+    seeds = sorted(set(one) & set(other))
+    for seed in seeds:
+        for what in ("recipe", "data"):
+            if one[seed][what] != other[seed][what]:
+                raise ValueError(f"{one[seed]['arm']['label']}, seed {seed}: another {what} than that of the other arm")
+        if one[seed]["digests"]["backbone"] != other[seed]["digests"]["backbone"]:
+            raise ValueError(f"{one[seed]['arm']['label']}, seed {seed}: another backbone than that of the other arm")
+    pairs = [(value_of(one[seed], column, evaluation), value_of(other[seed], column, evaluation)) for seed in seeds]
+    return [first - second for first, second in pairs if not np.isnan([first, second]).any()]
+
+
+def run_stage(stage: str, options: Options, where: Where, from_scratch: bool, like: str | None) -> None:
+    """``plan`` or ``confirm``, as the command line says."""
+    recipe = recipe_of(options, from_scratch)
+    if stage == "plan":
+        plan(recipe, where, options, None if like is None else where.out / f"{NAME}.{like}.plan.json")
+        return
+    path = plan_path(recipe, where.out)
+    confirm(path, where)
+    if is_leader():
+        arms, found = confirmed_results(path)
+        for family, results in found.items():
+            one = paired(differences(results, found[""], METRIC))
+            interval = f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
+            print(f"{arms[family].label():60} d {METRIC} {interval}, n = {one.n}")

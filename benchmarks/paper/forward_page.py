@@ -1,0 +1,236 @@
+"""``FORWARD_ONLY.md``: what the plans of forward-only merging have confirmed, from plans and result files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .compare import FEWEST, holm, paired
+from .config import Arm
+from .forward_only import (
+    BOTH,
+    COLUMNS,
+    DROPCONNECT,
+    DROPOUT,
+    LASTING,
+    MERGING,
+    METRIC,
+    NAME,
+    NOISE,
+    RECOMPUTED,
+    RULE,
+    TRAINED,
+    confirmed_results,
+    differences,
+    has_diverged,
+    value_of,
+)
+from .tables import difference_text, table
+
+PAGE = "FORWARD_ONLY.md"
+SAID = (METRIC, "noise AUC", "AUC", "acc")  # in the sentences at the top
+PAIRS = ((MERGING, NOISE), (MERGING, DROPCONNECT), (MERGING, DROPOUT), (BOTH, MERGING), (BOTH, DROPOUT))
+README_ARMS = {MERGING: "forward-only merging", NOISE: "noise of its norm", DROPOUT: "Dropout2d", BOTH: "both"}
+BEGIN, END = "<!-- forward-only: begin (python -m benchmarks.paper report) -->", "<!-- forward-only: end -->"
+HEAD = """# Forward-only merging: does it help?
+
+Merging that lasts for one forward and backward pass (`InMerge(lasting=False)`), against no merging, against Gaussian
+noise that moves the same filters as far, against DropConnect and Dropout2d on the same layers, together with Dropout2d,
+and against lasting merging as published. Written by `python -m benchmarks.paper report` from `{folder}/{name}.*`.
+
+Settings were chosen on corrupted *validation* images; each plan was committed before a test image was looked at by its
+seeds, which are fresh. (The test images are those of [RESULTS.md](RESULTS.md), and small: other seeds have seen them.)
+All arms of a seed start from the same weights and see the same images in the same order. Every arm is measured twice:
+as trained, and with batch-norm statistics **recomputed** by one pass over the training images with the final weights,
+because training at changed weights leaves statistics behind that imitate robustness. A gain counts only if it is there
+with recomputed statistics, in AUC, which no shift of the decision threshold moves.
+
+{rule}
+"""
+NOTE = """\
+d: paired difference to no merging, *recomputed* to *recomputed* and *as trained* to *as trained*, in percentage points,
+with its 95 % interval (Student's t over seeds; none for fewer than three). \\* p < 0.05; \\*\\* p < 0.05 after Holm's
+correction over the arms of the table. Corrupted: mean over the kinds of [robustness.py](robustness.py) at severity
+{severity}; noise: mean over three levels. ECE: expected calibration error over 15 bins, lower is better. *merges* are
+filters per step. *failed*: seeds that diverged, which enter no comparison, and seeds whose filters collapsed.
+"""
+
+
+def write(out: Path) -> Path | None:
+    """Write the page beside the folder of results; None if there is no plan."""
+    plans = sorted(out.glob(f"{NAME}.*.plan.json"), key=_order)
+    if not plans:
+        return None
+    parts = [HEAD.format(folder=out.name, name=NAME, rule=textwrap.fill(f"The rule: {RULE}.", 120)), "## In short\n"]
+    parts += [f"- {sentence(path)}" for path in plans]
+    parts.append("")
+    parts += [section(path) for path in plans]
+    target = out.parent / PAGE
+    target.write_text("\n".join(parts).rstrip() + "\n")
+    print(f"written: {target}")
+    return target
+
+
+def readme_section(out: Path) -> str:
+    """The README's table: the arms whose names say what they are, on every plan that has run."""
+    body = []
+    for path in sorted(out.glob(f"{NAME}.*.plan.json"), key=_order):
+        _, found = confirmed_results(path)
+        recipe = json.loads(path.read_text())["recipe"]
+        where = f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}, {len(found[''])} seeds"
+        for family, name in README_ARMS.items():
+            if len(found[""]) >= FEWEST and found.get(family):
+                values = (paired(differences(found[family], found[""], column)) for column in SAID)
+                body.append([where, name, *map(difference_text, values)])
+                where = ""
+    return table(["data, network", "training", *(f"d {column}" for column in SAID)], body)
+
+
+def updated(readme: str, section: str) -> str:
+    """The README with another section between the markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r} once each")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{section}\n{END}{rest.split(END)[1]}"
+
+
+def _order(path: Path) -> tuple[bool, str]:
+    return bool(json.loads(path.read_text())["source"].startswith("taken")), path.name
+
+
+def _title(content: Mapping[str, Any]) -> str:
+    recipe = content["recipe"]
+    start = "continued from one backbone" if recipe["backbone_epochs"] else "no backbone: all epochs in the arms"
+    return f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}, {start}"
+
+
+def sentence(path: Path) -> str:
+    """What a plan came to, in a few lines."""
+    title = f"**{_title(json.loads(path.read_text()))}**"
+    _, found = confirmed_results(path)
+    if len(found[""]) < FEWEST:
+        return f"{title}: planned, {len(found[''])} seeds run, too few to compare."
+
+    def said(one: str, other: str, columns: Sequence[str] = SAID) -> str:
+        each = {column: paired(differences(found[one], found[other], column)) for column in columns}
+        return ", ".join(f"{column} {difference_text(value)}" for column, value in each.items() if value.n)
+
+    def verdict(one: str, other: str) -> str:
+        value = paired(differences(found[one], found[other], METRIC))
+        if math.isnan(value.low):
+            return "not comparable with"
+        return "better than" if value.low > 0 else "worse than" if value.high < 0 else "not to be told from"
+
+    lines = [f"{title}, {len(found[''])} seeds. Forward-only merging against none: {said(MERGING, '')}."]
+    names = {NOISE: "noise of the same norm", DROPOUT: "Dropout2d", DROPCONNECT: "DropConnect"}
+    for other in (NOISE, DROPCONNECT, DROPOUT):
+        if found.get(other):
+            against = f"{verdict(MERGING, other)} {names[other]}"
+            lines.append(f"In {METRIC} it is {against} ({said(MERGING, other, SAID[:1])}).")
+    if found.get(BOTH):
+        alone = [f"{verdict(BOTH, MERGING)} merging alone", f"{verdict(BOTH, DROPOUT)} Dropout2d alone"]
+        lines.append(f"Merging and Dropout2d together are {' and '.join(alone)}.")
+    if found.get(LASTING):
+        lines.append(f"Lasting merging as published against none: {said(LASTING, '', SAID[:1])}.")
+    return " ".join(lines)
+
+
+def section(path: Path) -> str:
+    """A plan's tables."""
+    content = json.loads(path.read_text())
+    arms, found = confirmed_results(path)
+    recipe, base = content["recipe"], list(found[""].values())
+    parts = [f"## {_title(content)}\n"]
+    if base:
+        parts += [_setup(recipe, base, len(content["seeds"])), _table(arms, found), _pairs(arms, found)]
+        parts.append(NOTE.format(severity=recipe["severities"][0]))
+    parts.append(_search(content))
+    return "\n".join(parts)
+
+
+def _setup(recipe: Mapping[str, Any], base: Sequence[Mapping[str, Any]], planned: int) -> str:
+    counts = "/".join(map(str, base[0]["data"]["images"]))
+    epochs = (
+        f"{recipe['backbone_epochs']} backbone epochs (learning rate {recipe['high']:g} to {recipe['middle']:g}), then "
+        if recipe["backbone_epochs"] else ""
+    )  # fmt: skip
+    norm = "" if base[0]["batch_norms"] else " The network has no batch norm: nothing to recompute."
+    kind = ", bfloat16 autocast" if recipe["bf16"] else ""
+    level = ", ".join(f"{column} {np.nanmean([value_of(one, column) for one in base]):.2f}" for column in COLUMNS)
+    return (
+        f"{counts} training/validation/test images; {recipe['optimizer']}, batch {recipe['batch_size']}, weight decay "
+        f"{recipe['weight_decay']:g}, {epochs}{recipe['arm_epochs']} epochs in every arm (from {recipe['middle']:g} to "
+        f"{recipe['low']:g}){kind}; {len(base)} of {planned} planned seeds.{norm} Without merging, statistics "
+        f"recomputed, in percent: {level}.\n"
+    )
+
+
+def _table(arms: Mapping[str, Arm], found: Mapping[str, Mapping[int, Any]]) -> str:
+    rows = []
+    for evaluation, name in ((RECOMPUTED, RECOMPUTED), (TRAINED, "as trained")):
+        values = {
+            family: {column: paired(differences(results, found[""], column, evaluation)) for column in COLUMNS}
+            for family, results in found.items()
+            if family and results
+        }
+        for column in COLUMNS:
+            adjusted = holm([each[column].p for each in values.values()])
+            for each, p in zip(values.values(), adjusted, strict=True):
+                each[column] = dataclasses.replace(each[column], p_holm=p)
+        rows += [(family, name, each) for family, each in values.items()]
+    order = list(found)
+    body = [
+        [arms[family].label(), name, *_counts(found[family]), *map(difference_text, each.values())]
+        for family, name, each in sorted(rows, key=lambda row: order.index(row[0]))
+    ]
+    shift = [
+        paired([value_of(one, column, TRAINED) - value_of(one, column) for one in found[""].values()])
+        for column in COLUMNS
+    ]
+    body.append(["no merging", "as trained − recomputed", *_counts(found[""]), *map(difference_text, shift)])
+    return table(["arm", "statistics", "n", "merges", "failed", *(f"d {column}" for column in COLUMNS)], body)
+
+
+def _counts(results: Mapping[int, Any]) -> list[str]:
+    merges = [one["merging"]["per_step"] for one in results.values() if one["merging"] is not None]
+    diverged = sum(map(has_diverged, results.values()))
+    collapsed = sum(one["filters"]["collapsed"] for one in results.values())
+    failed = ", ".join(f"{count} {word}" for count, word in ((diverged, "diverged"), (collapsed, "collapsed")) if count)
+    return [str(len(results)), f"{np.mean(merges):.2f}" if merges else "–", failed or "0"]
+
+
+def _pairs(arms: Mapping[str, Arm], found: Mapping[str, Mapping[int, Any]]) -> str:
+    body = [
+        [f"{arms[one].label()} − {arms[other].label()}",
+         *(difference_text(paired(differences(found[one], found[other], column))) for column in COLUMNS)]
+        for one, other in PAIRS
+        if found.get(one) and found.get(other)
+    ]  # fmt: skip
+    if not body:
+        return ""
+    return "Arm against arm, statistics recomputed, not corrected for their number:\n\n" + table(
+        ["difference", *(f"d {column}" for column in COLUMNS)], body
+    )
+
+
+def _search(content: Mapping[str, Any]) -> str:
+    if not content["search"]:
+        return f"Settings: {content['source']}.\n"
+    body = []
+    for label, one in content["search"].items():
+        gain = "–" if one["d_mean"] is None else f"{one['d_mean']:+.2f}"
+        body.append([label, one["family"], gain, str(one["failed"])])
+    return f"Where the settings come from: {content['source']} on validation images.\n\n" + table(
+        ["setting", "family", f"d {METRIC}", "failed"], body
+    )
