@@ -120,7 +120,7 @@ def test_ambiguous_modes_are_refused(kind):
 def test_every_mode_of_pillow_is_tested():
     known = {kind.split()[0].rstrip(",") for kind in (*RIGHT, *REFUSED)}
     # I;16L and I;16N are I;16B in another order of bytes; no reader gives them since Pillow 10.
-    assert set(Image.MODES) - {"I;16L", "I;16N"} == known
+    assert set(Image.MODES) - {"I;16L", "I;16N"} <= known
 
 
 @pytest.mark.parametrize(("bits", "value", "expected"), [(12, 1000, 62), (10, 1000, 249), (16, 1000, 4), (14, 99, 2)])

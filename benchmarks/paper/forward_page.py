@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import holm, paired
+from .compare import has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
     BOTH,
@@ -28,7 +28,6 @@ from .forward_only import (
     TRAINED,
     confirmed_results,
     differences,
-    has_diverged,
     value_of,
 )
 from .tables import difference_text, table
