@@ -189,8 +189,9 @@ def test_pictures_are_turned_as_their_tag_says(tmp_path):
     pixels[:8] = 200  # bright above
     exif = Image.Exif()
     exif[274] = 3  # turned by 180 degrees
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    for name, compression in (("a.png", None), ("a.tif", None), ("b.tif", "tiff_lzw")):
+        options = {"compression": compression} if compression else {}
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif, **options)
         assert read_grey(tmp_path / name, 16)[12:].min() == 200, name
 
 
