@@ -231,6 +231,14 @@ def test_stray_tables_are_passed_over(nih):
         load(nih)
 
 
+def test_images_of_which_nothing_names_the_patient_are_counted(nih):
+    rows = fold_rows()
+    rows[0][0] = "scan.png"
+    (nih / "images" / NAMES[0]).rename(nih / "images" / "scan.png")
+    write_folds(nih, rows)
+    assert load(nih).notes == ("nothing says who 1 of the images are of: whether one is in two parts was not seen",)
+
+
 def test_a_byte_order_mark_and_rows_in_no_list(nih):
     (nih / "test_list.txt").write_bytes(b"\xef\xbb\xbf" + (nih / "test_list.txt").read_bytes().replace(b"\n", b"\r\n"))
     append(nih / "Data_Entry_2017_v2020.csv", row("00000099_000.png", 99))

@@ -195,6 +195,11 @@ def test_pictures_are_turned_as_their_tag_says(tmp_path):
         assert read_grey(tmp_path / name, 16)[12:].min() == 200, name
 
 
+def test_a_broken_tag_turns_nothing(tmp_path):
+    full(100, np.uint8).save(tmp_path / "a.png", exif=b"Exif\0\0garbage")
+    assert set(read_grey(tmp_path / "a.png", 4).flat) == {100}
+
+
 def test_files_of_several_images(tmp_path):
     images = [full(value, np.uint8) for value in (1, 2)]
     for name in ("a.tif", "a.gif", "a.png"):
