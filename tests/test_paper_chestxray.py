@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +96,8 @@ def test_every_known_layout(nih, place):
 
 
 def test_links_are_followed(nih):
+    (nih / "images" / NAMES[17]).rename(nih.parent / "single.png")
+    (nih / "images" / NAMES[17]).symlink_to(nih.parent / "single.png")
     (nih / "images").rename(nih.parent / "elsewhere")
     (nih / "images").symlink_to(nih.parent / "elsewhere")
     (nih / "images_001").mkdir()
@@ -227,6 +231,14 @@ def test_stray_tables_are_passed_over(nih):
         load(nih)
 
 
+def test_images_of_which_nothing_names_the_patient_are_counted(nih):
+    rows = fold_rows()
+    rows[0][0] = "scan.png"
+    (nih / "images" / NAMES[0]).rename(nih / "images" / "scan.png")
+    write_folds(nih, rows)
+    assert load(nih).notes == ("nothing says who 1 of the images are of: whether one is in two parts was not seen",)
+
+
 def test_a_byte_order_mark_and_rows_in_no_list(nih):
     (nih / "test_list.txt").write_bytes(b"\xef\xbb\xbf" + (nih / "test_list.txt").read_bytes().replace(b"\n", b"\r\n"))
     append(nih / "Data_Entry_2017_v2020.csv", row("00000099_000.png", 99))
@@ -251,7 +263,7 @@ def test_images_with_the_same_pixels_are_counted(nih):
     assert "1 images occur with different labels" in notes
 
 
-def test_another_folder_never_gets_the_pixels_of_the_first(nih):
+def test_another_folder_never_gets_the_pixels_of_the_first(nih, monkeypatch):
     other = nih.parent / "equalised"
     for index, name in enumerate(NAMES):
         grey(nih / "images" / name, 100 + index, compress_level=0)
@@ -261,6 +273,14 @@ def test_another_folder_never_gets_the_pixels_of_the_first(nih):
         assert (other / "images" / name).stat().st_size == about.st_size
     for table in nih.glob("*.*"):
         (other / table.name).write_bytes(table.read_bytes())
+    real = Path.stat
+
+    def at_one_time(path, **options):
+        about = real(path, **options)
+        values = {key: getattr(about, key) for key in dir(about) if key.startswith("st_")}
+        return SimpleNamespace(**values | {"st_ctime_ns": 0})
+
+    monkeypatch.setattr(Path, "stat", at_one_time)  # written within one tick of the file system's clock
     first, second = load(nih), load(other)
     assert values(first) == TEST_VALUES
     assert values(second) == [300 - value for value in TEST_VALUES]

@@ -245,6 +245,9 @@ def _check_parts(where: Path, parts: Mapping[str, Sequence[Entry]], reading: Rea
             f"{where}: {'; '.join(wrong)}. A test of them is a test of memory: mend the split, or give "
             "--allow-overlap if it is meant"
         )
+    nameless = sum(not entry.patient for entries in parts.values() for entry in entries)
+    if nameless:
+        wrong.append(f"nothing says who {nameless} of the images are of: whether one is in two parts was not seen")
     return wrong
 
 

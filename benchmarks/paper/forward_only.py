@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import paired
+from .compare import has_diverged, paired
 from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
 from .experiments import Options, recipes
 from .grid import Where, execute, is_leader
@@ -106,11 +106,6 @@ def value_of(result: dict[str, Any], column: str, evaluation: str = RECOMPUTED) 
     group, key = COLUMNS[column]
     value = (result[evaluation] or result[TRAINED])[group][key]
     return float("nan") if value is None else 100 * value
-
-
-def has_diverged(result: dict[str, Any]) -> bool:
-    """Whether a run has no scores, so that no number is made of it."""
-    return bool(np.isnan(value_of(result, "acc", TRAINED)))
 
 
 def has_failed(result: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import FEWEST, holm, paired
+from .compare import FEWEST, has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
     BOTH,
@@ -29,7 +29,6 @@ from .forward_only import (
     TRAINED,
     confirmed_results,
     differences,
-    has_diverged,
     value_of,
 )
 from .tables import difference_text, table

@@ -5,6 +5,7 @@ Pillow's ``convert("L")`` cuts off whatever is above 255: an X-ray of 16 bits tu
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def grey(image: Any, bits: int | None = None) -> npt.NDArray:
     raw = _raw_mode(image)
     image.load()
     format_, tags = image.format, getattr(image, "tag_v2", {})
-    image = require("PIL.ImageOps", "Pillow").exif_transpose(image)
+    if format_ != "TIFF":  # which Pillow turns itself, some versions without taking the tag away
+        with contextlib.suppress(Exception):  # a tag that cannot be read turns nothing
+            image = require("PIL.ImageOps", "Pillow").exif_transpose(image)
     premultiplied = image.mode in ("La", "RGBa") or raw.startswith(("La", "RGBa"))
     if image.mode in ("P", "PA"):  # before the palette is applied, 7 is not darker than 8
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
