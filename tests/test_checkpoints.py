@@ -259,6 +259,10 @@ def test_names_of_the_hub(monkeypatch, tmp_path, capsys):
         raise ConnectionError("Cannot reach the hub.\nA long story.")
 
     hub.list_repo_files = offline
+    hub.try_to_load_from_cache = lambda name, file: str(tmp_path / file) if file == "pytorch_model.bin" else None
+    main(["inspect", "hf-hub:owner/net", "--no-pictures"])
+    assert "9 tensors" in capsys.readouterr().out
+    hub.try_to_load_from_cache = lambda name, file: None
     assert "cannot be had from the Hugging Face hub: Cannot reach the hub." in refusal(["hf-hub:owner/net"], capsys)
     hub = None
     assert "needs huggingface_hub: pip install huggingface_hub" in refusal(["hf-hub:owner/net"], capsys)
