@@ -69,9 +69,43 @@ def _fsdp1_shards_raise_and_full_parameters_merge(use_orig_params):
         assert torch.equal(model.module[2].weight, before) is not use_orig_params
 
 
+def _forward_only_merges_alike_on_all_ranks_and_before_gradients_are_averaged(rank):
+    """Attached to the wrapped model as around its passes by hand, with micro-batches that are not synchronised."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(DistributedDataParallel(net()))
+    model, twin = models
+    optimizer, other = (torch.optim.SGD(each.parameters(), lr=0.1) for each in models)
+    merger = inmerge_fast.InMerge(model, lasting=False, seed=1).attach(optimizer)
+    torch.manual_seed(rank + 1)  # different data on each rank
+    for step in range(4):
+        first, second = torch.randn(2, 2, 3, 9, 9)
+        with model.no_sync():
+            model(first).square().mean().backward()
+        before = model.module[0].weight.detach().clone()
+        model(second).square().mean().backward()
+        with inmerge_fast.merged(twin, seed=1, step=step):
+            with twin.no_sync():
+                twin(first).square().mean().backward()
+            assert torch.equal(twin.module[0].weight, before)
+            twin(second).square().mean().backward()
+        for one in (optimizer, other):
+            one.step()
+            one.zero_grad()
+    assert merger.step_count == 4
+    assert merger.summary().merged > 0
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+        copies = [torch.empty_like(parameter) for _ in range(2)]
+        dist.all_gather(copies, parameter.detach())
+        assert torch.equal(*copies)
+
+
 def _two_ranks(rank, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     _replicas_stay_equal(rank)
+    _forward_only_merges_alike_on_all_ranks_and_before_gradients_are_averaged(rank)
     for use_orig_params in (True, False):
         _fsdp1_shards_raise_and_full_parameters_merge(use_orig_params)
     dist.barrier()
@@ -81,7 +115,7 @@ def _two_ranks(rank, path):
 
 
 def test_two_ranks_under_ddp_and_fsdp1(tmp_path):
-    """DDP: a missing seed raises, and replicas stay bit-equal. FSDP1: flat shards raise, gathered weights merge."""
+    """DDP: a missing seed raises, replicas stay bit-equal. FSDP1: flat shards raise, gathered weights merge."""
     mp.spawn(_two_ranks, args=(tmp_path / "store",), nprocs=2)
 
 
