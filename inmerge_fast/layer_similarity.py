@@ -45,6 +45,7 @@ class LayerSimilarity:
             1 if all are alike. NaN if it was not wanted.
         pair_counts: int64 ``(BINS,)``, pairs by similarity, from -1 to 1.
         nearest_counts: int64 ``(BINS,)``, filters by the similarity of their nearest other filter.
+        kernel: size of the convolution's kernel; empty for a Linear layer.
     """
 
     name: str
@@ -60,6 +61,12 @@ class LayerSimilarity:
     effective_rank: float
     pair_counts: npt.NDArray[np.int64] = field(repr=False)
     nearest_counts: npt.NDArray[np.int64] = field(repr=False)
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a 1x1 convolution, which looks at one place at a time."""
+        return bool(self.kernel) and set(self.kernel) == {1}
 
     def share_above(self, threshold: float, partner: str = "random") -> float:
         """The share of sampled filters that would merge at ``threshold``; times ``prob``, of all filters per call.
@@ -127,13 +134,14 @@ def summarise_layer(name: str, weight: torch.Tensor, layout: FilterLayout, effec
             continue
         everyone = torch.arange(len(members), device=members.device)
         for block, found in similarity_blocks(everyone, values[g, members], filters.inverse_norms[g, members]):
-            rows = torch.arange(len(found), device=found.device)
-            found[rows, rows + block.start] = torch.nan
-            others = found[~found.isnan()]
-            sums += torch.stack([others.new_tensor(others.numel()), others.sum(), others.square().sum()])
-            nearest = found.nan_to_num(nan=-torch.inf).amax(1)
+            own = found.diagonal(block.start)  # each filter with itself, which is no pair: 0, and counted out again
+            own.zero_()
+            sums += torch.stack([found.new_tensor(found.numel() - len(own)), found.sum(), found.square().sum()])
+            pair_counts += _histogram(found)
+            pair_counts -= len(own) * _histogram(own[:1])
+            own.fill_(-torch.inf)
+            nearest = found.amax(1)
             largest = torch.maximum(largest, nearest.max())
-            pair_counts += _histogram(others)
             nearest_counts += _histogram(nearest)
     pairs, total, square = sums.tolist()
     mean = total / pairs if pairs else math.nan
@@ -151,12 +159,13 @@ def summarise_layer(name: str, weight: torch.Tensor, layout: FilterLayout, effec
         effective_rank=_effective_rank(filters.units()) if effective_rank else math.nan,
         pair_counts=pair_counts.cpu().numpy(),
         nearest_counts=nearest_counts.cpu().numpy(),
+        kernel=tuple(weight.shape[2:]),
     )
 
 
 def _histogram(values: torch.Tensor) -> torch.Tensor:
     # Counted as integers, which is deterministic on a GPU; rounding can take a similarity out of [-1, 1].
-    return torch.bincount(((values + 1) / RESOLUTION).long().clamp_(0, BINS - 1), minlength=BINS)
+    return torch.bincount(((values.flatten() + 1) / RESOLUTION).long().clamp_(0, BINS - 1), minlength=BINS)
 
 
 def _effective_rank(units: torch.Tensor) -> float:

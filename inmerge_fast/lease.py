@@ -234,6 +234,16 @@ def refuse_to_pickle(module: nn.Module | None) -> NoReturn:
 @functools.cache
 def _watch_steps() -> None:
     register_optimizer_step_pre_hook(_before_any_step)
+    scale_and_step = torch.amp.GradScaler.step
+
+    # A step that a scaler skips calls no hook of any optimizer, and averages that follow would read merged weights.
+    @functools.wraps(scale_and_step)
+    def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(optimizer, "param_groups"):
+            _before_any_step(optimizer)
+        return scale_and_step(self, optimizer, *args, **kwargs)
+
+    torch.amp.GradScaler.step = step  # type: ignore[method-assign]
 
 
 def _before_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:

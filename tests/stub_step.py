@@ -29,6 +29,9 @@ ROWS = {
     "merge-compile": [MERGE | {"provider": "compile", "regime": r, "merge_us": 4.0} for r in ("all pass", "none")],
     "match": [MATCH | {"provider": provider} for provider in ("gemm", "match")],
     "host": [HOST | {"part": part} for part in ("merge_", "InMerge.step")],
+    "forward": [MERGE | {"provider": provider, "merge_us": 4.0} for provider in ("eager", "merged")],
+    "forward-compile": [MERGE | {"provider": "compile", "dtype": d, "merge_us": 4.0} for d in ("float32", "bfloat16")],
+    "training-forward": [TRAINING | {"merging": "forward-only", "net": net} for net in ("VGG19", "ResNet-50")],
     "training": [TRAINING, TRAINING | {"net": "ResNet-50"}],
     "scaling": [SCALING | {"value": value, "floor_bytes": value * 1e6} for value in (1, 2)],
     "tuning": [{"net": "VGG19", "device_us": 9.0}, {"net": "ResNet-50", "device_us": 9.0}],
@@ -73,6 +76,7 @@ def main():
     name = module.removeprefix("benchmarks.bench_")
     for pass_ in ("published", "compile"):
         name += f"-{pass_}" if pass_ in arguments else ""
+    name += "-forward" if "--forward-only" in arguments else ""
     file = ResultFile(Path(arguments[arguments.index("--out") + 1]), name, ENVIRONMENT, {})
     first, second = ROWS[name]
     file.add(first)

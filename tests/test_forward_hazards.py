@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import assert_same_bits
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from inmerge_fast import InMerge, NoEffectWarning, lease, merged
@@ -160,6 +161,48 @@ def test_a_checkpoint_around_the_model_sees_the_same_weights_twice(reentrant):
     assert not torch.equal(first, before[2])
 
 
+def test_a_part_of_the_model_is_evaluated_in_the_middle_of_a_step():
+    model, before, optimizer, _merger = attach()
+    merged_weight = model[2].weight.detach().clone()
+    part = model[:3]
+    part(torch.randn(1, 3, 8, 8)).sum().backward()  # in training mode it is part of the step
+    assert_same_bits(model[2].weight.detach(), merged_weight)
+    with torch.no_grad():
+        part.eval()(torch.randn(1, 3, 8, 8))
+    assert_restored(model, before)
+    loss_of(model.train()).backward()
+    assert_same_bits(model[2].weight.detach(), merged_weight)
+    assert len(copy.deepcopy(model)[2]._forward_pre_hooks) == 1
+    optimizer.step()
+    assert_restored(model, before)
+    assert not any(layer._forward_pre_hooks for layer in model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_part_that_is_held_in_evaluation_mode_trains_all_the_same(reentrant):
+    """As a backbone whose batch norm is not to move, checkpointed or not."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            first, rest = (nn.Sequential(*layers) for layers in (list(self)[:3], list(self)[3:]))
+            return rest(checkpoint(first, x, use_reentrant=reentrant))
+
+    model, seen = Checkpointed(*make()), []
+    before = weights_of(model)
+    model[2].register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.detach().clone()))
+    InMerge(model, lasting=False, seed=3).attach(optimizer := sgd(model.parameters()))
+    for layer in list(model)[:3]:
+        layer.eval()
+    for _ in range(2):  # micro-batches
+        model(torch.randn(2, 3, 8, 8, requires_grad=True)).sum().backward()
+    optimizer.step()
+    assert len(seen) == 4
+    for weight in seen[1:]:
+        assert_same_bits(weight, seen[0])
+    assert not torch.equal(seen[0], before[2])
+    assert_restored(model, before)
+
+
 def test_weights_lent_to_the_model_are_not_restored_over_and_its_own_are():
     model, before, *_ = attach()
     others = {name: parameter.detach() + 1 for name, parameter in model.named_parameters()}
@@ -234,6 +277,29 @@ def test_a_signal_handler_may_save_at_any_moment(moment, when, monkeypatch):
     for own, expected in zip(saved, before, strict=True):
         assert_same_bits(own, expected)
     assert_restored(model, before)
+
+
+class SaysItIsOnAGpu(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        return True if function == torch.Tensor.is_cuda.__get__ else function(*arguments, **(keywords or {}))
+
+
+def test_a_capture_is_refused_before_anything_is_written(monkeypatch):
+    """Every replay would repeat one draw; the same on a GPU is in test_forward_only.py."""
+    model = make()
+    before, optimizer = weights_of(model), sgd(model.parameters())
+    merger = InMerge(model, lasting=False).attach(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for begin in (merged(model, **DRAW).__enter__, lambda: loss_of(model)):
+        with SaysItIsOnAGpu(), pytest.raises(RuntimeError, match="graph is being captured: .* capture without it"):
+            begin()
+        assert lease_of(model[0].weight) is None
+    monkeypatch.undo()
+    assert_restored(model, before)
+    loss_of(model)
+    assert lease_of(model[0].weight) is not None
+    merger.detach()
 
 
 def test_an_interrupt_after_all_is_restored_is_not_taken_for_a_lost_update(monkeypatch):

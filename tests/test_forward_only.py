@@ -271,6 +271,22 @@ def test_compiled_models(full_device):
     assert_restored(model, before)
 
 
+@pytest.mark.gpu
+def test_a_capture_is_refused_and_the_graph_goes_on_without_it():
+    model, x = Tied().cuda(), inputs("cuda")
+    before = copies(model)
+    with merged(model, **DRAW):
+        model(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+            merged(model, **DRAW).__enter__()
+        out = model(x)
+    graph.replay()
+    torch.testing.assert_close(out, model(x), rtol=1e-3, atol=1e-4)
+    assert_restored(model, before)
+
+
 def test_a_block_inside_a_compiled_function(full_device):
     model, x = Tied().to(full_device), inputs(full_device)
     before, twin = copies(model), copy.deepcopy(model)

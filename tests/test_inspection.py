@@ -13,7 +13,9 @@ from torch import nn
 
 from inmerge_fast import similarity
 from inmerge_fast.__main__ import main
-from inmerge_fast.inspection.command import describe, load_weights, most_alike, write_pictures
+from inmerge_fast.inspection import most_alike
+from inmerge_fast.inspection.command import load_weights
+from inmerge_fast.inspection.outputs import describe, write_pictures
 
 pictures = pytest.importorskip(
     "inmerge_fast.inspection.pictures", reason="needs matplotlib and scipy", exc_type=ImportError
@@ -72,14 +74,14 @@ def test_state_dicts_are_found_in_checkpoints(content, entry, tmp_path):
     state = small_net().state_dict()
     torch.save(content(state), tmp_path / "c.ckpt")
     found, title = load_weights(str(tmp_path / "c.ckpt"))
-    assert found.keys() == state.keys()
+    assert found.tensors.keys() == state.keys()
     assert (f"entry {entry!r}" in title) is bool(entry)
 
 
 def test_safetensors_files_are_read(tmp_path):
     files = pytest.importorskip("safetensors.torch")
     files.save_file(small_net().state_dict(), tmp_path / "net.safetensors")
-    assert load_weights(str(tmp_path / "net.safetensors"))[0].keys() == small_net().state_dict().keys()
+    assert load_weights(str(tmp_path / "net.safetensors"))[0].tensors.keys() == small_net().state_dict().keys()
 
 
 class Harmful:
@@ -94,12 +96,13 @@ def refusal(arguments, capsys):
     return capsys.readouterr().err
 
 
-def test_pickled_models_are_refused_and_not_run(tmp_path, capsys, monkeypatch):
+def test_pickles_that_call_functions_are_refused_and_not_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(small_net(), "model.pt")
-    assert "save model.state_dict() instead" in refusal(["model.pt"], capsys)
     torch.save({"state_dict": small_net().state_dict(), "extra": Harmful()}, "harmful.pt")
-    assert "can run any code" in refusal(["harmful.pt"], capsys)
+    message = refusal(["harmful.pt"], capsys)
+    assert "it asks for pathlib.Path.touch" in message
+    assert "can run any code" in message
+    assert "save model.state_dict() instead" in message
     Path("old.pt").write_bytes(pickle.dumps(Harmful(), protocol=2))
     assert "old.pt: " in refusal(["old.pt"], capsys)
     assert not Path("harmed").exists()
@@ -228,7 +231,7 @@ def test_many_layers_take_several_pages_and_a_colour_bar():
 def test_layers_without_a_finite_pair_are_left_out(tmp_path):
     found = similarity(torch.full((4, 3), float("nan")))
     assert most_alike(found) == []
-    assert write_pictures({}, found, [], tmp_path) == []
+    assert write_pictures(found, [], tmp_path) == []
     assert "Tensor" in describe(found)
 
 

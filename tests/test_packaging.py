@@ -36,7 +36,7 @@ from packaging.requirements import Requirement
 import inmerge_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "test"}
+EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "nnunet", "test"}
 FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
 LEFT_BEHIND = ("__pycache__", "*.so", "*.npz", "checkpoints")  # by earlier builds and runs; git ignores them
 CPU_KERNEL = set() if why_not_built() else {"inmerge_fast/_cpu.abi3.so"}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from paper_fixtures import TINY, write_chestxray14, write_npz
 
-from benchmarks.paper import confirm, grid, protocol, report
+from benchmarks.paper import confirm, forward_page, grid, protocol, report
 from benchmarks.paper.__main__ import main, show
 from benchmarks.paper.compare import compare
 from benchmarks.paper.config import BACKBONE, BASELINE, RESEEDED, Arm, Merging, Run
@@ -428,7 +428,9 @@ def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypat
     assert report.write(tmp_path / "results").read_text() == (folder / "RESULTS.md").read_text()
     for path in (tmp_path / "results").glob("*.md"):
         assert path.read_text() == (folder / "results" / path.name).read_text()
+    assert (tmp_path / "FORWARD_ONLY.md").read_text() == (folder / "FORWARD_ONLY.md").read_text()
     readme = (ROOT / "README.md").read_text()
+    assert forward_page.updated(readme, forward_page.readme_section(tmp_path / "results")) == readme
     section = readme[readme.index("## Does it help?") : readme.index("## How it can be trusted")]
     quoted = re.findall(r"[−+-]?\d+\.\d+ \[[^]]*\]", section)
     assert quoted

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision_ops
 from test_training import loss_of, net
 from torch import nn
 from trainers import ACCUMULATE, BUDGET, DATA, RECIPE, assert_as_plain, plain_loop
@@ -202,8 +203,8 @@ def test_fabric_gives_the_same_weights_as_a_plain_loop():
 
 def test_timm_gives_the_same_weights_as_a_plain_loop():
     """Model, optimizer, loss scaler and EMA as in timm's train.py; one line is added."""
-    reason = "timm needs torchvision, whose wheels each demand one build of PyTorch; installed by hand this runs"
-    timm = pytest.importorskip("timm", reason=reason)
+    torchvision_ops.declare()
+    timm = pytest.importorskip("timm", reason="timm is not installed: tests/frameworks.sh")
     pytest.importorskip("timm.optim")
     pytest.importorskip("timm.utils")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import confirm, forward_only, medmnist_c, report
+from . import confirm, forward_only, forward_page, medmnist_c, report
 from .config import OWN
 from .data import load, md5_of
 from .dataset import MissingDataError, Reading
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         "a result are not repeated, so that a killed command goes on where it was.",
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, "report"],
-                        help="what to run; report writes tables, figures and RESULTS.md from the files")  # fmt: skip
+                        help="what to run; report writes tables, figures, RESULTS.md and FORWARD_ONLY.md")  # fmt: skip
     parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
                         "validation images and write the plan, or do it")  # fmt: skip
     parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
@@ -185,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if given.experiment == "report":
             report.write(out)
+            if out == RESULTS:
+                readme = RESULTS.parents[2] / "README.md"
+                readme.write_text(forward_page.updated(readme.read_text(), forward_page.readme_section(out)))
         elif given.experiment == forward_only.NAME:
             forward_only.run_stage(given.stage, options, where, given.from_scratch, given.like)
         elif given.experiment in confirm.STAGES:

@@ -143,7 +143,7 @@ def plan(recipe: Recipe, where: Where, options: Options, like: Path | None = Non
     if like is None:
         seeds = options.seeds or (2 if options.quick else SEARCH_SEEDS)
         chosen, explored = _explore(recipe, where, seeds)
-        source = f"explored with {seeds} seeds"
+        source = f"explored with {seeds} seed{'s' * (seeds > 1)}"
     else:
         taken, explored = json.loads(like.read_text()), {}
         chosen = {family: arm_of(values) for family, values in taken["confirm"].items() if family in FAMILIES}
@@ -243,11 +243,19 @@ def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, d
 def differences(
     one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], column: str, evaluation: str = RECOMPUTED
 ) -> list[float]:
-    """Paired differences in points, over the seeds of which both runs exist and neither diverged."""
-    pairs = [
-        (value_of(one[seed], column, evaluation), value_of(other[seed], column, evaluation))
-        for seed in sorted(set(one) & set(other))
-    ]
+    """Paired differences in points, over the seeds of which both runs exist and neither diverged.
+
+    Raises:
+        ValueError: the runs of a seed cannot be compared: they started from other weights or saw other data.
+    """
+    seeds = sorted(set(one) & set(other))
+    for seed in seeds:
+        for what in ("recipe", "data"):
+            if one[seed][what] != other[seed][what]:
+                raise ValueError(f"{one[seed]['arm']['label']}, seed {seed}: another {what} than that of the other arm")
+        if one[seed]["digests"]["backbone"] != other[seed]["digests"]["backbone"]:
+            raise ValueError(f"{one[seed]['arm']['label']}, seed {seed}: another backbone than that of the other arm")
+    pairs = [(value_of(one[seed], column, evaluation), value_of(other[seed], column, evaluation)) for seed in seeds]
     return [first - second for first, second in pairs if not np.isnan([first, second]).any()]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .compare import has_diverged, holm, paired
+from .compare import FEWEST, has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
     BOTH,
@@ -35,6 +36,8 @@ from .tables import difference_text, table
 PAGE = "FORWARD_ONLY.md"
 SAID = (METRIC, "noise AUC", "AUC", "acc")  # in the sentences at the top
 PAIRS = ((MERGING, NOISE), (MERGING, DROPCONNECT), (MERGING, DROPOUT), (BOTH, MERGING), (BOTH, DROPOUT))
+README_ARMS = {MERGING: "forward-only merging", NOISE: "noise of its norm", DROPOUT: "Dropout2d", BOTH: "both"}
+BEGIN, END = "<!-- forward-only: begin (python -m benchmarks.paper report) -->", "<!-- forward-only: end -->"
 HEAD = """# Forward-only merging: does it help?
 
 Merging that lasts for one forward and backward pass (`InMerge(lasting=False)`), against no merging, against Gaussian
@@ -43,11 +46,12 @@ and against lasting merging as published. Written by `python -m benchmarks.paper
 
 Settings were chosen on corrupted *validation* images; each plan was committed before a test image was looked at by its
 seeds, which are fresh. (The test images are those of [RESULTS.md](RESULTS.md), and small: other seeds have seen them.)
-The rule: {rule}. All arms of a seed start from the same weights and see the same images in the same order. Every arm is
-measured twice: as trained, and with batch-norm statistics **recomputed** by one pass over the training images with the
-final weights, because training at changed weights leaves statistics behind that imitate robustness. A gain counts only
-if it is there with recomputed statistics, in AUC, which no shift of the decision threshold moves.
+All arms of a seed start from the same weights and see the same images in the same order. Every arm is measured twice:
+as trained, and with batch-norm statistics **recomputed** by one pass over the training images with the final weights,
+because training at changed weights leaves statistics behind that imitate robustness. A gain counts only if it is there
+with recomputed statistics, in AUC, which no shift of the decision threshold moves.
 
+{rule}
 """
 NOTE = """\
 d: paired difference to no merging, *recomputed* to *recomputed* and *as trained* to *as trained*, in percentage points,
@@ -63,7 +67,7 @@ def write(out: Path) -> Path | None:
     plans = sorted(out.glob(f"{NAME}.*.plan.json"), key=_order)
     if not plans:
         return None
-    parts = [HEAD.format(folder=out.name, name=NAME, rule=RULE), "## In short\n"]
+    parts = [HEAD.format(folder=out.name, name=NAME, rule=textwrap.fill(f"The rule: {RULE}.", 120)), "## In short\n"]
     parts += [f"- {sentence(path)}" for path in plans]
     parts.append("")
     parts += [section(path) for path in plans]
@@ -71,6 +75,33 @@ def write(out: Path) -> Path | None:
     target.write_text("\n".join(parts).rstrip() + "\n")
     print(f"written: {target}")
     return target
+
+
+def readme_section(out: Path) -> str:
+    """The README's table: the arms whose names say what they are, on every plan that has run."""
+    body = []
+    for path in sorted(out.glob(f"{NAME}.*.plan.json"), key=_order):
+        _, found = confirmed_results(path)
+        recipe = json.loads(path.read_text())["recipe"]
+        where = f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}, {len(found[''])} seeds"
+        for family, name in README_ARMS.items():
+            if len(found[""]) >= FEWEST and found.get(family):
+                values = (paired(differences(found[family], found[""], column)) for column in SAID)
+                body.append([where, name, *map(difference_text, values)])
+                where = ""
+    return table(["data, network", "training", *(f"d {column}" for column in SAID)], body)
+
+
+def updated(readme: str, section: str) -> str:
+    """The README with another section between the markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r} once each")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{section}\n{END}{rest.split(END)[1]}"
 
 
 def _order(path: Path) -> tuple[bool, str]:
@@ -87,8 +118,8 @@ def sentence(path: Path) -> str:
     """What a plan came to, in a few lines."""
     title = f"**{_title(json.loads(path.read_text()))}**"
     _, found = confirmed_results(path)
-    if not found[""]:
-        return f"{title}: planned, not run."
+    if len(found[""]) < FEWEST:
+        return f"{title}: planned, {len(found[''])} seeds run, too few to compare."
 
     def said(one: str, other: str, columns: Sequence[str] = SAID) -> str:
         each = {column: paired(differences(found[one], found[other], column)) for column in columns}
@@ -97,7 +128,7 @@ def sentence(path: Path) -> str:
     def verdict(one: str, other: str) -> str:
         value = paired(differences(found[one], found[other], METRIC))
         if math.isnan(value.low):
-            return "too few seeds to say against"
+            return "not comparable with"
         return "better than" if value.low > 0 else "worse than" if value.high < 0 else "not to be told from"
 
     lines = [f"{title}, {len(found[''])} seeds. Forward-only merging against none: {said(MERGING, '')}."]

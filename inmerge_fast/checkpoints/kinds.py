@@ -61,7 +61,7 @@ def check_readable(path: Path) -> None:
     try:
         mode = path.stat().st_mode  # follows links
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
+        raise ValueError(f"there is no file {str(path)!r}") from None
     except (OSError, ValueError) as error:  # a loop of links, a name too long, a NUL in it
         raise ValueError(f"{str(path)!r}: cannot be opened: {_why(error)}") from error
     if stat.S_ISDIR(mode):
@@ -148,8 +148,8 @@ def _what_else(path: Path, head: bytes, size: int) -> str:
             names = archive.getnames()
             if {"pickle", "storages", "tensors"} <= set(names):
                 return "a checkpoint of PyTorch before 0.2 (a tar archive); load and save it once with torch.load"
-            return f"a tar archive with {_some(names)}; unpack it and name a file in it"
-        return "a tar archive, damaged"
+            if names:  # zeros pass for an empty one
+                return f"a tar archive with {_some(names)}; unpack it and name a file in it"
     if head[:1] == b"\x80" and 2 <= head[1] <= 5:
         return (
             "a pickle that torch.save did not write; to load it would run any code in it, so load it where you trust "

@@ -122,13 +122,17 @@ def _walk(node: object, path: str, above: frozenset[int]) -> Iterator[Network]:
             return
         node = node.attributes
     children = dict(_children(node))
-    if not children or "param_groups" in children:
+    if (
+        not children
+        or "param_groups" in children
+        or all(isinstance(value, Mapping) and "step" in value for value in children.values())
+    ):  # an optimizer's state
         return
     own, rest = {}, {}
     for key, value in children.items():
-        if _is_array(value):
+        if is_array(value):
             own[key] = value
-        elif isinstance(value, Mapping) and value and set(value) <= LEAVES and all(map(_is_array, value.values())):
+        elif isinstance(value, Mapping) and value and set(value) <= LEAVES and all(map(is_array, value.values())):
             own |= {f"{key}.{leaf}": one for leaf, one in value.items()}  # a tree of modules instead of dotted keys
         elif not NO_NETWORK.match(key):
             rest[key] = value
@@ -147,7 +151,8 @@ def _children(node: object) -> Iterator[tuple[str, object]]:
             yield str(index), value
 
 
-def _is_array(value: object) -> bool:
+def is_array(value: object) -> bool:
+    """Whether a value is a tensor, or stands for one."""
     return isinstance(value, (torch.Tensor, np.ndarray)) or (
         isinstance(value, StandIn) and value.name.endswith(("Parameter", "Tensor"))
     )
@@ -161,7 +166,7 @@ def _network(path: str, own: Mapping[str, object], layouts: Mapping[str, tuple[i
     tensors: dict[str, torch.Tensor] = {}
     skipped = []
     for key, value in kept.items():
-        tensor = _tensor_of(value)
+        tensor = as_tensor(value)
         if isinstance(tensor, str):
             skipped.append((short[key], tensor))
         else:
@@ -175,7 +180,7 @@ def _is_moment(key: str) -> bool:
     return bool(MOMENT.fullmatch(key) or (dot and NO_NETWORK.match(first)))
 
 
-def _tensor_of(value: object) -> torch.Tensor | str:
+def as_tensor(value: object) -> torch.Tensor | str:
     """A tensor, or why there is none."""
     if isinstance(value, torch.Tensor):
         return value
@@ -203,7 +208,7 @@ def _module_tensors(
             inner = attributes.get(kind)
             parts |= inner if isinstance(inner, Mapping) else {}
     for key, value in parts.items():
-        if _is_array(value):
+        if is_array(value):
             yield f"{prefix}{key}", value
             groups, transposed = attributes.get("groups"), attributes.get("transposed")
             if key == "weight" and isinstance(groups, int) and isinstance(transposed, bool):

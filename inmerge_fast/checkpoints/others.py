@@ -83,7 +83,10 @@ def load_onnx(path: Path) -> Network:
     """
     if importlib.util.find_spec("onnx") is None:
         raise ValueError(f"{path}: an ONNX file, and to read it onnx must be installed: pip install onnx")
-    onnx: Any = importlib.import_module("onnx")
+    try:
+        onnx: Any = importlib.import_module("onnx")
+    except Exception as error:  # a part of it is missing, or does not fit
+        raise ValueError(f"{path}: an ONNX file, and onnx cannot be imported: {_first_line(error)}") from error
     try:
         graph = onnx.load(str(path)).graph
         values = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
@@ -100,7 +103,9 @@ def load_onnx(path: Path) -> Network:
         if node.op_type in ("Conv", "ConvTranspose") and len(node.input) > 1:
             groups = next((one.i for one in node.attribute if one.name == "group"), 1)
             of_convolutions[node.input[1]] = groups, node.op_type == "ConvTranspose"
-    for key, value in values.items():
+    # Convolutions in the order in which they run; files list their weights in any.
+    for key in dict.fromkeys([*(name for name in of_convolutions if name in values), *values]):
+        value = values[key]
         if value.ndim >= 3 and key not in of_convolutions:
             continue  # constants of the graph have any shape; a weight is what an operator takes as one
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _compat_pickle
+import contextlib
 import io
 import pickle
 import pickletools
@@ -18,8 +19,8 @@ import torch
 
 from .stand_ins import stand_in_for
 
-RETRIES = 20  # classes of mappings, found one by one
-MAPPING_WANTED = re.compile(r"Can only SETITEMS? for .* but got <class '([^']+)'>")
+RETRIES = 20  # classes of mappings and lists, found one by one
+FILLED = re.compile(r"Can only (?:(SETITEMS?) for .*|append to lists|extend lists)[ ,]+but got <class '([^']+)'>")
 
 
 def load_zip(path: Path, archive: zipfile.ZipFile) -> object:
@@ -30,15 +31,17 @@ def load_zip(path: Path, archive: zipfile.ZipFile) -> object:
     """
     names = archive.namelist()
     root = next(name for name in names if name == "data.pkl" or name.endswith("/data.pkl")).removesuffix("data.pkl")
-    source: Path | io.BytesIO = path
+    with archive.open(f"{root}data.pkl") as stream:
+        references = list(_references(io.BytesIO(stream.read()), 1))
     if f"{root}constants.pkl" in names:  # TorchScript: PyTorch would load its code, so it gets the data alone
         source = io.BytesIO()
         with zipfile.ZipFile(source, "w") as copy:
             for name in names:
                 if name.startswith(f"{root}data/") or name in (f"{root}data.pkl", f"{root}version", f"{root}byteorder"):
                     copy.writestr(name, archive.read(name))
-    with archive.open(f"{root}data.pkl") as stream:
-        return _load(path, source, list(_references(io.BytesIO(stream.read()), 1)))
+        return _load(path, source, references)
+    with path.open("rb") as file:
+        return _load(path, file, references)
 
 
 def load_legacy(path: Path) -> object:
@@ -49,29 +52,34 @@ def load_legacy(path: Path) -> object:
     """
     with path.open("rb") as file:
         references = list(_references(file, 4))  # magic number, protocol, system, content
-    return _load(path, path, references)
+        return _load(path, file, references)
 
 
-def _load(path: Path, source: Path | io.BytesIO, references: list[str]) -> object:
+def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
     known = dict(_numpy()) | {name: _first for name in references if name.startswith("torch.jit._pickle.")}
-    tensors = set(_tensor_classes(references))
-    mappings = {"collections.defaultdict"}
+    made_by = dict(_tensor_classes(references))
+    filled = {"collections.defaultdict": "mapping", "collections.deque": "list"}
     for _ in range(RETRIES):
-        allowed = known | {
-            name: stand_in_for(name, mapping=name in mappings, tensor=name in tensors)
-            for name in dict.fromkeys(references)
-            if name not in known
-        }
+        allowed = dict(known)
+        for reference in dict.fromkeys(references):
+            name = _modern(reference)
+            if name not in known:
+                stand_in = stand_in_for(
+                    name,
+                    filled=filled.get(name, ""),
+                    tensor=name in made_by,
+                    wrapper=made_by.get(name) == "torch._utils._rebuild_wrapper_subclass",
+                )
+                allowed |= {reference: stand_in, name: stand_in}  # PyTorch knows not all names of Python 2
         try:
-            if isinstance(source, io.BytesIO):
-                source.seek(0)
-            with warnings.catch_warnings(), torch.serialization.safe_globals([(v, k) for k, v in allowed.items()]):
+            source.seek(0)
+            with warnings.catch_warnings(), _only(allowed):
                 warnings.simplefilter("ignore")  # of dtypes and pickle protocols that PyTorch is about to drop
                 return torch.load(source, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            wanted = MAPPING_WANTED.search(str(error))
-            if wanted and wanted[1] not in mappings:
-                mappings.add(wanted[1])
+            wanted = FILLED.search(str(error))
+            if wanted and wanted[2] not in filled:
+                filled[wanted[2]] = "mapping" if wanted[1] else "list"
                 continue
             reason = _reason(error)
             if "Only persistent_load of storage" in reason:  # a file without a zip keeps the source code of modules
@@ -83,7 +91,22 @@ def _load(path: Path, source: Path | io.BytesIO, references: list[str]) -> objec
             ) from error
         except Exception as error:  # torch.load raises whatever its readers do
             raise ValueError(f"{path}: a checkpoint that is damaged: {_first_line(error)}") from error
-    raise ValueError(f"{path}: holds mappings of more than {RETRIES} classes; save model.state_dict() instead")
+    raise ValueError(
+        f"{path}: holds mappings and lists of more than {RETRIES} classes; save model.state_dict() instead"
+    )
+
+
+@contextlib.contextmanager
+def _only(allowed: dict[str, Any]) -> Iterator[None]:
+    """Let PyTorch's reader use these and none that the process has allowed elsewhere; what it had allowed comes back."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([(value, name) for name, value in allowed.items()])
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _reason(error: Exception) -> str:
@@ -98,14 +121,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _references(stream: BinaryIO, pickles: int) -> Iterator[str]:
-    """Names of the functions and classes that pickles refer to, in order, each time they do."""
+    """Names of the functions and classes that pickles refer to, as they stand there, each time they do."""
     for _ in range(pickles):
         memo: dict[object, str] = {}
         last = ""
         try:
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name == "GLOBAL":
-                    last = _modern(str(argument))
+                    last = str(argument).replace(" ", ".")
                     yield last
                 elif opcode.name in ("BINPUT", "LONG_BINPUT"):
                     if last:
@@ -120,17 +143,17 @@ def _references(stream: BinaryIO, pickles: int) -> Iterator[str]:
 
 
 def _modern(reference: str) -> str:
-    module, _, name = reference.partition(" ")
+    module, _, name = reference.rpartition(".")
     if (module, name) in _compat_pickle.NAME_MAPPING:
         module, name = _compat_pickle.NAME_MAPPING[module, name]
     return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
 
 
-def _tensor_classes(references: list[str]) -> Iterator[str]:
-    """Subclasses of tensors: they follow the function that makes a tensor of one, and the one that makes its data."""
+def _tensor_classes(references: list[str]) -> Iterator[tuple[str, str]]:
+    """Subclasses of tensors, and what makes their data: they follow it, and that the function that makes one of it."""
     for first, second, third in zip(references, references[1:], references[2:], strict=False):
         if first == "torch._tensor._rebuild_from_type_v2" and second.startswith("torch._utils._rebuild"):
-            yield third
+            yield third, second
 
 
 def _numpy() -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ MAIN_FILES = (
     "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "adapter_model.safetensors",
 )  # fmt: skip
+HUB = "hf-hub:"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar", ".npz", ".npy", ".onnx", ".pt2", ".pkl", ".h5",
             ".keras", ".json", ".gz", ".zip")  # fmt: skip
 
@@ -50,6 +52,20 @@ class Checkpoint:
             raise ValueError(f"{self.source}: {error}") from error
 
 
+def is_there(source: str | Path) -> bool:
+    """Whether there is a file or folder of this name, which need be no possible name of one."""
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def names_a_file(source: str) -> bool:
+    """Whether a name was meant as one of a file, there or not: by its ending, or as a path."""
+    on_hub = source.startswith((HUB, "timm/"))
+    return is_there(source) or source.endswith(SUFFIXES) or (not on_hub and ("/" in source or os.sep in source))
+
+
 def read(source: str | Path) -> Checkpoint:
     """Read the weights that a file or a folder holds. Nothing in it is executed.
 
@@ -68,10 +84,16 @@ def read(source: str | Path) -> Checkpoint:
         ValueError: it cannot be read or holds no weights. The message is one line that says what the source is and what
             to do.
     """
-    path = _from_hub(str(source)) if str(source).startswith("hf-hub:") else Path(source)
-    if path.is_dir():
+    path = _from_hub(str(source)) if str(source).startswith(HUB) and not is_there(source) else Path(source)
+    if is_there(path) and path.is_dir():
         path = _main_file(path)
-    found = _networks(path)
+    try:
+        found = _networks(path)
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file makes its readers raise whatever they do
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(f"{path}: cannot be read, it is damaged: {type(error).__name__}: {reason}") from error
     if not found:
         raise ValueError(f"{path}: there are no weights in it")
     return Checkpoint(str(path), tuple(found))
@@ -171,9 +193,16 @@ def _from_hub(source: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ValueError(f"{source}: needs huggingface_hub: pip install huggingface_hub; or download the file yourself")
     hub: Any = importlib.import_module("huggingface_hub")
-    name = source.removeprefix("hf-hub:")
+    name = source.removeprefix(HUB)
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+        there = hub.list_repo_files(name)
+        main = next((file for file in MAIN_FILES if file in there), None)
+        if main is not None and main.endswith(".index.json"):
+            shards = main.removesuffix(".index.json").rpartition(".")
+            return Path(hub.snapshot_download(name, allow_patterns=[main, f"{shards[0]}-*.{shards[2]}"])) / main
+        if main is not None:
+            return Path(hub.hf_hub_download(name, main))
     except Exception as error:  # the hub raises errors of many types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{source}: cannot be had from the Hugging Face hub: {reason}") from error
+    raise ValueError(f"{source}: no file of weights of a usual name in it; it has {', '.join(there[:8])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -49,7 +50,12 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], list[tuple[str, str]]]:
         for (_, end, key), (start, _, other) in pairwise(spans):
             if start < end:
                 raise _damaged(path, f"tensors {key!r} and {other!r} overlap")
-    return tensors, skipped
+    return {key: tensors[key] for key in sorted(tensors, key=_natural)}, skipped
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10: the file has forgotten the order of the module."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[dict[str, object], int]:

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
-# Of the standard library, what may make an object of a class; everything else that a pickle calls there is refused.
+# What files that mean no harm call in the standard library; everything else that a pickle calls there is refused.
 HARMLESS = (
-    "collections.", "copyreg._reconstructor", "datetime.", "decimal.Decimal", "fractions.Fraction", "pathlib.",
-    "uuid.UUID", "zoneinfo.ZoneInfo._unpickle",
+    "array.", "builtins.bytes", "builtins.complex", "builtins.dict", "builtins.frozenset", "builtins.list",
+    "builtins.object", "builtins.range", "builtins.slice", "builtins.tuple", "collections.", "copyreg._reconstructor",
+    "datetime.", "decimal.Decimal", "enum.", "fractions.Fraction", "functools.partial", "inspect.", "logging.getLogger",
+    "numpy.random.", "operator.attrgetter", "operator.itemgetter", "pathlib.Path", "pathlib.Posix", "pathlib.Pure",
+    "pathlib.Windows", "random.Random", "re._compile", "time.struct_time", "types.SimpleNamespace", "uuid.UUID",
+    "zoneinfo.ZoneInfo",
 )  # fmt: skip
 
 
@@ -55,17 +59,23 @@ class StandIn(metaclass=_Kind):
                 self.attributes.update(part)
 
 
-class _MappingKind(_Kind):
-    def __call__(cls, *arguments: Any) -> Any:
-        return OrderedDict()
-
-
-class _StandInMapping(StandIn, metaclass=_MappingKind):
-    """Makes a dict, since PyTorch's reader fills no others."""
+class _StandInMapping(StandIn):
+    """Makes a dict, since PyTorch's reader fills no others; this kind takes attributes, too."""
 
     def __new__(cls, *arguments: Any) -> Any:
-        """A dict, which takes items and attributes."""
+        """A dict."""
         return OrderedDict()
+
+
+class _StandInList(StandIn):
+    """Makes a list, since PyTorch's reader fills nothing else."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        """A list."""
+        return []
+
+
+FILLED = {"mapping": _StandInMapping, "list": _StandInList}
 
 
 class StandInTensor(torch.Tensor):
@@ -78,24 +88,37 @@ class StandInTensor(torch.Tensor):
     name = ""
 
 
-def stand_in_for(name: str, *, mapping: bool = False, tensor: bool = False) -> type:
+class StandInWrapper(StandInTensor):
+    """A tensor of a class that keeps its values in others, as sharded and packed ones do; nothing can be computed."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{cls.name} keeps its values elsewhere")
+
+
+def stand_in_for(name: str, *, filled: str = "", tensor: bool = False, wrapper: bool = False) -> type:
     """A class that stands for the one of this name.
 
     Args:
         name: module and name.
-        mapping: whether items are set in its objects.
+        filled: "mapping" or "list", where objects are filled as one.
         tensor: whether it is a subclass of ``torch.Tensor``.
+        wrapper: whether that has its values in other tensors.
     """
     module, _, short = name.rpartition(".")
     body = {"name": name, "__module__": module}
-    if tensor:
-        return type(short, (StandInTensor,), body)
-    return _MappingKind(short, (_StandInMapping,), body) if mapping else _Kind(short, (StandIn,), body)
+    if tensor or wrapper:
+        return type(short, (StandInWrapper if wrapper else StandInTensor,), body)
+    return _Kind(short, (FILLED.get(filled, StandIn),), body)
 
 
 def _makes_an_object(name: str) -> bool:
     """Whether a call of this makes an object of a class, as far as its name tells."""
     module, _, short = name.rpartition(".")
+    if name.startswith(HARMLESS):
+        return True
     if module.split(".")[0] in sys.stdlib_module_names:
-        return name.startswith(HARMLESS) and not name.startswith("pathlib.Path.")
+        return False
     return short.lstrip("_")[:1].isupper()

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
-import pickle
+import io
+import os
 import re
-import zipfile
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..reference import filter_of
-from .similarity import Similarity, similarity
+from ..checkpoints.networks import Network
+from ..checkpoints.read import HUB, Checkpoint, is_there, names_a_file, read
+from ..stats import describe_skipped
+from .outlook import outlook
+from .outputs import Outputs, describe, write_pictures, write_table
+from .similarity import MOST_PICTURED, PICTURED_LAYERS, most_alike, similarity
 
-RATES = (0.01, 0.05, 0.2)
-PICTURED_LAYERS = 3
 
+def load_weights(source: str, entry: str | None = None) -> tuple[nn.Module | Network, str]:
+    """The weights of a checkpoint, or a timm model by its name.
 
-def load_weights(source: str) -> tuple[nn.Module | dict[str, torch.Tensor], str]:
-    """The weights of a checkpoint file, or a timm model by its name.
-
-    Checkpoints are read with ``weights_only=True``, so that nothing in them is executed.
+    Args:
+        source: a file or folder (:func:`inmerge_fast.checkpoints.read.read`), ``hf-hub:OWNER/NAME``, or a name that
+            timm knows.
+        entry: which of several networks in it; the first if None.
 
     Returns:
         A state dict or a model, and what it is, for people.
@@ -33,110 +38,91 @@ def load_weights(source: str) -> tuple[nn.Module | dict[str, torch.Tensor], str]
     Raises:
         ValueError: it cannot be read, holds no weights, or needs a package that is not installed.
     """
-    path = Path(source)
-    if path.is_file():
-        return _load_checkpoint(path)
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors") or "/" in source:
-        raise ValueError(f"there is no file {source!r}")
-    if importlib.util.find_spec("timm") is None:
-        raise ValueError(f"{source!r} is not a file, and for a timm model timm must be installed: pip install timm")
-    timm: Any = importlib.import_module("timm")
+    if not names_a_file(source):
+        name = re.sub(r"^timm/", f"{HUB}timm/", source)
+        if name.startswith(f"{HUB}timm/") or not name.startswith(HUB):
+            if importlib.util.find_spec("timm") is not None:
+                return _from_timm(source, name, entry)
+            if not name.startswith(HUB):
+                raise ValueError(
+                    f"{source!r} is not a file, and for a timm model timm must be installed: pip install timm; a model "
+                    f"of the Hugging Face hub is named {HUB}OWNER/NAME"
+                )
+        source = name
+    checkpoint = read(source)
+    network = checkpoint.network(entry)
+    if not network.tensors:
+        raise ValueError(
+            f"{checkpoint.source}: nothing in it can be read: {'; '.join(describe_skipped(network.skipped))}"
+        )
+    return network, _title(checkpoint, network)
+
+
+def _from_timm(source: str, name: str, entry: str | None) -> tuple[nn.Module, str]:
+    if entry is not None:
+        raise ValueError(f"{source!r} is a timm model, which has no entries; leave out --entry")
     try:
-        return timm.create_model(source, pretrained=True).eval(), f"timm model {source}, pretrained"
+        timm: Any = importlib.import_module("timm")
+        return timm.create_model(name, pretrained=True).eval(), f"timm model {source}, pretrained"
     except Exception as error:  # timm and the hub raise errors of many types
-        raise ValueError(f"{source!r} is not a file, and timm cannot make it: {error}") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{source!r} is not a file, and timm cannot make it: {reason}") from error
 
 
-def _load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    if path.suffix == ".safetensors":
-        if importlib.util.find_spec("safetensors") is None:
-            raise ValueError(f"{path}: reading it needs safetensors: pip install safetensors")
-        content: object = importlib.import_module("safetensors.torch").load_file(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"{path}: not a checkpoint of tensors alone. A pickled model can run any code when it is loaded, so "
-                f"it is refused; save model.state_dict() instead ({reason})"
-            ) from error
-        except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    state, key = _state_dict_in(content)
-    if not state:
-        raise ValueError(f"{path}: no state dict in it, a {type(content).__name__}")
-    return state, f"{path}{f', entry {key!r}' if key else ''}, {len(state)} tensors"
-
-
-def _state_dict_in(content: object) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a mapping, or of the entry of it that has the most, and that entry's key."""
-    if not isinstance(content, Mapping):
-        return {}, ""
-    own = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    nested = [(str(key), _state_dict_in(value)) for key, value in content.items() if key != "optimizer"]
-    best = max(nested, key=lambda item: len(item[1][0]), default=("", ({}, "")))
-    key, (state, inner) = best
-    return (state, f"{key}.{inner}" if inner else key) if len(state) > len(own) else (own, "")
-
-
-def describe(found: Similarity) -> str:
-    """The table of similarities, and the thresholds for some merge rates."""
-    layers = [layer for layer in found.layers if layer.pairs]
-    width = max(len("layer"), *(len(layer.name) for layer in layers)) if layers else 5
-    columns = [(rule, rate) for rule in ("random", "nearest") for rate in RATES]
-    lines = [
-        str(found),
-        "",
-        "Threshold at which a share of the sampled filters would merge, by partner rule (similar as nearest):",
-        f"{'layer':{width}}  " + "  ".join(f"{f'{rule} {100 * rate:g} %':>12}" for rule, rate in columns),
+def _title(checkpoint: Checkpoint, network: Network) -> str:
+    where = f", entry {network.entry!r}" if network.entry else ""
+    lines = [f"{checkpoint.source}{where}, {len(network.tensors)} tensors"]
+    if network.optimizer:
+        lines[0] += f" ({network.optimizer} of an optimizer left out)"
+    others = [
+        f"{one.entry!r} ({len(one.tensors)})"
+        for one in checkpoint.networks
+        if one is not network and any(tensor.dim() > 1 for tensor in one.tensors.values())
     ]
-    lines += [
-        f"{layer.name:{width}}  " + "  ".join(f"{layer.threshold_for_rate(rate, rule):12.4f}" for rule, rate in columns)
-        for layer in layers
-    ]
+    if others:
+        lines.append(f"other entries with weights, for --entry: {', '.join(others)}")
     return "\n".join(lines)
 
 
-def write_pictures(
-    weights: nn.Module | Mapping[str, torch.Tensor], found: Similarity, names: Sequence[str], folder: Path
-) -> list[Path]:
-    """Write the pictures; heat maps and pairs of filters of the layers ``names`` only.
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m inmerge_fast inspect",
+        description="Compare the filters of each convolution of a saved model with each other: a table, the threshold "
+        "for some merge rates, what merging would do, and pictures.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="CHECKPOINT_OR_NAME",
+        help="a file with weights (PyTorch, safetensors, .npz, .onnx; nothing in it is executed), a folder of a saved "
+        "model, hf-hub:OWNER/NAME, or the name of a pretrained timm model",
+    )
+    parser.add_argument("--entry", metavar="NAME", help="which of several networks in the file (default: what is "
+                        "called model, state_dict, ... before ema, teacher, ...; the others are listed)")  # fmt: skip
+    parser.add_argument(
+        "--skip-first",
+        metavar="N",
+        type=_count_share_or_pattern,
+        help="leave out this many of the first layers, or this share of them, or those of a pattern, as merge_ does "
+        "(default: none)",
+    )
+    parser.add_argument("--layers", action="append", metavar="PATTERN", default=[], help="only layers whose name "
+                        "matches (fnmatch); repeatable")  # fmt: skip
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", default=[],
+                        help="leave out layers whose name matches; repeatable")  # fmt: skip
+    parser.add_argument("--include-linear", action="store_true", help="Linear weights too")
+    parser.add_argument("--output", metavar="FOLDER", help="where the pictures go (default: similarity-NAME)")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table there, too")
+    parser.add_argument("--no-pictures", action="store_true", help="only print the table")
+    parser.add_argument("--layer", action="append", metavar="NAME", help="draw heat map and pairs of this layer; "
+                        f"repeatable (default: the {PICTURED_LAYERS} layers with the most alike filters)")  # fmt: skip
+    return parser
 
-    Raises:
-        ImportError: matplotlib or scipy is missing.
-    """
-    from . import pictures
 
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = {f"histograms-{page}": figure for page, figure in enumerate(pictures.histograms(found), 1)}
-    if figures:
-        figures["merge-rates"] = pictures.merge_rates(found)
-    for name in names:
-        matrix = found.matrix(name)
-        safe = re.sub(r"[^\w.-]+", "_", name)
-        figures[f"heat-map-{safe}"] = pictures.heat_map(name, matrix)
-        figures[f"pairs-{safe}"] = pictures.filter_pairs(name, _filters(weights, name, len(matrix)), matrix)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130)
-    return paths
-
-
-def _filters(weights: nn.Module | Mapping[str, torch.Tensor], name: str, count: int) -> list[torch.Tensor]:
-    if not isinstance(weights, nn.Module):
-        return list(weights[name])
-    module: Any = weights.get_submodule(name)
-    groups, transposed = getattr(module, "groups", 1), getattr(module, "transposed", False)
-    return [filter_of(module.weight, i, groups=groups, transposed=transposed) for i in range(count)]
-
-
-def most_alike(found: Similarity) -> list[str]:
-    """The layers in which a twentieth of the filters have the most similar nearest neighbours."""
-    layers = [layer for layer in found.layers if layer.pairs]
-    layers.sort(key=lambda layer: -layer.threshold_for_rate(0.05, "nearest"))
-    return [layer.name for layer in layers[:PICTURED_LAYERS]]
+def _count_share_or_pattern(text: str) -> float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -145,36 +131,72 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: command line after the word ``inspect``.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m inmerge_fast inspect",
-        description="Compare the filters of each convolution of a saved model with each other: a table, the threshold "
-        "for some merge rates, and pictures.",
-    )
-    parser.add_argument("source", metavar="CHECKPOINT_OR_TIMM_NAME", help="a file with a state dict (read safely, "
-                        "with weights_only=True), or the name of a pretrained timm model")  # fmt: skip
-    parser.add_argument("--output", metavar="FOLDER", help="where the pictures go (default: similarity-NAME)")
-    parser.add_argument("--no-pictures", action="store_true", help="only print the table")
-    parser.add_argument("--layer", action="append", metavar="NAME", help="draw heat map and pairs of this layer; "
-                        f"repeatable (default: the {PICTURED_LAYERS} layers with the most alike filters)")  # fmt: skip
-    parser.add_argument("--include-linear", action="store_true", help="Linear weights too")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # layers may have names that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it, as head does, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: Sequence[str]) -> None:
+    parser = _parser()
     options = parser.parse_args(arguments)
+    folder = None if options.no_pictures else Path(options.output or f"similarity-{_stem(options.source)}")
     try:
-        weights, title = load_weights(options.source)
-        found = similarity(weights, include_linear=options.include_linear)
-        for name in options.layer or ():
-            found[name]
+        outputs = Outputs(folder, options.csv)
     except ValueError as error:
-        parser.error(str(error))
-    except KeyError as error:
-        parser.error(f"--layer: {error.args[0]}")
-    print(f"{title}\n")
-    print(describe(found))
-    if options.no_pictures:
-        return
-    folder = Path(options.output or f"similarity-{Path(options.source).stem}")
+        parser.error(_one_line(error))
     try:
-        paths = write_pictures(weights, found, options.layer or most_alike(found), folder)
+        weights, title = load_weights(options.source, options.entry)
+    except ValueError as error:
+        outputs.withdraw()
+        parser.error(_one_line(error))
+    try:
+        target: nn.Module | Mapping[str, object] = weights if isinstance(weights, nn.Module) else weights.tensors
+        layouts = {} if isinstance(weights, nn.Module) else weights.layouts
+        found = similarity(
+            target, skip_first=options.skip_first or 0, layers=options.layers, exclude=options.exclude,
+            include_linear=options.include_linear, layouts=layouts, progress=True,
+        )  # fmt: skip
+        if not isinstance(weights, nn.Module):
+            found.skipped += weights.skipped
+        for name in options.layer or ():
+            if found[name].filters > MOST_PICTURED:
+                raise ValueError(f"--layer: {name} has {found[name].filters} filters; up to {MOST_PICTURED} are drawn")
+    except (ValueError, TypeError) as error:
+        outputs.withdraw()
+        parser.error(f"{options.source}: {_one_line(error)}")
+    except KeyError as error:
+        outputs.withdraw()
+        parser.error(f"--layer: {error.args[0]}")
+    print(f"{title}\n\n{describe(found)}\n", flush=True)
+    print(outlook(target, found, options.skip_first, layouts))
+    if options.csv is not None:
+        try:
+            write_table(found, options.csv)
+        except OSError as error:
+            parser.error(f"--csv: {options.csv}: {error.strerror or error}")
+        print(f"\ntable: {options.csv}")
+    if folder is None:
+        return
+    try:
+        paths = write_pictures(found, options.layer or most_alike(found), folder)
     except ImportError as error:
+        outputs.withdraw()
         parser.error(f"the pictures need matplotlib and scipy ({error}): pip install 'inmerge_fast[plots]', or "
                      "--no-pictures")  # fmt: skip
+    except OSError as error:
+        parser.error(f"--output: {folder}: {error.strerror or error}")
     print("\npictures:", *paths, sep="\n  ")
+
+
+def _stem(source: str) -> str:
+    name = Path(source).resolve().stem if is_there(source) else source[-60:]
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "weights"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

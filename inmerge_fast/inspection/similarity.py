@@ -12,6 +12,11 @@ from ..merge_plan import MergePlan
 from ..paths.pairs import filters_of, similarity_blocks
 from ..plan.plan import Target
 from ..stats import describe_skipped
+from .bar import Bar
+from .looks import Look, Selection, looks_at
+
+PICTURED_LAYERS = 3
+MOST_PICTURED = 4096  # filters of a layer: its matrix takes 128 MiB
 
 
 class Similarity:
@@ -23,15 +28,22 @@ class Similarity:
     """
 
     def __init__(
-        self, plan: MergePlan, layers: Sequence[LayerSimilarity], skipped: Sequence[tuple[str, str]], kept: object
+        self, layers: Sequence[LayerSimilarity], skipped: Sequence[tuple[str, str]], looks: Sequence[Look]
     ) -> None:
         self.layers = tuple(layers)
         self.skipped = tuple(skipped)
-        self._plan = plan
-        self._kept = kept  # the plan refers to its weights weakly, and a state dict may be all that holds them
+        self._looks = tuple(looks)
 
     def __getitem__(self, name: str) -> LayerSimilarity:
         return self.layers[self._index(name)]
+
+    def look(self, name: str) -> Look:
+        """Where a layer's weight is read.
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        return self._looks[self._index(name)]
 
     def matrix(self, name: str | None = None) -> torch.Tensor:
         """The similarities of all filters of one layer, computed now, from the weight as it is now.
@@ -50,7 +62,7 @@ class Similarity:
         if name is None and len(self.layers) > 1:
             raise ValueError(f"name must be one of the {len(self.layers)} layers, e.g. {self.layers[0].name!r}")
         index = 0 if name is None else self._index(name)
-        filters = filters_of(self._plan.weights()[index], self._plan.layers[index].layout, exact=True)
+        filters = filters_of(*self._looks[index].weight(), exact=True)
         groups, size, _ = filters.values.shape
         matrix = filters.values.new_full((groups, size, groups, size), torch.nan)
         everyone = torch.arange(size, device=matrix.device)
@@ -96,27 +108,40 @@ def similarity(
     *,
     skip_first: float | str | Sequence[str] = 0,
     exclude: str | Sequence[str] = (),
+    layers: str | Sequence[str] = (),
     include_linear: bool = False,
     effective_rank: bool = True,
+    layouts: Mapping[str, tuple[int, bool]] | None = None,
+    progress: bool = False,
 ) -> Similarity:
     """Compare all filters of each layer with each other: look before merging. Changes nothing.
+
+    Whatever can be read is: it need not be a weight that ``merge_`` could write to. Expanded, sliced, sparse,
+    quantised, 8-bit and parametrised weights are compared by a copy; what has no values (a meta tensor, a shard) is
+    skipped, with the reason.
 
     Args:
         target: a convolution, a ``Linear``, a weight tensor, an iterable of those, a model, or a
             :class:`inmerge_fast.MergePlan`; see :func:`inmerge_fast.merge_`. Or a state dict: its floating-point
             tensors of at least 3 dimensions (2 with ``include_linear``), each with its filters along dim 0 and in one
-            group, since a state dict does not say which are transposed or grouped.
-        skip_first: see :func:`inmerge_fast.merge_`; here no layer is left out by default, frozen ones neither.
+            group unless ``layouts`` says otherwise. Of several with one input channel all but the first entry are taken
+            for depthwise layers, which have nothing to merge; tensors with one element per filter are gains.
+        skip_first: see :func:`inmerge_fast.merge_`; here no layer is left out by default, frozen ones neither. The
+            layers of a state dict are in the order of its keys; patterns may end before ``.weight``.
         exclude: see :func:`inmerge_fast.merge_`.
+        layers: name pattern or patterns of the only layers to compare.
         include_linear: see :func:`inmerge_fast.merge_`.
         effective_rank: whether to compute it too, which takes an eigenvalue decomposition per layer.
+        layouts: of a state dict, ``(groups, transposed)`` of convolutions by key.
+        progress: whether to show a bar on standard error, where that is a terminal.
 
     Returns:
         A summary of each layer, printable as a table. Only a block of a layer's similarities is in memory at a time.
 
     Raises:
-        TypeError: an argument or a weight has the wrong type.
-        ValueError: see :func:`inmerge_fast.merge_`.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a pattern matches nothing, or no layer can be compared; the message
+            gives the reason for each.
 
     Example::
 
@@ -124,40 +149,21 @@ def similarity(
         print(found)
         thresholds = found.threshold_for_rate(0.05)  # by layer: 5 % of the sampled pairs would merge
     """
-    kept = None
-    if isinstance(target, MergePlan):
-        if (skip_first, exclude, include_linear) != (0, (), False):
-            raise ValueError("skip_first, exclude and include_linear are set where a MergePlan is built")
-        plan = target
-    elif isinstance(target, Mapping):
-        kept = target = _weights_of(target, skip_first, exclude, 2 if include_linear else 3)
-        plan = MergePlan(list(target.values()))
-    else:
-        plan = MergePlan(
-            target, skip_first=skip_first, exclude=exclude, include_linear=include_linear, include_frozen=True
-        )
-    names, skipped = [layer.name for layer in plan.layers], list(plan.skipped)
-    if isinstance(target, dict):
-        keys = list(target)
-        names = [keys[layer.layer_id] for layer in plan.layers]
-        skipped = [(keys[int(name.split(":")[0])], reason) for name, reason in plan.skipped]
-    layers = [
-        summarise_layer(name, weight, layer.layout, effective_rank)
-        for name, layer, weight in zip(names, plan.layers, plan.weights(), strict=True)
-    ]
-    return Similarity(plan, layers, skipped, kept)
+    selection = Selection(skip_first, exclude, layers, include_linear)
+    looks, skipped = looks_at(target, selection, layouts or {})
+    summaries = []
+    with Bar("comparing filters", len(looks), shown=progress) as bar:
+        for look in looks:
+            bar.show(look.name)
+            summaries.append(summarise_layer(look.name, *look.weight(), effective_rank))
+    return Similarity(summaries, skipped, looks)
 
 
-def _weights_of(
-    state: Mapping[str, object], skip_first: object, exclude: str | Sequence[str], dims: int
-) -> dict[str, torch.Tensor]:
-    if skip_first != 0 or exclude not in ((), ""):
-        raise ValueError("skip_first and exclude choose among the layers of a model; leave entries out of the dict")
-    weights = {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= dims
-    }
-    if not weights:
-        raise ValueError(f"the state dict has {len(state)} entries, but no floating-point tensor of {dims} dimensions")
-    return weights
+def most_alike(found: Similarity) -> list[str]:
+    """The layers in which a twentieth of the filters have the most similar nearest neighbours.
+
+    Those of one element per filter are none of them, where every cosine is 1 or -1, and none of more than 4,096.
+    """
+    layers = [layer for layer in found.layers if layer.pairs and layer.elements > 1 and layer.filters <= MOST_PICTURED]
+    layers.sort(key=lambda layer: -layer.threshold_for_rate(0.05, "nearest"))
+    return [layer.name for layer in layers[:PICTURED_LAYERS]]

@@ -33,6 +33,7 @@ OLDEST = {
     "transformers": ("4.50", "huggingface"),
     "accelerate": ("1.3", "huggingface"),
     "pytorch-ignite": ("0.4.13", "ignite"),
+    "nnunetv2": ("2.8", "nnunet"),
 }
 
 

@@ -62,6 +62,11 @@ class MergeLayer:
         self.pointer = weight.data_ptr()
 
     @property
+    def holder(self) -> nn.Module | torch.Tensor | None:
+        """The module, or the tensor that was given; None if it is gone."""
+        return self._holder()
+
+    @property
     def weight(self) -> torch.Tensor | None:
         """The layer's weight as it is now; None if it is gone."""
         holder = self._holder()

@@ -90,7 +90,7 @@ class LayerPlan:
                     f"skip_first and exclude choose among the layers of a model, but the target is a "
                     f"{type(target).__name__}; got skip_first={skip_first}, exclude={exclude!r}"
                 )
-            roots, candidates, tied = _listed_candidates(target, layer)
+            roots, candidates, tied = listed_candidates(target, layer)
             choice = Choice(candidates, [], [], [None] * len(candidates))
         for root in roots:
             if isinstance(root, nn.Module):
@@ -286,9 +286,9 @@ def check_selection(skip_first: object, exclude: object) -> tuple[float, tuple[s
         TypeError: wrong types.
         ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
     """
-    patterns = _patterns("exclude", exclude)
+    patterns = name_patterns("exclude", exclude)
     if isinstance(skip_first, str) or (isinstance(skip_first, Sequence) and not isinstance(skip_first, bytes)):
-        return 0, _patterns("skip_first", skip_first) + patterns
+        return 0, name_patterns("skip_first", skip_first) + patterns
     if type(skip_first) is not float and (isinstance(skip_first, bool) or not isinstance(skip_first, numbers.Real)):
         raise TypeError(
             "skip_first must be an int (layers), a float in [0, 1) (share of them) or name patterns, "
@@ -302,7 +302,12 @@ def check_selection(skip_first: object, exclude: object) -> tuple[float, tuple[s
     return skip_first, patterns  # type: ignore[return-value]
 
 
-def _patterns(argument: str, given: object) -> tuple[str, ...]:
+def name_patterns(argument: str, given: object) -> tuple[str, ...]:
+    """One or several name patterns as a tuple.
+
+    Raises:
+        TypeError: they are none; the message names the argument.
+    """
     if isinstance(given, str):
         return (given,)
     if given == ():
@@ -313,9 +318,15 @@ def _patterns(argument: str, given: object) -> tuple[str, ...]:
     return patterns
 
 
-def _listed_candidates(
+def listed_candidates(
     target: Any, layer: int
 ) -> tuple[list[nn.Module | torch.Tensor], list[Candidate], list[tuple[str, str]]]:
+    """What a target that is no model lists: all of it, each weight once as a candidate, and those tied to one.
+
+    Raises:
+        TypeError: it is no layer, no tensor and no iterable of those.
+        ValueError: ``layer`` is given for an iterable.
+    """
     if isinstance(target, (nn.Module, torch.Tensor)):
         name = type(target).__name__
         return [target], [Candidate(name, layer, target)], []

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs the frameworks that the tests of integrations use where they find them, without another PyTorch, and runs
+# those tests: timm, torchxrayvision and nnU-Net, which need torchvision, whose wheel names one release of PyTorch.
+#
+#     bash tests/frameworks.sh [arguments for pytest]
+#
+# in an environment that has the package with its [test] extra. About two minutes, without a GPU and without its memory.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+before=$(python -c "import torch; print(torch.__version__)")
+pip install --quiet -c constraints.txt -e '.[nnunet]' torchvision timm torchxrayvision
+after=$(python -c "import torch; print(torch.__version__)")
+[ "$before" = "$after" ] || { echo "PyTorch $before has become $after" >&2; exit 1; }
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest -p no:benchmark -q -rs tests/test_framework_*.py \
+  tests/test_training_integrations.py "$@"
