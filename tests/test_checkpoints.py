@@ -142,7 +142,8 @@ def test_classes_are_neither_loaded_nor_run(tmp_path, monkeypatch):
     """Not even those that are there: their ``__setstate__`` could do anything."""
     monkeypatch.setattr(Config, "__setstate__", lambda self, state: pytest.fail("was run"), raising=False)
     torch.save({"model": STATE, "config": Config()}, tmp_path / "c.pt")
-    with torch.serialization.safe_globals([Config]):
+    name = f"{Config.__module__}.{Config.__qualname__}"  # of many that are allowed by one name the reader takes any
+    with torch.serialization.safe_globals([(type(f"Config{i}", (Config,), {}), name) for i in range(50)]):
         before = torch.serialization.get_safe_globals()
         assert read(tmp_path / "c.pt").network().entry == "model"
         assert set(torch.serialization.get_safe_globals()) == set(before)  # what was allowed is as it was
@@ -173,6 +174,13 @@ def test_safetensors_of_every_dtype_are_those_of_the_package(dtype, tmp_path):
     for key in theirs:
         assert own[key].dtype == dtype
         assert torch.equal(own[key].view(torch.uint8), theirs[key].view(torch.uint8))
+
+
+def test_safetensors_files_have_their_layers_in_order_again(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({f"layers.{i}.weight": torch.randn(4, 3, 3) for i in range(12)}, tmp_path / "a.safetensors")
+    assert list(read(tmp_path / "a.safetensors").network().tensors) == [f"layers.{i}.weight" for i in range(12)]
 
 
 def test_an_index_cannot_lead_out_of_its_folder_and_lacks_nothing(tmp_path, capsys):
@@ -251,6 +259,10 @@ def test_names_of_the_hub(monkeypatch, tmp_path, capsys):
         raise ConnectionError("Cannot reach the hub.\nA long story.")
 
     hub.list_repo_files = offline
+    hub.try_to_load_from_cache = lambda name, file: str(tmp_path / file) if file == "pytorch_model.bin" else None
+    main(["inspect", "hf-hub:owner/net", "--no-pictures"])
+    assert "9 tensors" in capsys.readouterr().out
+    hub.try_to_load_from_cache = lambda name, file: None
     assert "cannot be had from the Hugging Face hub: Cannot reach the hub." in refusal(["hf-hub:owner/net"], capsys)
     hub = None
     assert "needs huggingface_hub: pip install huggingface_hub" in refusal(["hf-hub:owner/net"], capsys)

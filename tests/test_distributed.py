@@ -106,3 +106,40 @@ def test_fsdp2_raises_sharded_and_unsharded(shard):
                 inmerge_fast.merge_(model[2], **MERGE_ALL)
     model.reshard()
     assert all(torch.equal(p.full_tensor(), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("shard", ["root", "layers"])
+def test_fsdp2_is_refused_for_a_forward_pass_with_the_cure(shard):
+    """Also where a model is sharded later: nothing is merged then, and nothing runs as if it were."""
+
+    def sharded(model):
+        for layer in model if shard == "layers" else ():
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    mesh, model = init_device_mesh("cpu", (1,)), net()
+    later = inmerge_fast.InMerge(model, lasting=False)
+    with inmerge_fast.merged(model, seed=0, step=0):
+        pass
+    before = [p.detach().clone() for p in model.parameters()]
+    sharded(model)
+    x = torch.randn(2, *before[0].shape[1:2], 9, 9)
+    for unshard in (False, True):
+        if unshard:
+            model.unshard()
+        with pytest.raises(
+            ValueError, match=r"sharded \(FSDP2\) cannot be merged .* use DistributedDataParallel, or last"
+        ):
+            inmerge_fast.InMerge(model, lasting=False)
+        with pytest.raises(ValueError, match="sharded by fully_shard, .* whole weights: use DistributedDataParallel"):
+            inmerge_fast.merged(model, seed=0, step=0).__enter__()
+    model.reshard()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    later.attach(optimizer)
+    with pytest.raises(ValueError, match=r"sharded \(FSDP2\) cannot be merged"):
+        model(x)
+    later.detach()
+    for parameter, old in zip(model.parameters(), before, strict=True):  # some are unsharded now
+        assert torch.equal(getattr(parameter, "full_tensor", parameter.detach)(), old)
+    inmerge_fast.InMerge(sharded(net()), skip_first=0).step()  # lasting merging is the cure

@@ -26,7 +26,7 @@ from benchmarks.paper.grid import Where, execute
 from benchmarks.paper.models import Weights
 from benchmarks.paper.published import CHESTXRAY14
 from benchmarks.paper.storage import append, is_stored, load_result, mend, path_of, runs_of
-from benchmarks.paper.tables import write_manifest
+from benchmarks.paper.tables import csv_of, write_manifest
 from inmerge_fast.demo.train import build_net
 
 pytest.importorskip("sklearn")
@@ -59,18 +59,21 @@ def test_results_are_not_trained_again(finished, monkeypatch, capsys):
 
 
 def test_everything_is_made_again_byte_for_byte(finished, capsys):
-    made = [path for path in finished.iterdir() if path.suffix in (".md", ".csv", ".png", ".svg")]
-    assert len(made) == 4
+    made = [path for path in finished.iterdir() if path.suffix in (".md", ".svg")]
+    assert len(made) == 2
     before = {path: path.read_bytes() for path in made}
     for path in made:
         path.unlink()
     page = report.write(finished)
     assert {path: path.read_bytes() for path in made} == before
-    text = page.read_text()
+    pages = [page, *(finished / name for name in ("README.md", "tables.csv", "all.svg") if (finished / name).exists())]
+    texts = [one.read_bytes() for one in pages]
     report.write(finished)
-    assert page.read_text() == text
-    assert "| baseline, reseeded |" in text
-    assert f"![{made[0].stem}](results/" in text
+    assert [one.read_bytes() for one in pages] == texts
+    tables = finished / f"partner-rules.{FAST.name}.md"
+    assert "| baseline, reseeded |" in tables.read_text()
+    assert f"![{tables.stem}]({tables.stem}.svg)" in tables.read_text()
+    assert f"- [{tables.stem}]({tables.name}): " in (finished / "README.md").read_text()
 
 
 def test_table_shows_what_the_files_say(finished):
@@ -80,8 +83,8 @@ def test_table_shows_what_the_files_say(finished):
         100 * (a["metrics"]["corrupted"]["auc"] - b["metrics"]["corrupted"]["auc"])
         for a, b in zip(merged, bases, strict=True)
     ]
-    with (finished / f"partner-rules.{FAST.name}.csv").open() as file:
-        rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(file)}
+    lines = csv_of([finished / f"partner-rules.{FAST.name}.json"]).splitlines()
+    rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(lines)}
     row = rows["tau -1, alpha 0.8, p 0.3", "corrupted AUC"]
     assert float(row["d_mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
     assert float(row["merges_per_step"]) > 50
@@ -186,7 +189,7 @@ def test_a_killed_sweep_resumes_without_repeating_or_losing_a_run(tmp_path):
     assert path.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
     assert path.read_bytes().count(b"\n") == 8  # none was made twice
     assert sorted(f"{path.stem}/{name}" for name in runs_of(path)) == sorted(expected)
-    picture = out / "sweep-layers.digits-quick-strong-decay.png"
+    picture = out / "sweep-layers.digits-quick-strong-decay.svg"
     before = picture.read_bytes()
     picture.unlink()
     checkpoints = out / "checkpoints"
@@ -351,7 +354,8 @@ def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monk
     idle = verdict["tau 1, alpha 0.8, p 0.3"]
     assert (idle["d_mean"], idle["bootstrap_low"], idle["bootstrap_high"], idle["confirmed"]) == (0, 0, 0, False)
     assert all(one["seeds"] == 2 for one in verdict.values())
-    assert "**confirm**" in report.write(where.out).read_text()
+    report.write(where.out)
+    assert "**confirm**" in (where.out / "README.md").read_text()
     # Scores are not committed: where they are missing, runs are made again.
     for path in (next(where.out.glob("confirm.*.result.json")), next(where.out.glob("*/*/test-101.npz"))):
         path.unlink()
@@ -416,24 +420,24 @@ def test_the_package_does_not_depend_on_the_harness():
 def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypatch):
     """Numbers of RESULTS.md and of the README's section: each has a result file behind it."""
     folder = ROOT / "benchmarks/paper"
-    shutil.copytree(
-        folder / "results", tmp_path / "results", ignore=shutil.ignore_patterns("checkpoints", "*.png", "*.svg")
-    )
-    for path in (tmp_path / "results").glob("*.md"):
+    shutil.copytree(folder / "results", tmp_path / "results", ignore=shutil.ignore_patterns("checkpoints", "*.svg"))
+    for path in [*(tmp_path / "results").glob("*.md"), tmp_path / "results/tables.csv"]:
         path.unlink()
-    pictures = {path.stem for path in (folder / "results").glob("*.png")}
-    monkeypatch.setattr(
-        report, "write_figures", lambda path: path.stem in pictures
-    )  # they depend on matplotlib's version
+    monkeypatch.setattr(report, "write_figures", lambda path: None)  # they depend on matplotlib's version
+    monkeypatch.setattr(report.front, "write_figure", lambda manifests, out: out)
     assert report.write(tmp_path / "results").read_text() == (folder / "RESULTS.md").read_text()
-    for path in (tmp_path / "results").glob("*.md"):
+    pages = sorted((tmp_path / "results").glob("*.md"))
+    assert [path.name for path in pages] == sorted(path.name for path in (folder / "results").glob("*.md"))
+    for path in [*pages, tmp_path / "results/tables.csv"]:
         assert path.read_text() == (folder / "results" / path.name).read_text()
+        for picture in re.findall(r"!\[.*\]\((.*)\)", path.read_text()):
+            assert (folder / "results" / picture).exists()
     assert (tmp_path / "FORWARD_ONLY.md").read_text() == (folder / "FORWARD_ONLY.md").read_text()
     readme = (ROOT / "README.md").read_text()
     assert forward_page.updated(readme, forward_page.readme_section(tmp_path / "results")) == readme
     section = readme[readme.index("## Does it help?") : readme.index("## How it can be trusted")]
     quoted = re.findall(r"[−+-]?\d+\.\d+ \[[^]]*\]", section)
     assert quoted
-    page = (folder / "RESULTS.md").read_text()
+    said = "".join(path.read_text() for path in [*pages, folder / "RESULTS.md", folder / "FORWARD_ONLY.md"])
     for figure in quoted:
-        assert figure.replace("−", "-") in page
+        assert figure.replace("−", "-") in said

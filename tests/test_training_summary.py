@@ -219,3 +219,31 @@ def test_a_short_run_without_effect_has_its_word_when_it_is_flushed():
     for _ in range(30):
         busy.step()
     busy.flush()
+
+
+def test_forward_only_merging_says_that_nothing_stays():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    merger = InMerge(model, lasting=False).attach(optimizer)
+    preview = merger.preview()
+    assert preview.kept_bytes == 0.5 * 4 * (8 * 27 + 16 * 72)
+    assert preview.merges == 0.5 * (8 + 16)
+    assert "every filter is restored before the update, so they cost no rank, and need no budget and no guard" in str(
+        preview
+    )
+    assert "memory for what the filters were: about 0.00274 MB" in str(preview)
+    for _ in range(3):
+        model(torch.randn(1, 3, 8, 8)).sum().backward()
+        optimizer.step()
+    first, header, *rows = str(merger.summary()).split("\n")
+    assert first.endswith("each for the passes of one step: nothing of them is in the weights")
+    assert "lost" not in header
+    assert [row.split()[-1] for row in rows] == ["active", "active"]
+    assert [len(row.split()) for row in rows] == [7, 7]
+    assert repr(merger) == "InMerge(layers=2, step_count=3, seed=0, lasting=False)"
+    lasting = InMerge(model, skip_first=0, threshold=-1.0)
+    assert "lost by merging" in str(lasting.summary())
+    assert "memory" not in str(lasting.preview())
+    assert lasting.preview().kept_bytes is None
+    assert repr(lasting) == "InMerge(layers=2, step_count=0, seed=0)"

@@ -129,7 +129,7 @@ def _corruptions(wanted: str, spec: str, size: int | None, root: str | None, rea
 def show(experiment: Experiment, out: Path) -> Path:
     """Write the manifest, tables and figures of an experiment and print its tables."""
     path = write_manifest(experiment, out)
-    written = [*write_tables(path), *write_figures(path)]
+    written = [write_tables(path), *write_figures(path)]
     print(f"\n{markdown(path)}\nwritten: {', '.join(str(one) for one in written)}")
     return path
 

@@ -1,4 +1,4 @@
-"""Figures (PNG, SVG) from result files alone."""
+"""Figures from result files alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLE = {"font.size": 9, "svg.hashsalt": "inmerge", "svg.fonttype": "path", "axe
 
 
 def write_figures(path: Path) -> list[Path]:
-    """Write ``<manifest>.png`` and ``<manifest>.svg`` beside a manifest that has results; gives what was written."""
+    """Write ``<manifest>.svg`` beside a manifest that has results; gives what was written."""
     manifest, _ = read_manifest(path)
     groups = [(recipe, rows) for recipe, rows in rows_of(path) if any(row.kind == "setting" for row in rows)]
     if not groups:
@@ -31,10 +31,9 @@ def write_figures(path: Path) -> list[Path]:
     draw = {"heat": _heat, "line": _line, "bars": _bars}[manifest["figure"]]
     with plt.rc_context(STYLE):
         figure = draw(plt, manifest, groups)
-        out = [path.with_suffix(".png"), path.with_suffix(".svg")]
+        out = [path.with_suffix(".svg")]
         # Neither dates nor versions: the same results give the same bytes.
-        figure.savefig(out[0], dpi=130, metadata={"Software": None})
-        figure.savefig(out[1], metadata={"Date": None, "Creator": None})
+        figure.savefig(out[0], metadata={"Date": None, "Creator": None})
         plt.close(figure)
     return out
 

@@ -1,4 +1,8 @@
-"""``RESULTS.md``: every table, figure and verdict, from the result files alone; ``FORWARD_ONLY.md`` beside it."""
+"""Pages from the result files alone.
+
+``RESULTS.md`` has the answer; the folder of results has every experiment's tables and figure, and a sentence on each in
+its ``README.md``; ``FORWARD_ONLY.md`` has forward-only merging.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,33 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from inmerge_fast.demo.data import require
+
+from . import front
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
 from .forward_page import write as write_forward_page
-from .tables import SHOWN, difference_text, markdown, rows_of, write_tables
+from .tables import SHOWN, csv_of, difference_text, rows_of, write_tables
 
 MOST_NAMED = 4  # gains or losses that a sentence names; more are counted
 ORDER = [*EXPERIMENTS, "search", "confirm"]
-HEAD = """# Does in-model merging help? What these experiments found
+HEAD = """# Does in-model merging help?
 
-Everything below is written by `python -m benchmarks.paper report` from the files in `{folder}/`, a run in each line.
-How runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
-[protocol.py](protocol.py): all arms of a seed start from the same backbone, see the same images in the same order for
-the same number of epochs, and keep the weights of their last epoch. Tables of test images choose nothing; the one
-setting that was followed up from such a table is named as that.
+A page with the answer, written by `python -m benchmarks.paper report` from the files in
+[{folder}/]({folder}/README.md), where a sentence, the tables and a figure of every experiment stand.
+[FORWARD_ONLY.md](FORWARD_ONLY.md) has forward-only merging and its controls. How runs are made:
+[protocol.py](protocol.py). All arms of a seed start from the same weights, see the same images in the same order for
+the same number of epochs, and keep the weights of their last epoch.
+
+## The answer
+
+"""
+INDEX = """# Every experiment in a sentence
+
+Written by `python -m benchmarks.paper report` from the `.jsonl` files here, a run in each line. What belongs together
+is said by the `.json` files; all numbers of all tables are in [tables.csv](tables.csv). Tables of test images choose
+nothing; the one setting that was followed up from such a table is named as that.
 
 """
 LIMITS = """## Limits
@@ -59,20 +75,22 @@ def write(out: Path) -> Path:
     manifests = find_manifests(out)
     if not manifests:
         raise ValueError(f"{out}: holds no manifest of an experiment; run one first")
-    parts = [HEAD.format(folder=out.name), "## In short\n"]
-    parts += [f"- {line}" for path in manifests for line in summary(path)]
-    plans = [_unconfirmed(path) for path in sorted(out.glob("plan.*.json"))]
-    parts += [f"- {line}" for line in plans if line]
-    here = {path.name.split(".")[0] for path in manifests} | ({"confirm"} if plans else set())
-    parts += [f"- **{name}**: not run." for name in ORDER if name not in here]
-    parts.append(f"\n{LIMITS}")
-    for path in manifests:
+    for path in require("tqdm", "tqdm").tqdm(manifests, unit=" experiments", disable=None, leave=False):
         write_tables(path)
-        parts.append(markdown(path))
-        if write_figures(path):
-            parts.append(f"![{path.stem}]({out.name}/{path.stem}.png)\n")
+        write_figures(path)
+    (out / "tables.csv").write_text(csv_of(manifests))
+    lines = [f"- [{path.stem}]({path.stem}.md): {line}" for path in manifests for line in summary(path)]
+    plans = [_unconfirmed(path) for path in sorted(out.glob("plan.*.json"))]
+    lines += [f"- {line}" for line in plans if line]
+    here = {path.name.split(".")[0] for path in manifests} | ({"confirm"} if plans else set())
+    lines += [f"- **{name}**: not run." for name in ORDER if name not in here]
+    (out / "README.md").write_text(INDEX + "\n".join(lines) + "\n")
     target = out.parent / "RESULTS.md"
-    target.write_text("\n".join(parts).rstrip() + "\n")
+    page = [HEAD.format(folder=out.name) + front.answer(manifests, out)]
+    if front.write_figure(manifests, out):
+        page.append(f"![Difference in corrupted AUC over filters merged per step]({out.name}/{front.FIGURE})\n")
+    page.append(LIMITS)
+    target.write_text("\n".join(page).rstrip() + "\n")
     print(f"written: {target}")
     write_forward_page(out)
     return target

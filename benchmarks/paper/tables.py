@@ -1,4 +1,4 @@
-"""Tables (Markdown, CSV) from result files alone.
+"""Tables from result files alone.
 
 An experiment leaves a manifest ``<name>.json`` beside its runs, which says what belongs together. Whatever is shown is
 made from manifests and runs, so that it can be made again, byte for byte.
@@ -80,13 +80,13 @@ def rows_of(path: Path) -> list[tuple[str, list[Row]]]:
     ]
 
 
-def write_tables(path: Path) -> list[Path]:
-    """Write ``<manifest>.md`` and ``<manifest>.csv`` beside a manifest."""
-    text = markdown(path)
-    out = [path.with_suffix(".md"), path.with_suffix(".csv")]
-    out[0].write_text(text)
-    out[1].write_text(_csv(rows_of(path)))
-    return out
+def write_tables(path: Path) -> Path:
+    """Write ``<manifest>.md`` beside a manifest: the tables, and the figure where there is something to draw."""
+    target, text = path.with_suffix(".md"), markdown(path, 1)
+    if any(row.kind == "setting" for _, rows in rows_of(path) for row in rows):
+        text += f"\n![{path.stem}]({path.stem}.svg)\n"
+    target.write_text(text)
+    return target
 
 
 def markdown(path: Path, level: int = 2) -> str:
@@ -175,28 +175,32 @@ def _differences(rows: Sequence[Row]) -> str:
     return table(head, body)
 
 
-def _csv(groups: Sequence[tuple[str, list[Row]]]) -> str:
+def csv_of(manifests: Sequence[Path]) -> str:
+    """All numbers of all tables."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["recipe", "arm", "metric", "seeds", "mean", "sd", "d_mean", "d_sd", "d_low", "d_high", "p",
-                     "p_holm", "merges_per_step", "rank_before", "rank_after", "collapsed", "identical"])  # fmt: skip
+    writer.writerow(["experiment", "recipe", "arm", "metric", "seeds", "mean", "sd", "d_mean", "d_sd", "d_low",
+                     "d_high", "p", "p_holm", "merges_per_step", "rank_before", "rank_after", "collapsed",
+                     "identical"])  # fmt: skip
+    for path in manifests:
+        for recipe, rows in rows_of(path):
+            for row in rows:
+                writer.writerows([path.stem, recipe, *line] for line in _numbers(row))
+    return out.getvalue()
 
+
+def _numbers(row: Row) -> list[list[Any]]:
     def text(value: float) -> str:
         return "" if math.isnan(value) else f"{value:.6g}"
 
-    for recipe, rows in groups:
-        for row in rows:
-            for metric in METRICS:
-                one = row.difference.get(metric)
-                pair = (
-                    [text(getattr(one, key)) for key in ("mean", "sd", "low", "high", "p", "p_holm")]
-                    if one
-                    else [""] * 6
-                )
-                counts = [text(row.per_step), *map(text, row.rank), row.collapsed, row.identical]
-                level = [text(row.mean[metric]), text(row.sd[metric])]
-                writer.writerow([recipe, row.title, metric, row.n, *level, *pair, *counts])
-    return out.getvalue()
+    lines = []
+    for metric in METRICS:
+        one = row.difference.get(metric)
+        names = ("mean", "sd", "low", "high", "p", "p_holm")
+        pair = [text(getattr(one, name)) for name in names] if one else [""] * len(names)
+        counts = [text(row.per_step), *map(text, row.rank), row.collapsed, row.identical]
+        lines.append([row.title, metric, row.n, text(row.mean[metric]), text(row.sd[metric]), *pair, *counts])
+    return lines
 
 
 def _chestxray(results: list[list[list[dict[str, Any]]]]) -> str:

@@ -98,7 +98,7 @@ def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
 
 @contextlib.contextmanager
 def _only(allowed: dict[str, Any]) -> Iterator[None]:
-    """Let PyTorch's reader use these and none that the process has allowed elsewhere; what it had allowed comes back."""
+    """Let PyTorch's reader use these, and for a while none of those that the process has allowed elsewhere."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:

@@ -203,6 +203,10 @@ def _from_hub(source: str) -> Path:
         if main is not None:
             return Path(hub.hf_hub_download(name, main))
     except Exception as error:  # the hub raises errors of many types
+        for file in MAIN_FILES:  # without a network, what was downloaded before
+            known = hub.try_to_load_from_cache(name, file)
+            if isinstance(known, str):
+                return Path(known)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{source}: cannot be had from the Hugging Face hub: {reason}") from error
     raise ValueError(f"{source}: no file of weights of a usual name in it; it has {', '.join(there[:8])}")

@@ -313,7 +313,8 @@ def check_not_sharded(model: nn.Module) -> None:
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
             raise ValueError(
                 f"{name or type(module).__name__}: the module is sharded by fully_shard, whose weights are DTensors "
-                "or, between unshard() and reshard(), copies that are thrown away; merge before sharding"
+                "or, between unshard() and reshard(), copies that are thrown away; merge before sharding, or with "
+                "InMerge, which gathers them. Forward-only merging needs whole weights: use DistributedDataParallel"
             )
 
 

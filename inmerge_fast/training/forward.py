@@ -212,7 +212,8 @@ class Parts:
     """Notices that a part of a model is evaluated on its own, while the weights are merged.
 
     Its layers have a hook between the model's forward passes only: within one, a layer in evaluation mode is part of a
-    pass that trains, as where a backbone's batch norm is held still, and 120 hooks would cost 0.2 ms.
+    pass that trains, as where a backbone's batch norm is held still; and to call 120 hooks takes four times as long as
+    to put them in and out again (145 and 35 us).
 
     Args:
         evaluated: what to do then.

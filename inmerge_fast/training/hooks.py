@@ -13,7 +13,7 @@ import torch
 
 from ..effect import callers_level
 from ..plan.plan import LayerPlan
-from .optimizers import Stepping, check_held, stepping_of
+from .optimizers import Stepping, check_held, held_by, stepping_of
 from .silence import Silence
 
 Before: TypeAlias = "Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]"
@@ -53,6 +53,7 @@ class AttachedStep:
         self._plan, self._call, self._let_go, self._before = plan, call, let_go, before
         self._is_checked = bool(weights)
         self._real = [weakref.ref(real) for real in stepping.real]
+        self._links = [weakref.ref(link) for link in stepping.links]
         self._is_on = True
         self._depth = 0  # calls around a step that have begun
         self._taken = False  # whether a step was taken inside them
@@ -124,6 +125,10 @@ class AttachedStep:
     def may_see_a_step(self) -> bool:
         """Whether one of the optimizers is still there."""
         return any(real() is not None for real in self._real)
+
+    def held(self) -> set[int]:
+        """Identities of all that the optimizer, or one that it wraps, updates."""
+        return set().union(*(held_by(link()) for link in self._links))
 
     @property
     def is_in_a_step(self) -> bool:

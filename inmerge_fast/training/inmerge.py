@@ -31,6 +31,7 @@ from .run import MergeRun
 from .schedules import Schedule
 from .silence import Evaluation
 from .summary import Preview, RunSummary, preview, summarise
+from .untrained import Untrained
 
 
 class InMerge:
@@ -301,17 +302,15 @@ class InMerge:
         """Merge after each step of ``optimizer``, so that nothing is left to call, whatever mode the model is in.
 
         With ``lasting=False``: merge before the first training forward pass of each step, restore before the optimizer
-        writes. All micro-batches of a step see the same merge, and so does every evaluation of a closure. An evaluation
-        in between, ``state_dict()`` and copies of the model see the weights as they were.
+        writes. Micro-batches and closures of a step see the same merge; evaluations, ``state_dict()`` and copies none.
 
-        With gradient accumulation that is once per optimizer step. A step that a ``GradScaler`` skips merges nothing
-        and is not counted; with fused and capturable optimizers, which decide on the device whether to skip, the host
-        waits for that decision. Wrapped optimizers (accelerate, Lookahead, SAM, ``PostLocalSGDOptimizer``,
-        ``ZeroRedundancyOptimizer``, ...) are followed: a step is one that the innermost optimizer takes, and is merged
-        when the outermost call is over.
+        With gradient accumulation that is once per optimizer step. A step that a ``GradScaler`` skips is not counted
+        (where the device decides that, the host waits). Wrapped ones (accelerate, Lookahead, SAM, ...) are followed: a
+        step is one that the innermost optimizer takes, and is merged when the outermost call is over. Weights that
+        ``optimizer`` does not hold are merged as well, if anything has written to them since the last time.
 
-        Another InMerge that is attached for the same weights is detached, with a warning. A warning also tells when the
-        weights go on changing without steps of ``optimizer``. As a context it is detached at the end::
+        Another InMerge that is attached for the same weights is detached, with a warning. Another one tells when they
+        go on changing without steps of ``optimizer``. As a context it is detached at the end::
 
             with inmerge_fast.InMerge(model).attach(optimizer) as merger:
                 train()
@@ -326,14 +325,13 @@ class InMerge:
             RuntimeError: it is attached already.
         """
         if self._attached is not None:
-            raise RuntimeError(
-                "this InMerge is attached already; of several optimizers, attach it to the last one to step"
-            )
-        forward = self._forward
-        before = None if forward is None else forward.before_write
+            raise RuntimeError("this InMerge is attached already; of several optimizers attach to the last one to step")
+        before = None if self._forward is None else self._forward.before_write
         self._attached = AttachedStep(optimizer, lambda: self.plan, self._advance, self.detach, before)
-        if forward is not None:
-            forward.attach(self._attached)
+        if self._forward is None:
+            self._run.untrained = Untrained(self.plan, self._attached.held, type(optimizer).__name__)
+        else:
+            self._forward.attach(self._attached)
         return self
 
     def merged(self) -> AbstractContextManager[MergeStats | None]:
@@ -361,6 +359,7 @@ class InMerge:
         """Undo :meth:`attach`; does nothing where it is not attached."""
         attached, self._attached = self._attached, None
         if attached is not None:
+            self._run.untrained = None
             attached.remove()
             if self._forward is not None:
                 self._forward.detach()
@@ -397,4 +396,5 @@ class InMerge:
         self._run.load_state_dict(state, keep)
 
     def __repr__(self) -> str:
-        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={self._run.recipe.seed})"
+        seed = f"{self._run.recipe.seed}{'' if self._forward is None else ', lasting=False'}"
+        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={seed})"

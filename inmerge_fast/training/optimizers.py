@@ -21,11 +21,13 @@ class Stepping:
         real: those whose step changes the weights; PyTorch calls their hooks after it.
         around: ``(optimizer, method)`` that may call them, and write to the weights afterwards.
         ends: those of ``around`` that are a step of their own accord.
+        links: all of them, wrapped and wrapping.
     """
 
     real: tuple[torch.optim.Optimizer, ...]
     around: tuple[tuple[Any, str], ...]
     ends: frozenset[tuple[int, str]]
+    links: tuple[Any, ...]
 
 
 def stepping_of(optimizer: Any, weights: Sequence[torch.Tensor]) -> Stepping:
@@ -51,7 +53,7 @@ def stepping_of(optimizer: Any, weights: Sequence[torch.Tensor]) -> Stepping:
     if wanted:
         check_held([link for link, _ in chain], weights)
     real = [link for link, inner in chain if not inner]
-    real = [one for one in real if _held(one) & wanted] or real  # none on a rank that has no share of these weights
+    real = [one for one in real if held_by(one) & wanted] or real  # none on a rank that has no share of these weights
     for one in real:
         _check_hooks_are_called(one, optimizer)
     around, ends = [], set()
@@ -60,7 +62,7 @@ def stepping_of(optimizer: Any, weights: Sequence[torch.Tensor]) -> Stepping:
         if inner or last is not None or _may_step_within_its_step(link):
             around += [(link, name) for name in _steps_of(link)]
             ends |= {(id(link), last)} if last is not None else set()
-    return Stepping(tuple(real), tuple(around), frozenset(ends))  # type: ignore[arg-type]
+    return Stepping(tuple(real), tuple(around), frozenset(ends), tuple(link for link, _ in chain))  # type: ignore[arg-type]
 
 
 def check_held(optimizers: Sequence[Any], weights: Sequence[torch.Tensor]) -> None:
@@ -70,7 +72,7 @@ def check_held(optimizers: Sequence[Any], weights: Sequence[torch.Tensor]) -> No
         ValueError: they hold none.
     """
     wanted = set(map(id, weights))
-    if not any(_held(optimizer) & wanted for optimizer in optimizers):
+    if not any(held_by(optimizer) & wanted for optimizer in optimizers):
         raise ValueError(
             "the optimizer holds none of the weights that are merged: it updates another model, or copies of them "
             "(float32 masters), which would overwrite every merge; attach to the optimizer of these weights, or give "
@@ -106,9 +108,11 @@ def _chain(optimizer: Any, wanted: set[int]) -> list[tuple[Any, list[Any]]]:
     seen = {id(optimizer)}
 
     def follow(link: Any) -> None:
-        own = _held(link) | wanted
+        own = held_by(link) | wanted
         # A share of the weights may be empty on some rank; what holds other weights is somebody else's.
-        inner = [item for _, item in _inside(link) if id(item) not in seen and (_held(item) & own or not _held(item))]
+        inner = [
+            item for _, item in _inside(link) if id(item) not in seen and (held_by(item) & own or not held_by(item))
+        ]
         seen.update(map(id, inner))
         chain.append((link, inner))
         for item in inner:
@@ -118,7 +122,8 @@ def _chain(optimizer: Any, wanted: set[int]) -> list[tuple[Any, list[Any]]]:
     return chain
 
 
-def _held(optimizer: Any) -> set[int]:
+def held_by(optimizer: Any) -> set[int]:
+    """Identities of all that an optimizer updates."""
     return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 

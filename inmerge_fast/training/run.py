@@ -27,6 +27,7 @@ from .guard import CollapseGuard
 from .monitor import Monitor, Observation
 from .rank_watch import RankWatch, as_one, from_one
 from .recipe import Recipe
+from .untrained import Untrained
 
 STATE_VERSION = 2
 NOTHING_TO_SPEND = (
@@ -53,6 +54,7 @@ class MergeRun:
         group: the ranks that train this model; None for all.
         stopped: names of layers that the guard has stopped.
         watch: what keeps account of what merging costs; None without guard and budget.
+        untrained: what tells which layers nobody trains; None while attached to no optimizer.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MergeRun:
         self._before: torch.Tensor | None = None  # the same where the plan's counts are, in its order
         budget = recipe.threshold if isinstance(recipe.threshold, RankBudget) else None
         self._waited = 0  # steps that would have merged, had not all layers been frozen
+        self.untrained: Untrained | None = None
         self.plan = self._new_plan()
         self.watch = None if budget is None and guard is None else RankWatch(budget, group, self.plan.names)
         self._comparison = Comparison(group) if several_ranks(group) else None
@@ -120,7 +123,10 @@ class MergeRun:
             self.step_count = step + 1
             self._wait()
             return None
+        idle = self.idle()
         stats = merge_plan_(self.plan, weights, call)
+        if self.untrained is not None:
+            self.untrained.merged(weights, idle)
         self.step_count = step + 1
         if observed:
             self.observe(call, stats)
@@ -241,9 +247,14 @@ class MergeRun:
             if values is None:
                 values = watch.thresholds(self.recipe, names)
         assert values is not None
-        if self.stopped:
-            values = [NEVER if name in self.stopped else v for name, v in zip(names, values, strict=True)]
+        left_alone = self.stopped | self.idle()
+        if left_alone:
+            values = [NEVER if name in left_alone else v for name, v in zip(names, values, strict=True)]
         return tuple(values)
+
+    def idle(self) -> set[str]:
+        """Names of layers that are not merged now, since nobody has trained them since the last time."""
+        return set() if self.untrained is None else self.untrained.idle(self.plan)
 
     def chosen_thresholds(self, step: int) -> list[float] | None:
         """The threshold of each layer at ``step``, stopped or not; None where a budget sets them."""

@@ -55,6 +55,7 @@ class RunSummary:
         steps: optimizer steps so far.
         skipped: ``(name, reason)`` of every other candidate layer.
         left: pairs sampled and merged in layers that were merged before and are not in the plan now (frozen ones).
+        lasting: whether merges stayed in the weights; if not, they have cost no rank, and nothing of that is printed.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class RunSummary:
         steps: int,
         skipped: Sequence[tuple[str, str]],
         left: Mapping[str, tuple[int, int]],
+        lasting: bool = True,
     ) -> None:
         self.layers, self.steps, self.skipped, self.left = tuple(layers), steps, tuple(skipped), dict(left)
+        self.lasting = lasting
 
     @property
     def sampled(self) -> int:
@@ -89,17 +92,19 @@ class RunSummary:
 
     def __str__(self) -> str:
         width = max(map(len, ["layer", *(s.name for s in self.layers)]))
+        costs = "rank, start to now  lost by merging" if self.lasting else "rank now"
         lines = [
-            f"{self.steps} optimizer steps: {self.merged:,} merges in {self.sampled:,} sampled pairs",
-            f"{'layer':{width}}  filters     sampled      merged  per filter  rank, start to now  "
-            "lost by merging  verdict",
+            f"{self.steps} optimizer steps: {self.merged:,} merges in {self.sampled:,} sampled pairs"
+            + ("" if self.lasting else ", each for the passes of one step: nothing of them is in the weights"),
+            f"{'layer':{width}}  filters     sampled      merged  per filter  {costs}  verdict",
         ]
         for s in self.layers:
             lost = "        -" if math.isnan(s.lost) else f"{100 * s.lost:7.1f} %"
+            cost = f"{s.rank_start:7.1f} to {s.rank_end:7.1f}  {lost:>15}" if self.lasting else f"{s.rank_end:8.1f}"
             stopped = ", stopped" if s.stopped else ""
             lines.append(
                 f"{s.name:{width}}  {s.filters:7d}  {s.sampled:10,d}  {s.merged:10,d}  {s.merged / s.filters:10.2f}  "
-                f"{s.rank_start:7.1f} to {s.rank_end:7.1f}  {lost:>15}  {s.verdict}{stopped}"
+                f"{cost}  {s.verdict}{stopped}"
             )
         lines += [f"{name}, merged before: {merged:,} of {sampled:,}" for name, (sampled, merged) in self.left.items()]
         return "\n".join(lines + describe_skipped(self.skipped))
@@ -135,7 +140,7 @@ def summarise(run: MergeRun) -> RunSummary:
         filters, stopped = layer.layout.filters, name in run.stopped
         layers.append(LayerSummary(name, filters, sampled, merged, start, cost.rank, lost, verdict, stopped))
     left = {name: counts for name, counts in counted.items() if name not in run.plan.names}
-    return RunSummary(layers, run.step_count, run.plan.skipped, left)
+    return RunSummary(layers, run.step_count, run.plan.skipped, left, recipe.lasting)
 
 
 @dataclass(frozen=True)
@@ -173,10 +178,18 @@ class Preview:
         layers: the layers of the plan, in its order.
         step: the step that it is of.
         skipped: ``(name, reason)`` of every other candidate layer.
+        kept_bytes: memory that is expected to be taken by what filters were, where merging is undone before the update;
+            None where it stays in the weights.
     """
 
-    def __init__(self, layers: Sequence[LayerPreview], step: int, skipped: Sequence[tuple[str, str]]) -> None:
-        self.layers, self.step, self.skipped = tuple(layers), step, tuple(skipped)
+    def __init__(
+        self,
+        layers: Sequence[LayerPreview],
+        step: int,
+        skipped: Sequence[tuple[str, str]],
+        kept_bytes: int | None = None,
+    ) -> None:
+        self.layers, self.step, self.skipped, self.kept_bytes = tuple(layers), step, tuple(skipped), kept_bytes
 
     @property
     def merges(self) -> float:
@@ -191,6 +204,12 @@ class Preview:
             "them, and with them the numbers, by orders of magnitude in a fresh network",
             f"{'layer':{width}}  filters  threshold  max sim.  merges per step     rank",
         ]
+        if self.kept_bytes is not None:
+            lines[1:1] = [
+                "they last for the forward and backward passes of a step: every filter is restored before the update, "
+                "so they cost no rank, and need no budget and no guard",
+                f"memory for what the filters were: about {self.kept_bytes / 1e6:.3g} MB",
+            ]
         lines += [f"{s.name:{width}}  {s.filters:7d}  {s.threshold:9.4f}  {s.max_similarity:8.4f}  {s.merges:15.3g}  "
                   f"{s.rank:7.1f}" for s in self.layers]  # fmt: skip
         if idle:
@@ -225,4 +244,5 @@ def preview(run: MergeRun) -> Preview:
             threshold = math.inf
         share = cost.share_above(threshold, recipe.partner)
         layers.append(LayerPreview(name, filters, threshold, summary.max, share, prob * filters * share, cost.rank))
-    return Preview(layers, step, run.plan.skipped)
+    every = sum(weight.numel() * weight.element_size() for weight in run.plan.weights())
+    return Preview(layers, step, run.plan.skipped, None if recipe.lasting else round(prob * every))

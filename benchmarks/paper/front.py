@@ -1,0 +1,170 @@
+"""The first page of the results: what all experiments come to, counted, and one figure of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from inmerge_fast.demo.data import require
+
+from . import forward_only
+from .compare import FEWEST, Paired, Row, paired
+from .config import PAPER, Arm
+from .figures import COLOURS, STYLE
+from .tables import SHOWN, rows_of
+
+FIGURE = "all.svg"
+METRIC = "corrupted AUC"
+VALIDATION = "search"  # the one experiment that is measured on validation images
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting on one recipe: where it stands, and its row."""
+
+    experiment: str
+    recipe: str
+    row: Row
+
+
+def settings_of(manifests: Sequence[Path]) -> list[Setting]:
+    """All settings of lasting merging, measured on test images with enough seeds for an interval, once each."""
+    found: dict[tuple[str, str], Setting] = {}
+    for path in manifests:
+        if path.name.startswith(f"{VALIDATION}."):
+            continue
+        for recipe, rows in rows_of(path):
+            for row in rows:
+                here = found.get((recipe, row.label))  # several experiments share the paper's own setting
+                if row.kind == "setting" and row.n >= FEWEST and (here is None or row.n > here.row.n):
+                    found[recipe, row.label] = Setting(path.stem, recipe, row)
+    return list(found.values())
+
+
+def answer(manifests: Sequence[Path], out: Path) -> str:
+    """The answer in a few lines, each number counted from the result files."""
+    settings = settings_of(manifests)
+    lines = [_lasting(settings), _published(settings), _collapse(settings)] if settings else []
+    plans = [forward_only.confirmed_results(path)[1] for path in _plans(out)]
+    lines += [_forward(found) for found in plans if len(found[""]) >= FEWEST]
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _lasting(settings: Sequence[Setting]) -> str:
+    each = [(one, metric, one.row.difference[metric]) for one in settings for metric in SHOWN]
+    gains = [(one, metric, value) for one, metric, value in each if value.p_holm < 0.05 and value.mean > 0]
+    losses = [value for _, _, value in each if value.p_holm < 0.05 and value.mean < 0]
+    recipes = len({one.recipe for one in settings})
+    named = ", ".join(f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})" for one, metric, value in gains)
+    bare = [one for one, _, _ in gains if not one.row.collapsed]
+    text = (
+        f"**Lasting merging**, the paper's form: {len(settings)} settings on {recipes} pairs of data and recipe, "
+        f"{len(each)} comparisons with no merging on test images: **{len(gains)} gains and {len(losses)} losses** "
+        "after Holm's correction within each table."
+    )
+    if gains:
+        without = "none of them" if not bare else f"{len(bare)} of them"
+        text += f" The gains: {named}; {without} without collapsed filters."
+    return text
+
+
+def _published(settings: Sequence[Setting]) -> str:
+    own = {Arm(PAPER).label(), f"{Arm(PAPER).label()}, Linear"}
+    rows = [one.row for one in settings if one.row.label in own]
+    if not rows:
+        return "The paper's own setting was not run."
+    idle = sum(row.identical for row in rows)
+    runs = sum(row.n for row in rows)
+    merges = [row.per_step for row in rows]
+    return (
+        f"At the paper's own setting (threshold 0.3, alpha 0.8, p 0.3) {min(merges):.2g} to {max(merges):.2g} filters "
+        f"merge per step, {np.median(merges):.2g} in the median recipe; {idle} of {runs} runs end with the weights of "
+        "no merging, bit for bit."
+    )
+
+
+def _collapse(settings: Sequence[Setting]) -> str:
+    collapsed = [one for one in settings if one.row.collapsed]
+    active = [one for one in settings if one.row.per_step >= 1]
+    both = sum(one.row.collapsed > 0 for one in active)
+    return (
+        f"Where it acts, filters grow alike: in {both} of the {len(active)} settings that merge at least one filter "
+        f"per step a layer lost half of its effective rank in some seed ({len(collapsed)} of all {len(settings)})."
+    )
+
+
+def _forward(found: dict[str, dict[int, dict[str, object]]]) -> str:
+    base = next(iter(found[""].values()))
+    values = {
+        name: paired(forward_only.differences(found[family], found[""], METRIC))
+        for family, name in (
+            (forward_only.MERGING, "forward-only merging"), (forward_only.NOISE, "noise of the same norm"),
+            (forward_only.DROPOUT, "Dropout2d"), (forward_only.BOTH, "merging and Dropout2d"),
+        )
+        if found.get(family)
+    }  # fmt: skip
+    said = ", ".join(f"{name} {_text(value)}" for name, value in values.items() if value.n)
+    recipe = base["recipe"]
+    assert isinstance(recipe, dict)
+    return (
+        f"**Forward-only merging** on {recipe['data'].removesuffix('.npz')} ({recipe['model']}, {len(found[''])} fresh "
+        f"seeds, batch-norm statistics recomputed in every arm), d {METRIC}: {said}."
+    )
+
+
+def _text(one: Paired) -> str:
+    return f"{one.mean:+.2f}" + ("" if math.isnan(one.low) else f" [{one.low:+.2f}, {one.high:+.2f}]")
+
+
+def _plans(out: Path) -> list[Path]:
+    return sorted(out.glob(f"{forward_only.NAME}.*.plan.json"))
+
+
+def write_figure(manifests: Sequence[Path], out: Path) -> Path | None:
+    """Write the figure of all settings; None if there are none."""
+    settings = settings_of(manifests)
+    if not settings:
+        return None
+    matplotlib = require("matplotlib", "matplotlib")
+    matplotlib.use("agg")
+    plt = require("matplotlib.pyplot", "matplotlib")
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+        for one in settings:
+            filled = {"markerfacecolor": "white"} if one.row.collapsed else {}
+            _point(axis, one.row.per_step, one.row.difference[METRIC], "o", COLOURS[0], **filled)
+        for path in _plans(out):
+            _, found = forward_only.confirmed_results(path)
+            results = found.get(forward_only.MERGING, {})
+            value = paired(forward_only.differences(results, found[""], METRIC))
+            if value.n >= FEWEST:
+                merges = float(np.mean([one["merging"]["per_step"] for one in results.values()]))
+                _point(axis, merges, value, "D", COLOURS[1])
+        for marker, colour, face, name in (
+            ("o", COLOURS[0], COLOURS[0], "lasting merging"),
+            ("o", COLOURS[0], "white", "lasting, filters collapsed in some seed"),
+            ("D", COLOURS[1], COLOURS[1], "forward-only merging"),
+        ):
+            axis.plot([], [], marker, color=colour, markerfacecolor=face, markersize=5, label=name)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_xlim(-0.002, 1.5 * axis.get_xlim()[1])
+        axis.set_xlabel("filters merged per step")
+        axis.set_ylabel(f"difference in {METRIC}, points")
+        axis.set_title("Every setting against no merging, test images, 95 % intervals", fontsize=10)
+        axis.legend(fontsize=8, loc="lower left", frameon=False)
+        target = out / FIGURE
+        figure.savefig(target, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    return target
+
+
+def _point(axis: object, place: float, one: Paired, marker: str, colour: str, **filled: str) -> None:
+    error = None if math.isnan(one.low) else [[one.mean - one.low], [one.high - one.mean]]
+    axis.errorbar(  # type: ignore[attr-defined]
+        place, one.mean, yerr=error, fmt=marker, color=colour, markersize=4.5, elinewidth=0.7, capsize=0, **filled
+    )
