@@ -223,7 +223,7 @@ def test_weights_from_a_file(tmp_path, bench):
     with pytest.raises(ValueError, match="none of its 122 tensors has a name of the model's; in the file conv1.weight"):
         build("densenet121", bench.data, 1, path)
     path.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"resnet18\.pth: not a checkpoint"):
+    with pytest.raises(ValueError, match=r"resnet18\.pth: a text file instead of weights"):
         build("resnet18", bench.data, 1, path)
 
 

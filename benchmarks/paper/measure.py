@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +11,11 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from . import robustness
+from .bench import Bench
 from .config import OWN, Recipe
 from .dataset import Split
 from .metrics import accuracy, auc, calibration_error, class_aucs
 from .models import Model
-
-if TYPE_CHECKING:
-    from .protocol import Bench
 
 EVAL_BATCH = 128
 KINDS = ("acc", "auc", "ece")

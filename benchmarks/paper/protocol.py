@@ -16,109 +16,22 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from inmerge_fast import MergePlan, NoEffectWarning, __version__
 from inmerge_fast.demo.train import MOMENTUM, Schedule, epoch_steps
 
-from . import medmnist_c, robustness
+from . import medmnist_c
+from .bench import Bench
 from .config import OWN, Recipe, Run
-from .dataset import SPLITS, DataSet, Split
+from .dataset import SPLITS
 from .measure import autocast, batch_norms, logits_of, measure, recompute_statistics
 from .merging import Merger, treatment
 from .metrics import filter_state
-from .models import Model, Weights, build
+from .models import Model, build
 
 DEVICE_BYTES = 2 * 2**30
-CACHE_BYTES = 64 * 2**20  # corrupted copies of small sets are kept, since every run looks at them
 RESEED = 1_000_003  # added to the seed of the data order
 State = dict[str, torch.Tensor]
-
-
-class Bench:
-    """A data set on a device, and what is computed from it once for all runs.
-
-    Args:
-        data: the images.
-        device: where the networks are.
-        limit: use this many images of every part, evenly spaced; None for all.
-        weights: file with pre-trained weights of the network, or None.
-    """
-
-    def __init__(
-        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Weights | None = None
-    ) -> None:
-        if limit is not None:
-            train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
-            data = dataclasses.replace(data, train=train, val=val, test=test)
-        self.data, self.device, self.weights = data, device, weights
-        self._copies: dict[tuple[str, str, str, float], torch.Tensor] = {}
-        sample = data.train.images[:: max(1, len(data.train) // 5000)].float() / 255
-        dims = [0, *range(2, sample.ndim)]
-        self.normalisation = (tuple(sample.mean(dims).tolist()), tuple(sample.std(dims).clamp(min=1e-6).tolist()))
-
-    def prepare(self, model: Model, unit: torch.Tensor) -> torch.Tensor:
-        """What the network takes, from images in [0, 1] on the device: resized, in its channels, normalised."""
-        if unit.shape[-1] < model.side:
-            mode = "trilinear" if unit.ndim == 5 else "bilinear"
-            unit = functional.interpolate(unit, size=(model.side,) * (unit.ndim - 2), mode=mode)
-        if unit.shape[1] < model.channels:
-            unit = unit.expand(-1, model.channels, *unit.shape[2:])
-        mean, spread = model.normalisation or self.normalisation
-        shape = (-1, *[1] * (unit.ndim - 2))
-        return (unit - unit.new_tensor(mean).view(shape)) / unit.new_tensor(spread).view(shape)
-
-    def corruptions(self, source: str) -> tuple[str, ...]:
-        """Names of the corruptions, "own" ones or those of the package medmnistc."""
-        return tuple(robustness.CORRUPTIONS) if source == OWN else medmnist_c.names(self.data.name)
-
-    def check_corruptions(self, source: str) -> None:
-        """Try the corruptions on an image.
-
-        Raises:
-            ValueError: they cannot be used with this data set.
-        """
-        if source != OWN:
-            medmnist_c.check(self.data.test.images, self.data.name)
-
-    def check_weights(self, recipe: Recipe) -> str:
-        """Load the pre-trained weights once, to see whether they fit; gives a line on what became of them.
-
-        Raises:
-            ValueError: they cannot be read or do not fit the recipe's network.
-        """
-        return build(recipe.model, self.data, 0, self.weights).loaded
-
-    def copies(self, split: str, source: str, kind: str, level: float) -> torch.Tensor:
-        """Corrupted copies of a part's images by one of :meth:`corruptions`, or noisy ones (``kind`` "noise")."""
-        key = (split, source, kind, level)
-        if key in self._copies:
-            return self._copies[key]
-        images = self.data.split(split).images
-        if kind == "noise":
-            out = robustness.add_noise(images, level)
-        elif source == OWN:
-            out = robustness.corrupt(images, kind, int(level))
-        else:
-            out = medmnist_c.corrupt(images, self.data.name, kind, int(level))
-        if out.numel() <= CACHE_BYTES:
-            self._copies[key] = out
-        return out
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss: binary cross-entropy of the labels, or cross-entropy of the classes."""
-        if self.data.task == "multi-label":
-            return functional.binary_cross_entropy_with_logits(logits.float(), labels)
-        return functional.cross_entropy(logits.float(), labels)
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores ``(N, K)`` from logits."""
-        return logits.float().sigmoid() if self.data.task == "multi-label" else logits.float().softmax(1)
-
-
-def _thinned(part: Split, limit: int) -> Split:
-    kept = torch.arange(limit) * len(part) // limit if limit < len(part) else torch.arange(len(part))
-    return Split(part.images[kept], part.labels[kept])
 
 
 def schedules(recipe: Recipe, seed: int, reseed: bool = False) -> tuple[Schedule, Schedule]:
