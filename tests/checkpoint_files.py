@@ -282,6 +282,8 @@ FILES = [
      content_of(saved(STATE, _use_new_zipfile_serialization=False), cut=0.8), "damaged"),
     ("the first bytes of an old one", "bn.pt", written(b"\x80\x02" + LEGACY[0] + b"\x80\x02M\xe9\x03."), "damaged"),
     ("a checkpoint with a damaged byte in its pickle", "bn2.pt", content_of(saved(STATE), damage=150), "damaged"),
+    ("`torch.save(..., pickle_protocol=4)`", "bn3.pt", saved({"model": STATE, "o": Config()}, pickle_protocol=4),
+     "pickled by a protocol"),
     ("a zip archive that is no checkpoint", "bo.zip", archive(["a.txt", "net.pt"]),
      "no checkpoint, with 'a.txt', 'net.pt'"),
     ("a Keras 3 model", "bp.keras", archive(["metadata.json", "model.weights.h5"]), "a Keras model"),

@@ -82,6 +82,11 @@ def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
                 filled[wanted[2]] = "mapping" if wanted[1] else "list"
                 continue
             reason = _reason(error)
+            if "Unsupported operand" in reason:
+                raise ValueError(
+                    f"{path}: pickled by a protocol that PyTorch's safe reader does not take (pickle_protocol=4 or "
+                    "5, or a damaged file); load it where you trust it, and save it again as torch.save does by default"
+                ) from error
             if "Only persistent_load of storage" in reason:  # a file without a zip keeps the source code of modules
                 classes = [name for name in references if name.rpartition(".")[2][:1].isupper() and name in allowed]
                 reason = f"it holds an object of the class {next(iter(classes), '?')} with its source code"
