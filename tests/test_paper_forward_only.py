@@ -313,3 +313,16 @@ def test_the_page_shows_what_the_files_say(planned):
             assert shown == "0" if not any(gains) else shown.startswith(f"{sum(gains) / 3:+.2f}")
     assert "3 of 3 planned seeds" in text
     assert forward_page.write(where.out).read_text() == text
+
+
+def test_a_seed_that_was_cut_short_is_not_shown(planned, tmp_path):
+    where, path = planned
+    lines = (where.out / f"{FAST.name}.jsonl").read_bytes().splitlines(keepends=True)
+    for left, said in ((0, "3 of 3"), (1, "2 of 3"), (2, "2 of 3")):
+        out = tmp_path / str(left) / "results"
+        out.mkdir(parents=True)
+        (out / path.name).write_bytes(path.read_bytes())
+        (out / f"{FAST.name}.jsonl").write_bytes(b"".join(lines[: len(lines) - left]))
+        _, found = forward_only.confirmed_results(out / path.name)
+        assert {len(results) for results in found.values()} == {int(said[0])}
+        assert f"{said} planned seeds" in forward_page.write(out).read_text()

@@ -229,15 +229,19 @@ def confirm(path: Path, where: Where) -> None:
 
 
 def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, dict[str, Any]]]]:
-    """The arms of a plan and their results that exist, by family and seed; "" is no merging."""
+    """The arms of a plan, and their results by family and seed; "" is no merging.
+
+    Only of seeds that are done in all arms, so that every row of a table is about the same ones.
+    """
     recipe, arms, seeds, _ = read_plan(path)
     every = {"": BASELINE} | arms
     runs = runs_of(path_of(path.parent, recipe.name))
-    found = {}
-    for family, arm in every.items():
-        names = {seed: Run(recipe, arm, seed).key().partition("/")[2] for seed in seeds}
-        found[family] = {seed: runs[name] for seed, name in names.items() if name in runs}
-    return every, found
+
+    def name(arm: Arm, seed: int) -> str:
+        return Run(recipe, arm, seed).key().partition("/")[2]
+
+    done = [seed for seed in seeds if all(name(arm, seed) in runs for arm in every.values())]
+    return every, {family: {seed: runs[name(arm, seed)] for seed in done} for family, arm in every.items()}
 
 
 def differences(

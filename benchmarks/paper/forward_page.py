@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from .config import Arm
 from .forward_only import (
     BOTH,
     COLUMNS,
+    DEFAULT,
     DROPCONNECT,
     DROPOUT,
     LASTING,
@@ -36,7 +36,7 @@ from .tables import difference_text, table
 PAGE = "FORWARD_ONLY.md"
 SAID = (METRIC, "noise AUC", "AUC", "acc")  # in the sentences at the top
 PAIRS = ((MERGING, NOISE), (MERGING, DROPCONNECT), (MERGING, DROPOUT), (BOTH, MERGING), (BOTH, DROPOUT))
-README_ARMS = {MERGING: "forward-only merging", NOISE: "noise of its norm", DROPOUT: "Dropout2d", BOTH: "both"}
+README_ARMS = (MERGING, DEFAULT, NOISE, DROPCONNECT, DROPOUT, BOTH)
 BEGIN, END = "<!-- forward-only: begin (python -m benchmarks.paper report) -->", "<!-- forward-only: end -->"
 HEAD = """# Forward-only merging: does it help?
 
@@ -78,16 +78,16 @@ def write(out: Path) -> Path | None:
 
 
 def readme_section(out: Path) -> str:
-    """The README's table: the arms whose names say what they are, on every plan that has run."""
+    """The README's table: what was chosen and its controls, of every plan that has enough seeds."""
     body = []
     for path in sorted(out.glob(f"{NAME}.*.plan.json"), key=_order):
-        _, found = confirmed_results(path)
+        arms, found = confirmed_results(path)
         recipe = json.loads(path.read_text())["recipe"]
         where = f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}, {len(found[''])} seeds"
-        for family, name in README_ARMS.items():
-            if len(found[""]) >= FEWEST and found.get(family):
+        for family in README_ARMS if len(found[""]) >= FEWEST else ():
+            if family in arms:
                 values = (paired(differences(found[family], found[""], column)) for column in SAID)
-                body.append([where, name, *map(difference_text, values)])
+                body.append([where, arms[family].label(), *map(difference_text, values)])
                 where = ""
     return table(["data, network", "training", *(f"d {column}" for column in SAID)], body)
 
@@ -117,31 +117,38 @@ def _title(content: Mapping[str, Any]) -> str:
 def sentence(path: Path) -> str:
     """What a plan came to, in a few lines."""
     title = f"**{_title(json.loads(path.read_text()))}**"
-    _, found = confirmed_results(path)
+    arms, found = confirmed_results(path)
     if len(found[""]) < FEWEST:
         return f"{title}: planned, {len(found[''])} seeds run, too few to compare."
 
-    def said(one: str, other: str, columns: Sequence[str] = SAID) -> str:
-        each = {column: paired(differences(found[one], found[other], column)) for column in columns}
+    def against_none(family: str, columns: Sequence[str] = SAID) -> str:
+        each = {column: paired(differences(found[family], found[""], column)) for column in columns}
         return ", ".join(f"{column} {difference_text(value)}" for column, value in each.items() if value.n)
 
     def verdict(one: str, other: str) -> str:
         value = paired(differences(found[one], found[other], METRIC))
-        if math.isnan(value.low):
-            return "not comparable with"
-        return "better than" if value.low > 0 else "worse than" if value.high < 0 else "not to be told from"
+        word = "better than" if value.low > 0 else "worse than" if value.high < 0 else "not to be told from"
+        return f"{word} {names[other]} ({difference_text(value)})"
 
-    lines = [f"{title}, {len(found[''])} seeds. Forward-only merging against none: {said(MERGING, '')}."]
-    names = {NOISE: "noise of the same norm", DROPOUT: "Dropout2d", DROPCONNECT: "DropConnect"}
-    for other in (NOISE, DROPCONNECT, DROPOUT):
-        if found.get(other):
-            against = f"{verdict(MERGING, other)} {names[other]}"
-            lines.append(f"In {METRIC} it is {against} ({said(MERGING, other, SAID[:1])}).")
-    if found.get(BOTH):
-        alone = [f"{verdict(BOTH, MERGING)} merging alone", f"{verdict(BOTH, DROPOUT)} Dropout2d alone"]
-        lines.append(f"Merging and Dropout2d together are {' and '.join(alone)}.")
-    if found.get(LASTING):
-        lines.append(f"Lasting merging as published against none: {said(LASTING, '', SAID[:1])}.")
+    names = {
+        MERGING: "merging alone",
+        NOISE: "noise of the same norm",
+        DROPOUT: "Dropout2d",
+        DROPCONNECT: "DropConnect",
+    }
+    lines = [f"{title}, {len(found[''])} seeds. {arms[MERGING].label().capitalize()}: d {against_none(MERGING)}."]
+    controls = [verdict(MERGING, other) for other in (NOISE, DROPCONNECT, DROPOUT) if other in arms]
+    if controls:
+        lines.append(f"In {METRIC} it is {', '.join(controls)}.")
+    if DEFAULT in arms:
+        lines.append(
+            f"With the library's default, {arms[DEFAULT].label().partition(', ')[2]}: {against_none(DEFAULT)}."
+        )
+    if BOTH in arms:
+        beside = [verdict(BOTH, other) for other in (MERGING, DROPOUT) if other in arms]
+        lines.append(f"Merging with Dropout2d: {against_none(BOTH)}; {' and '.join(beside)}.")
+    if LASTING in arms:
+        lines.append(f"Lasting merging as published: {against_none(LASTING, SAID[:1])}.")
     return " ".join(lines)
 
 
