@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 from paper_fixtures import TINY
+from torch import nn
 
 from benchmarks.paper import confirm
 from benchmarks.paper.config import BASELINE, Arm
@@ -13,8 +16,10 @@ from benchmarks.paper.experiments import Experiment, Options
 from benchmarks.paper.grid import Where, scores_path
 from benchmarks.paper.report import _confirmation, _unconfirmed
 from benchmarks.paper.storage import append
+from benchmarks.whole_runs.recipes import RECIPES, Images
+from benchmarks.whole_runs.table import _table
 
-pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
 
 
 def put(out, run, value, collapsed=False):
@@ -85,3 +90,35 @@ def test_a_verdict_leaves_out_seeds_that_diverged(tmp_path, gone):
     said = _confirmation(manifest)
     assert f"({len(gone)} more seeds diverged)" in said
     assert ("not confirmed, no interval" if len(gone) == 4 else ": confirmed") in said
+
+
+def test_whole_runs_do_not_judge_by_outputs_that_are_not_finite():
+    images = Images(RECIPES["digits"], None)
+
+    class Constant(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.scores = torch.zeros(10)
+            self.scores[0] = value
+
+        def forward(self, x):
+            return self.scores.expand(len(x), -1)
+
+    assert images.accuracy(Constant(1.0)) == pytest.approx((images.test[1] == 0).float().mean().item())
+    for bad in (math.nan, math.inf):
+        assert math.isnan(images.accuracy(Constant(bad)))
+
+
+def test_the_table_of_whole_runs_leaves_out_what_diverged():
+    def line(setting, seed, accuracy):
+        rank = {"a": None if accuracy is None else 5.0}
+        return {"setting": setting, "seed": seed, "accuracy": accuracy, "rank": rank}
+
+    text = "\n".join(_table([
+        line("without merging", 0, 0.5), line("without merging", 1, 0.6), line("without merging", 2, None),
+        line("0.3", 0, 0.4), line("0.3", 1, None), line("0.3", 2, 0.9),
+    ]))  # fmt: skip
+    assert "| 0.3 | 1 |" in text
+    assert "-10.00 (-10.00)" in text
+    assert "Accuracy without merging: 50.00, 60.00 %." in text
+    assert "Diverged, and in no number above: without merging, seed 2; 0.3, seed 1." in text

@@ -63,7 +63,7 @@ def _table(lines: Sequence[Line]) -> list[str]:
     accuracy = [100 * line["accuracy"] for line in base.values()]
     end = ["", f"Accuracy without merging: {', '.join(f'{value:.2f}' for value in accuracy)} %."]
     if diverged:
-        names = ", ".join(f"{line['setting']}, seed {line['seed']}" for line in diverged)
+        names = "; ".join(f"{line['setting']}, seed {line['seed']}" for line in diverged)
         end += ["", f"Diverged, and in no number above: {names}."]
     return [*rows, *end]
 
