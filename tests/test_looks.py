@@ -77,6 +77,7 @@ READ = {
     "overlapping": (lambda: WEIGHT.flatten().as_strided((8, 3, 5), (7, 2, 1)),
                     WEIGHT.flatten().as_strided((8, 3, 5), (7, 2, 1)).clone()),
     "reversed by a negative bit": (lambda: torch.complex(WEIGHT, WEIGHT).conj().imag, WEIGHT),
+    "negative and dense": (lambda: torch._neg_view(WEIGHT.clone()), -WEIGHT),
     "sparse": (lambda: WEIGHT.to_sparse(), WEIGHT),
     "sparse rows": (sparse_rows, WEIGHT.view(2, 4, 36)),
     "quantised": (quantised, (WEIGHT / 1e-4).round() * 1e-4),
