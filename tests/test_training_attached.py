@@ -49,8 +49,9 @@ def test_another_optimizer_is_noticed_whatever_is_frozen_by_then(before, after):
     model, data = net(), batches(20)
     for index in before:
         model[index].weight.requires_grad_(False)
-    merger = InMerge(model, threshold=-1.0, skip_first=0).attach(sgd(model))
-    one_call(model, merger._attached._real[0](), data[0])
+    first = sgd(model)
+    merger = InMerge(model, threshold=-1.0, skip_first=0).attach(first)
+    one_call(model, first, data[0])
     for index in before:
         model[index].weight.requires_grad_(True)
     for index in after:
