@@ -20,7 +20,8 @@ Everything below is written by `python -m benchmarks.paper report` from the file
 How runs are made is in the [README](../../README.md#does-it-help-the-papers-experiments) and in
 [protocol.py](protocol.py): all arms of a seed start from the same backbone, see the same images in the same order for
 the same number of epochs, and keep the weights of their last epoch. Tables of test images choose nothing; the one
-setting that was followed up from such a table is named as that.
+setting that was followed up from such a table is named as that. Merging here lasts, as published; what lasts for a
+forward pass only has a page of its own, [FORWARD_ONLY.md](FORWARD_ONLY.md).
 
 """
 LIMITS = """## Limits
