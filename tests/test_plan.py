@@ -131,6 +131,41 @@ def test_layers_of_an_iterable_are_numbered_and_named_by_their_place():
     assert plan.skipped == (("1: Conv2d", "shares its weight with 0: Conv2d and goes with it"),)
 
 
+class Deformable(nn.Module):
+    """As torchvision's DeformConv2d keeps its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4, 3, 3)), nn.Parameter(torch.zeros(6))
+
+
+def test_weights_that_are_not_known_as_filters_are_named_and_not_absent():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Deformable())
+    model.kernels = nn.ParameterList([torch.randn(5, 4, 1, 1), torch.randn(3)])
+    model.tokens = nn.Parameter(torch.zeros(1, 5, 4))  # one row for all
+    model.attention, model.lazy = nn.MultiheadAttention(4, 2), nn.LazyConvTranspose1d(3, 2)
+    plan = MergePlan(model, skip_first=0, exclude="lazy")
+    assert plan.names == ["0", "1"]
+    assert plan.skipped[1:] == (
+        ("2.weight", "(6, 4, 3, 3) of a Deformable, which is no convolution of PyTorch; merge the tensor itself"),
+        ("kernels.0", "(5, 4, 1, 1) of a ParameterList, which is no convolution of PyTorch; merge the tensor itself"),
+    )
+    assert "2.weight" in str(plan)
+    inmerge_fast.merge_(model[2].weight)  # as it says
+
+
+def test_complex_convolutions_are_left_out_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3, dtype=torch.complex64))
+    before = model[1].weight.detach().clone()
+    plan = MergePlan(model, skip_first=0)
+    assert plan.names == ["0"]
+    assert plan.skipped == (("1", "complex, and similarities that are complex exceed no threshold"),)
+    inmerge_fast.merge_(model, skip_first=0, threshold=-1, prob=1)
+    assert torch.equal(model[1].weight, before)
+    with pytest.raises(ValueError, match="no layer of this Conv2d can be merged: .*complex"):
+        inmerge_fast.merge_(model[1])
+
+
 def test_a_plan_says_that_its_tensor_is_gone():
     plan = MergePlan(torch.randn(4, 9))
     gc.collect()

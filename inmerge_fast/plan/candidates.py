@@ -93,11 +93,13 @@ class MergeLayer:
 
 
 def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """Convolutions of ``model`` in module order (and its Linears), each weight once, and what was left out as tied.
+    """Convolutions of ``model`` in module order (and its Linears), each weight once, and what was left out.
 
-    Convolutions are numbered first, so that asking for Linears does not renumber them.
+    That is what is tied, and weights with a kernel in what is no convolution of PyTorch. Convolutions are numbered
+    first, so that asking for Linears does not renumber them.
     """
     found: list[tuple[str, nn.Module]] = []
+    foreign: list[tuple[str, str]] = []
     sharing = SharedWeights()
     names = {"": ""}  # by path, without what wrappers insert
     for path, module in model.named_modules():
@@ -105,7 +107,10 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
         inserted = part in INSERTED or (part == "module" and _is_wrapper(model.get_submodule(above)))
         around = names.get(above, above)
         names[path] = around if inserted else f"{around}.{part}".removeprefix(".")
-        if not is_mergeable_module(module) or (isinstance(module, nn.Linear) and not include_linear):
+        if not is_mergeable_module(module):
+            foreign += _foreign(names[path], module)
+            continue
+        if isinstance(module, nn.Linear) and not include_linear:
             continue
         name = names[path] or type(module).__name__
         if not sharing.is_tied(name, module):
@@ -117,7 +122,25 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
         is_linear = isinstance(module, nn.Linear)
         candidates.append(Candidate(name, next_id[is_linear], module))
         next_id[is_linear] += 1
-    return candidates, sharing.tied
+    return candidates, [*sharing.tied, *foreign]
+
+
+def _foreign(name: str, module: nn.Module) -> list[tuple[str, str]]:
+    """Weights with a kernel in a module that is no convolution of PyTorch, as a ``DeformConv2d`` or ``ParameterList``.
+
+    How their filters lie is not known, so they are not merged, and not absent either. Position embeddings and the like,
+    with one row for all, are no weights of filters.
+    """
+    found: list[tuple[str, str]] = []
+    if isinstance(module, parametrize.ParametrizationList):  # its convolution is here, and says itself what it is
+        return found
+    for own, weight in module._parameters.items():
+        if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight) or weight.dim() < 3 or len(weight) < 2:
+            continue
+        shape = ", ".join(map(str, weight.shape))
+        reason = f"({shape}) of a {type(module).__name__}, which is no convolution of PyTorch; merge the tensor itself"
+        found.append((f"{name}.{own}".removeprefix("."), reason))
+    return found
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -245,6 +268,9 @@ def examine(candidates: Iterable[Candidate]) -> tuple[list[MergeLayer], list[tup
     left_out: list[tuple[str, str]] = []
     spans: list[tuple[int, int, str]] = []
     for candidate in candidates:
+        if isinstance(candidate.holder, nn.Module) and _is_complex(candidate.weight):
+            left_out.append((candidate.name, "complex, and similarities that are complex exceed no threshold"))
+            continue
         weight, layout = _weight_and_layout(candidate)
         if layout.group_size < 2:
             reason = "one filter per group, nothing to pair it with" if layout.filters > 1 else "has a single filter"
@@ -264,6 +290,10 @@ def examine(candidates: Iterable[Candidate]) -> tuple[list[MergeLayer], list[tup
         if start < end:
             raise ValueError(f"{other}: the weight shares memory with that of {name}; merge only one of the two")
     return layers, left_out
+
+
+def _is_complex(weight: object) -> bool:
+    return isinstance(weight, torch.Tensor) and weight.is_complex()
 
 
 def _weight_and_layout(candidate: Candidate) -> tuple[torch.Tensor, FilterLayout]:
