@@ -47,8 +47,8 @@ class merged:  # noqa: N801, it is used like a function
     parameters themselves see merged weights, so average weights (EMA) outside. ``state_dict()`` and ``copy.deepcopy``
     of the model give the weights as they were; pickling the model raises. That goes for the modules of ``target``: one
     outside that shares a weight with it, or owns one that was given as a bare tensor, is not known, so save it outside.
-    An optimizer that holds a merged weight is refused its step, and a backward pass after the block raises, because its
-    forward pass saw other weights. Writes through ``weight.data`` leave no trace that PyTorch could be asked for, and
+    An optimizer that holds a merged weight is refused its step, and an ``AveragedModel`` its update; a backward pass
+    after the block raises, because its forward pass saw other weights. Writes through ``weight.data`` leave no trace that PyTorch could be asked for, and
     are lost for merged filters.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
 
 from .draw import coin_threshold
 from .merge_plan import MergePlan
@@ -38,6 +39,8 @@ class Lease:
         RuntimeError: one of the weights is merged for a forward pass already.
     """
 
+    _is_on = False  # also where an interrupt comes before all is set
+
     def __init__(
         self,
         plan: MergePlan,
@@ -45,7 +48,6 @@ class Lease:
         call: Call,
         before_step: Callable[[], object] | None = None,
     ) -> None:
-        self._is_on = False
         self._written: list[tuple[int, int]] | None = None  # version and address of each weight
         self._found: tuple[list[int], list[int]] | None = None  # what was replaced and touched, looked at once
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -162,20 +164,22 @@ class Lease:
             _leases.pop(identity, None)
         self._is_on = False
 
-    def end_before_step(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> None:
-        """Restore before ``optimizer``, which holds ``weight``, writes.
+    def end_before(self, weight: torch.Tensor, what: str, cure: str) -> None:
+        """Restore before somebody updates ``weight``, or averages it.
+
+        Args:
+            weight: one of the weights.
+            what: what is about to happen, for a message.
+            cure: what to do instead.
 
         Raises:
-            RuntimeError: it is not to step now, or see :meth:`restore`.
+            RuntimeError: that is not to happen now, or see :meth:`restore`.
         """
         if self._before_step is not None:
             self._before_step()
             return
         name = self._plan.names[self._ids.index(id(weight))]
-        raise RuntimeError(
-            f"{name} is merged for a forward pass, and the {type(optimizer).__name__} that holds it is about to step: "
-            "it would update merged weights. Call optimizer.step() after the merged() block"
-        )
+        raise RuntimeError(f"{name} is merged for a forward pass, and {what}. {cure}")
 
     def __del__(self) -> None:
         # A block that was never left, as Ctrl-C can have it. There may be no module any more whose weights these are.
@@ -234,7 +238,7 @@ def refuse_to_pickle(module: nn.Module | None) -> NoReturn:
 @functools.cache
 def _watch_steps() -> None:
     register_optimizer_step_pre_hook(_before_any_step)
-    scale_and_step = torch.amp.GradScaler.step
+    scale_and_step, update = torch.amp.GradScaler.step, AveragedModel.update_parameters
 
     # A step that a scaler skips calls no hook of any optimizer, and averages that follow would read merged weights.
     @functools.wraps(scale_and_step)
@@ -243,7 +247,14 @@ def _watch_steps() -> None:
             _before_any_step(optimizer)
         return scale_and_step(self, optimizer, *args, **kwargs)
 
+    # Where a step takes several micro-batches, or a second network's loss has called this one after its own step.
+    @functools.wraps(update)
+    def update_parameters(self: Any, model: nn.Module) -> Any:
+        _before_average(model)
+        return update(self, model)
+
     torch.amp.GradScaler.step = step  # type: ignore[method-assign]
+    AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]
 
 
 def _before_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -254,7 +265,18 @@ def _before_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for weight in group["params"]:
             lease = lease_of(weight)
             if lease is not None:
-                lease.end_before_step(optimizer, weight)
+                what = f"the {type(optimizer).__name__} that holds it is about to step: it would update merged weights"
+                lease.end_before(weight, what, "Call optimizer.step() after the merged() block")
+
+
+def _before_average(model: nn.Module) -> None:
+    if torch.compiler.is_compiling() or not _leases:
+        return
+    for weight in model.parameters():
+        lease = lease_of(weight)
+        if lease is not None:
+            what = "an AveragedModel is about to average it, merged filters and all"
+            lease.end_before(weight, what, "Call update_parameters() after the merged() block")
 
 
 class _SavesAsItWas:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from oracle import assert_same_bits
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from inmerge_fast import InMerge, NoEffectWarning, lease, merged
-from inmerge_fast.lease import lease_of
+from inmerge_fast.lease import Lease, lease_of
 
 DRAW = {"seed": 3, "step": 0}
 
@@ -69,6 +70,52 @@ def test_a_step_of_other_weights_inside_the_block_is_taken():
         sgd(other.parameters(), 1.0).step()
         assert lease_of(model[0].weight)
     assert not torch.equal(other.weight, was)
+
+
+def test_averages_in_mid_step_are_of_the_weights_as_they_were():
+    """Of a network that a second one's loss has called after its own step, for example."""
+    model, before, _, merger = attach()
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    assert_restored(average.module, before)
+    merger.detach()
+    with (
+        merged(model, **DRAW),
+        pytest.raises(RuntimeError, match=r"0 is merged .* about to average .* after the merged"),
+    ):
+        average.update_parameters(model)
+    assert_restored(average.module, before)
+    average.update_parameters(model)
+
+
+def test_a_block_in_the_same_block_is_refused_and_the_outer_one_goes_on():
+    model = make()
+    before, merger = weights_of(model), InMerge(model, lasting=False, seed=3)
+    with merger.merged():
+        with pytest.raises(RuntimeError, match=r"in a merged\(\) block already"), merger.merged():
+            pass
+        assert not torch.equal(model[2].weight, before[2])
+    assert merger.step_count == 1
+    assert_restored(model, before)
+    with merger.merged():
+        pass
+    assert merger.step_count == 2
+
+
+def test_an_interrupt_before_it_is_restored_leaves_that_to_the_step(monkeypatch):
+    model, before, optimizer, merger = attach()
+
+    def interrupted(self):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lease, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt) as error:
+        optimizer.step()
+    optimizer.step()
+    assert_restored(model, before)
+    del error
+    merger.detach()
 
 
 def test_an_optimizer_that_it_is_not_attached_to_steps_from_the_weights_as_they_were():

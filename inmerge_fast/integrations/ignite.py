@@ -38,6 +38,9 @@ class InMergeHandler:
     A trainer of MONAI is asked for what it trains: ``train_handlers=[InMergeHandler(threshold=...)]``. One that has
     several networks takes a handler for each, with its network and optimizer.
 
+    With ``lasting=False`` weights are merged while the engine's function runs: between iterations, as where they are
+    averaged, they are as they were, and a backward pass of what the function has returned raises.
+
     After an exception that another handler raises again it stays attached until the next run of the engine begins.
 
     Args:
@@ -118,6 +121,7 @@ class InMergeHandler:
         engine.add_event_handler(Events.EPOCH_STARTED, self._on_epoch)
         engine.add_event_handler(Events.ITERATION_STARTED, self._on_iteration)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._on_iteration_end)
+        engine.add_event_handler(Events.TERMINATE, self._on_terminate)
         engine.add_event_handler(Events.COMPLETED, self._on_end)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._on_exception)
 
@@ -166,10 +170,22 @@ class InMergeHandler:
         elif done:
             self._blueprint.join(self.merger, self._steps(engine, done))
         self._saved = None
+        self._stand_around_iterations(engine)
         _end_others(self, engine)
         self.merger.attach(optimizer)
         self._began_at = self.merger.step_count
         _RUNS.add(self)
+
+    def _stand_around_iterations(self, engine: Engine) -> None:
+        """Last at an iteration's start and first at its end: whoever averages weights there reads the parameters."""
+        for event, ours, end in (
+            (Events.ITERATION_STARTED, self._on_iteration, True),
+            (Events.ITERATION_COMPLETED, self._on_iteration_end, False),
+        ):
+            entries = engine._event_handlers[event]
+            own = [entry for entry in entries if entry[0] == ours]
+            others = [entry for entry in entries if entry[0] != ours]
+            entries[:] = others + own if end else own + others
 
     def _on_iteration(self, engine: Engine) -> None:
         # Now, since the engine's function may call parts of the model, which nobody hears of.
@@ -178,8 +194,14 @@ class InMergeHandler:
 
     def _on_iteration_end(self, engine: Engine) -> None:
         state = engine.state
+        if self.merger is not None and self.merger._forward is not None:
+            self.merger._forward.restore()
         if self.merger is not None and state.epoch_length and state.iteration % state.epoch_length == 0:
             self.merger._run.monitor.flush()  # before the epoch's metrics are reported
+
+    def _on_terminate(self, engine: Engine) -> None:
+        if engine.should_terminate == "skip_completed":
+            self._on_end(engine)
 
     def _on_end(self, engine: Engine) -> None:
         self._let_go()

@@ -30,6 +30,10 @@ NO_BLOCK = (
     "merged() is for an InMerge with lasting=False that is not attached: one that merges for good has step(), and an "
     "attached one merges by itself unless you detach() it"
 )
+IN_BLOCK = (
+    "this InMerge is in a merged() block already, and one block is one optimizer step: put all forward and backward "
+    "passes of the step into it"
+)
 
 
 class ForwardSteps:
@@ -50,7 +54,7 @@ class ForwardSteps:
         self._lease: Lease | None = None
         self._merged_at = -1  # the step that was merged last
         self._undo: list[Callable[[], object]] = []
-        self._has_warned = False
+        self._has_warned = self._in_block = False
         self._attached: AttachedStep | None = None
         self._parts = Parts(self.restore)
 
@@ -81,16 +85,29 @@ class ForwardSteps:
     def restore(self) -> None:
         """Give the weights their old bits back, if they are merged; see :meth:`Lease.restore`."""
         self._parts.leave()
-        lease, self._lease = self._lease, None
-        if lease is not None:
+        lease = self._lease
+        if lease is None:
+            return
+        try:
             lease.restore()
+        finally:
+            if not lease.is_merged:  # else an interrupt came first, and the next step has to find it
+                self._lease = None
 
     @contextmanager
     def merged(self) -> Iterator[MergeStats | None]:
-        """Merge for the block, restore at its end, and count the step if nothing was raised."""
+        """Merge for the block, restore at its end, and count the step if nothing was raised.
+
+        Raises:
+            RuntimeError: in such a block, whose weights this one's end would restore.
+        """
+        if self._in_block:
+            raise RuntimeError(IN_BLOCK)
+        self._in_block = True
         try:
             yield self.begin()
         finally:
+            self._in_block = False
             self.restore()
         self.count()
 
