@@ -47,7 +47,12 @@ def load(path, **limits):
         ((16, 16, 16), (1, 16, 16, 16), "16x16x16 grey"),
         ((28, 28, 28), (1, 16, 16, 16), "28x28x28 grey, resized to 16x16x16"),
         ((64, 64, 64), (1, 16, 16, 16), "64x64x64 grey, resized to 16x16x16"),
-        ((20, 8, 16), (1, 16, 16, 16), "20x8x16 grey, resized to 16x16x16"),
+        (
+            (20, 8, 16),
+            (1, 16, 16, 16),
+            "20x8x16 grey, resized to 16x16x16; images of shape (12, 20, 8, 16) are read as grey volumes of 20 slices "
+            "of 8 x 16",
+        ),
     ],
 )
 def test_reads_grey_rgb_and_volumes(tmp_path, size, shape, words):
@@ -166,7 +171,9 @@ def test_a_third_as_many_volumes_are_used(tmp_path):
         ((8, 12, 16, 1), (8, 12, 16), "grey volumes, their one channel last"),
         ((28, 20), (28, 20), None),
         ((28, 20, 3), (28, 20, 3), None),
-        ((8, 12, 16), (8, 12, 16), None),
+        ((12, 12, 12), (12, 12, 12), None),
+        ((8, 12, 16), (8, 12, 16), "grey volumes of 8 slices of 12 x 16"),
+        ((5, 28, 20), (5, 28, 20), "grey volumes of 5 slices of 28 x 20"),  # or five channels: the reader sees it
     ],
 )
 def test_axes_are_understood_and_said(tmp_path, stored, shape, words):
@@ -335,9 +342,11 @@ def array_bytes():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not an npz archive"),
-        (b"no archive at all", "is not an npz archive"),
-        (b"PK\x03\x04 cut off", "is not an npz archive"),
+        (b"", "is not an npz archive: the file is empty; .*"),
+        (b"no archive at all", "is not an npz archive: a text file .*"),
+        (b"<!DOCTYPE html><html>", "is not an npz archive: an HTML page .*"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not an npz archive: a Git LFS pointer .*"),
+        (b"PK\x03\x04 cut off", "is not an npz archive: .* cut short; repeat it"),
         (array_bytes(), "is a single array, not an npz archive"),
     ],
 )
@@ -358,6 +367,28 @@ def test_damaged_archive(tmp_path):
     content[middle : middle + 64] = bytes(64)
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".npy"])
+@pytest.mark.parametrize("content", [b"no array", b"\x93NUMPY\x01\x00\x10\x00{'descr': broken\n"])
+def test_members_that_are_no_arrays(tmp_path, suffix, content):
+    path = tmp_path / "members.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for key in medmnist():
+            archive.writestr(key + suffix, content)
+    with pytest.raises(ValueError, match=r"members\.npz: damaged"):
+        load(path)
+
+
+def test_arrays_larger_than_memory(tmp_path):
+    path = tmp_path / "large.npz"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 50,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        for key in medmnist():
+            archive.writestr(f"{key}.npy", header.getvalue())
+    with pytest.raises(ValueError, match=r"large\.npz: does not fit into memory, or is damaged"):
         load(path)
 
 

@@ -48,6 +48,24 @@ def test_outputs_that_cannot_be_written_are_said_before_the_work(checkpoint, tmp
     assert "Is a directory" in error([checkpoint, "--no-pictures", "--csv", tmp_path], capsys)
 
 
+@pytest.mark.parametrize("named", ["itself", "a link", "a file of the folder"])
+def test_a_table_never_replaces_what_is_looked_at(named, checkpoint, tmp_path, capsys):
+    before = Path(checkpoint).read_bytes()
+    table = Path(checkpoint)
+    if named == "a link":
+        table = tmp_path / "table.csv"
+        table.symlink_to(checkpoint)
+    source = tmp_path if named == "a file of the folder" else checkpoint
+    assert "would be replaced; name another file" in error([source, "--no-pictures", "--csv", table], capsys)
+    assert Path(checkpoint).read_bytes() == before
+
+
+def test_names_that_are_no_text_are_written_to_the_table(tmp_path, capsys):
+    torch.save({"\ud800": WEIGHT}, tmp_path / "net.pt")
+    main(["inspect", str(tmp_path / "net.pt"), "--no-pictures", "--csv", str(tmp_path / "table.csv")])
+    assert "\\ud800,8," in (tmp_path / "table.csv").read_text()
+
+
 def test_what_was_made_for_nothing_is_taken_away(tmp_path, capsys):
     assert "there is no file" in error(
         ["gone.pt", "--output", tmp_path / "a" / "b", "--csv", tmp_path / "t.csv"], capsys

@@ -269,6 +269,28 @@ def test_where_nothing_is_left_every_reason_is_given():
         similarity(nn.Sequential(nn.Linear(2, 2)))
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch is about to drop TorchScript
+def test_what_is_no_model_of_plain_layers_is_told_how_it_is_compared():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 8, 3)))
+    with pytest.raises(ValueError, match=r"no convolution found .* is compared as similarity\(model.state_dict\(\)\)"):
+        similarity(scripted)
+    assert [layer.name for layer in similarity(scripted.state_dict()).layers] == ["0.weight"]
+    with pytest.raises(ValueError, match=r"but no floating-point .*; pass one of what it holds: 'state_dict', 'ema'"):
+        similarity({"epoch": 3, "state_dict": {"a": WEIGHT}, "ema": nn.Conv2d(4, 8, 3)})
+
+
+@pytest.mark.parametrize("plain_too", [False, True])
+def test_a_lazy_module_does_not_stop_the_others(plain_too):
+    lazy = nn.LazyConv2d(8, 3)
+    if plain_too:
+        found = similarity(nn.Sequential(lazy, nn.Conv2d(8, 8, 3)))
+        assert [layer.name for layer in found.layers] == ["1"]
+        assert found.skipped == (("0", "is not initialised yet"),)
+    else:
+        with pytest.raises(ValueError, match="no layer .* can be compared: skipped 1, is not initialised yet: 0"):
+            similarity(nn.Sequential(lazy))
+
+
 def test_weights_may_go_and_come_back_elsewhere():
     net = nn.Sequential(nn.Conv2d(4, 8, 3))
     found = similarity(net)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..checkpoints.kinds import kind_of
 from .duplicates import digest_of, same_images
 
 SPLITS = ("train", "val", "test")
@@ -101,7 +101,7 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray]:
         try:
             archive = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: is not an npz archive") from error
+            raise ValueError(f"{path}: is not an npz archive{_what_else(path)}") from error
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError(f"{path}: is a single array, not an npz archive")
         missing = [key for key in keys if key not in archive]
@@ -109,9 +109,24 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray]:
             found = ", ".join(sorted(archive)) or "nothing"
             raise ValueError(f"{path}: not in MedMNIST format: {', '.join(missing)} missing; it holds {found}")
         try:
-            return {key: archive[key] for key in keys}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {key: archive[key] for key in keys}
+        except MemoryError as error:
+            raise ValueError(f"{path}: does not fit into memory, or is damaged: {error}") from error
+        except Exception as error:  # NumPy's reader of headers, zip's and zlib's raise errors of many types
             raise ValueError(f"{path}: damaged, or holds arrays that are not plain numbers: {error}") from error
+        for key, value in arrays.items():
+            if not isinstance(value, np.ndarray):  # NumPy gives the bytes of what is no .npy file
+                raise ValueError(f"{path}: damaged: {key} is no array of NumPy")
+        return arrays
+
+
+def _what_else(path: Path) -> str:
+    """What a file is that is no archive; empty where that is not known."""
+    try:
+        kind_of(path)
+    except ValueError as error:
+        return f": {error}".replace(f"{path}: ", "")
+    return ""
 
 
 def _check_split(path: str | Path, split: str, images: npt.NDArray, labels: npt.NDArray) -> None:
@@ -169,7 +184,9 @@ def _order_of(what: str, shape: tuple[int, ...]) -> tuple[Callable[[npt.NDArray]
     sides = shape[1:]
     short = [axis for axis, side in enumerate(sides) if side <= MOST_CHANNELS]
     if not short and len(sides) <= 3:
-        return None
+        if len(set(sides)) == 1 or len(sides) == 2:
+            return None
+        return (lambda images: images), f"grey volumes of {sides[0]} slices of {sides[1]} x {sides[2]}"
     if len(sides) == 3 and short == [2] and sides[2] == 3:
         return None
     ends = {0: "first", len(sides) - 1: "last"}

@@ -146,7 +146,7 @@ def _run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     folder = None if options.no_pictures else Path(options.output or f"similarity-{_stem(options.source)}")
     try:
-        outputs = Outputs(folder, options.csv)
+        outputs = Outputs(folder, options.csv, Path(options.source))
     except ValueError as error:
         parser.error(_one_line(error))
     try:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from ..stats import describe_skipped
 
 LARGEST_COPY = 1 << 28  # elements of what is not dense: an expanded or sparse tensor may claim any size
 FEW_CHANNELS = 4  # of an image
+NAMED = 3  # entries that a message names
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -81,12 +83,16 @@ class Look:
             except Exception as error:  # whatever its code raises
                 return f"its weight cannot be computed: {_first_line(error)}"
             expected = 2 + len(holder.kernel_size) if isinstance(holder, _ConvNd) else 2
-            if isinstance(weight, torch.Tensor) and not weight.is_nested and weight.dim() != expected:
+            if _has_dimensions(weight) and weight.dim() != expected:
                 return f"its weight has {weight.dim()} dimensions instead of {expected}, a shard of a flat one perhaps"
         plain = readable(weight)
         if isinstance(plain, str):
             return plain
         return laid_out(plain, self.name, self.groups, self.transposed)
+
+
+def _has_dimensions(weight: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(weight, torch.Tensor) and not nn.parameter.is_lazy(weight) and not weight.is_nested
 
 
 @torch.no_grad()
@@ -221,6 +227,8 @@ def _of_modules(target: Target, selection: Selection) -> tuple[list[Look], list[
         candidates, tied = module_candidates(target, selection.include_linear)
         if not candidates:
             hint = "" if selection.include_linear else "; Linear layers take part with include_linear=True"
+            if any(_has_dimensions(one) and one.dim() >= 3 for one in target.state_dict().values()):
+                hint = "; what TorchScript and quantised models hold is compared as similarity(model.state_dict())"
             raise ValueError(
                 f"no convolution found in this {type(target).__name__}; it has {describe_modules(target)}{hint}"
             )
@@ -279,7 +287,11 @@ def _of_state_dict(
         elif isinstance(value, torch.Tensor) and value.dim() >= dims:
             shaped[key] = value
     if not shaped:
-        raise ValueError(f"the state dict has {len(state)} entries, but no floating-point tensor of {dims} dimensions")
+        inner = [repr(key) for key, value in state.items() if isinstance(value, (Mapping, nn.Module))]
+        cure = f"; pass one of what it holds: {', '.join(inner[:NAMED])}" if inner else ""
+        raise ValueError(
+            f"the state dict has {len(state)} entries, but no floating-point tensor of {dims} dimensions{cure}"
+        )
     depthwise = _depthwise(shaped, layouts)
     candidates: list[Candidate] = []
     tied: list[tuple[str, str]] = []

@@ -22,15 +22,18 @@ class Outputs:
     Args:
         folder: where pictures go; None for none.
         table: the file of the table; None for none.
+        source: what is looked at, which the table must not replace.
 
     Raises:
         ValueError: one of them cannot be written; the message says why.
     """
 
-    def __init__(self, folder: Path | None, table: Path | None) -> None:
+    def __init__(self, folder: Path | None, table: Path | None, source: Path) -> None:
         self.folder, self.table = folder, table
         self._made: list[Path] = []
         if table is not None:
+            if _is_in(table, source):
+                raise ValueError(f"--csv: {table}: is what is looked at and would be replaced; name another file")
             _try_file(table)
         if folder is not None:
             self._make(folder)
@@ -53,6 +56,14 @@ class Outputs:
                 folder.rmdir()
             except OSError:
                 return
+
+
+def _is_in(table: Path, source: Path) -> bool:
+    """Whether a file is the source, by any name, or one of those in the folder that is the source."""
+    try:
+        return table.samefile(source) or (table.is_file() and table.parent.samefile(source))
+    except (OSError, ValueError):  # one of them is not there, or can be no name of a file
+        return False
 
 
 def _try_file(path: Path) -> None:
@@ -120,7 +131,7 @@ def write_table(found: Similarity, path: Path) -> None:
     columns = ["layer", "filters", "groups", "elements", "kernel", "finite", "zero", "effective_rank", "pairs", "mean",
                "std", "median", "quantile_99", "max", "above_0.3",
                *(f"threshold_{rule}_{100 * rate:g}%" for rule, rate in rates), "skipped"]  # fmt: skip
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # names may be no text
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for layer in found.layers:
