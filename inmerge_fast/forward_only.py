@@ -48,8 +48,8 @@ class merged:  # noqa: N801, it is used like a function
     of the model give the weights as they were; pickling the model raises. That goes for the modules of ``target``: one
     outside that shares a weight with it, or owns one that was given as a bare tensor, is not known, so save it outside.
     An optimizer that holds a merged weight is refused its step, and an ``AveragedModel`` its update; a backward pass
-    after the block raises, because its forward pass saw other weights. Writes through ``weight.data`` leave no trace that PyTorch could be asked for, and
-    are lost for merged filters.
+    after the block raises, because its forward pass saw other weights. Writes through ``weight.data`` leave no trace
+    that PyTorch could be asked for, and are lost for merged filters.
 
     Args:
         target: see :func:`inmerge_fast.merge_`, as are partner, exclude, include_linear, seed, step, layer and

@@ -3,7 +3,10 @@
 import copy
 
 import pytest
+import torch
 from oracle import assert_same_bits
+from torch import nn
+from torch.utils.data import DataLoader
 from trainers import ACCUMULATE, DATA, assert_same_weights, hooks_of
 
 pytest.importorskip("ignite")
@@ -12,6 +15,7 @@ from ignite.engine import Events
 from ignite.handlers.ema_handler import EMAHandler
 from test_training_integrations_ignite import FORWARD, parts, run, trainer_of
 
+from inmerge_fast import RankBudget
 from inmerge_fast.integrations.ignite import InMergeHandler
 from inmerge_fast.lease import lease_of
 
@@ -70,3 +74,44 @@ def merging(step, model, merged):
         return out
 
     return noted
+
+
+@pytest.mark.parametrize("recipe", [FORWARD, {"threshold": RankBudget(), "skip_first": 0}])
+def test_both_networks_of_monais_gan_trainer_are_merged_and_know_their_steps(recipe):
+    pytest.importorskip("monai")
+    from monai.engines import GanTrainer
+
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.ConvTranspose2d(8, 8, 4), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 1, 3))
+    critic = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 2), nn.Flatten(), nn.Linear(8, 1))
+    networks = generator, critic
+    optimizers = [torch.optim.SGD(network.parameters(), 0.01) for network in networks]
+    handlers = [InMergeHandler(*pair, **recipe) for pair in zip(networks, optimizers, strict=True)]
+    trainer = GanTrainer(
+        device="cpu",
+        max_epochs=2,
+        train_data_loader=DataLoader(torch.randn(8, 1, 4, 4), batch_size=2),
+        g_network=generator,
+        g_optimizer=optimizers[0],
+        g_loss_function=lambda fake: -critic(fake).mean(),
+        d_network=critic,
+        d_optimizer=optimizers[1],
+        d_loss_function=lambda fake, real: critic(fake.detach()).mean() - critic(real).mean(),
+        d_train_steps=3,
+        d_prepare_batch=lambda batch, *_, **__: batch,
+        g_prepare_batch=lambda num_latents, **_: torch.randn(num_latents, 8, 1, 1),
+        train_handlers=handlers,
+        decollate=False,
+    )
+    left = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda _: left.extend(lease_of(w) for n in networks for w in n.parameters())
+    )
+    trainer.run()
+    assert [handler.merger.step_count for handler in handlers] == [8, 24]
+    assert set(left) == {None}
+    for handler, steps in zip(handlers, (8, 24), strict=True):
+        if recipe is FORWARD:
+            assert handler.merger.summary().merged > 0
+        else:
+            assert handler.merger._run.recipe.threshold.steps == steps

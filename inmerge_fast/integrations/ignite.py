@@ -239,7 +239,9 @@ class InMergeHandler:
         if hasattr(engine, "accumulation_steps") and length:  # MONAI's steps at the end of each epoch, too
             epochs, rest = divmod(iterations, length)
             return epochs * math.ceil(length / per_step) + rest // per_step
-        return iterations // per_step
+        # MONAI's trainer of GANs steps one of its two optimizers several times.
+        is_discriminator = getattr(engine, "d_optimizer", None) is self._trained(engine)[1]
+        return iterations // per_step * (getattr(engine, "d_train_steps", 1) if is_discriminator else 1)
 
     def _length(self, engine: Engine) -> tuple[float, float | None]:
         """Optimizer steps of the run, infinite if nobody knows, and its epochs; None if they are not what ends it."""
