@@ -310,7 +310,7 @@ DAMAGE = {
     "cut by a byte": lambda content: content[:-1],
     "empty": lambda content: b"",
     "another file": lambda content: b"no array",
-    "a damaged header": lambda content: content.replace(b"'shape': (", b"'shape': {"),
+    "a damaged header": lambda content: content.replace(b"}", b" ", 1),
     "a flipped bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
     "another shape": lambda content: content.replace(b"(24, 1, 8, 8)", b"(12, 2, 8, 8)"),
 }
