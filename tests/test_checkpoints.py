@@ -1,8 +1,13 @@
 """What ``inmerge_fast.checkpoints`` reads, what it refuses and in which words, and that it runs nothing."""
 
+import collections
 import importlib
 import json
+import pathlib
+import signal
+import sys
 import types
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +152,39 @@ def test_classes_are_neither_loaded_nor_run(tmp_path, monkeypatch):
         before = torch.serialization.get_safe_globals()
         assert read(tmp_path / "c.pt").network().entry == "model"
         assert set(torch.serialization.get_safe_globals()) == set(before)  # what was allowed is as it was
+
+
+@pytest.mark.filterwarnings("ignore")  # NumPy is about to drop its matrices
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_people_keep_beside_their_weights_is_read(zipped, tmp_path, monkeypatch):
+    """Arrays of NumPy's own kinds, types, enumerations; paths as Python 3.13 pickles them."""
+    monkeypatch.setattr(pathlib.PosixPath, "__module__", "pathlib._local")
+    monkeypatch.setitem(sys.modules, "pathlib._local", pathlib)
+    rows = np.zeros(2, dtype=[("a", "i4")])
+    kept = {
+        "matrix": np.matrix([[1.0]]), "rows": rows.view(np.recarray),
+        "mapped": np.memmap(tmp_path / "m", "f4", "w+", 0, 3),
+        "none": type(None), "either": int | None, "noted": typing.Annotated[int, 1], "list": list[int],
+        "signal": signal.SIGINT, "path": pathlib.PosixPath("a"),
+    }  # fmt: skip
+    for name, value in kept.items():
+        torch.save({"model": STATE, name: value}, tmp_path / "kept.pt", _use_new_zipfile_serialization=zipped)
+        assert read(tmp_path / "kept.pt").network().entry == "model", name
+
+
+def test_the_class_that_stands_in_the_way_of_a_file_without_a_zip_is_named(tmp_path, capsys):
+    content = {"module": collections.OrderedDict(STATE), "epoch": 1, "net": nn.Conv2d(3, 8, 3)}
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    message = refusal([tmp_path / "old.pt", "--no-pictures"], capsys)
+    assert "an object of the class torch.nn.modules.conv.Conv2d with its source code" in message
+
+
+def test_addresses_and_parts_of_distributed_checkpoints(tmp_path, capsys):
+    message = refusal(["https://example.org/net.pth", "--no-pictures"], capsys)
+    assert "https://example.org/net.pth: an address, not a file; download it" in message
+    saved(STATE)(tmp_path / "__0_0.distcp")
+    message = refusal([tmp_path / "__0_0.distcp", "--no-pictures"], capsys)
+    assert f"a part of a distributed checkpoint; name its folder, {tmp_path}" in message
 
 
 def test_one_tensor_of_an_unknown_dtype_does_not_stop_the_others(tmp_path, capsys):

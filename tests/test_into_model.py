@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -160,6 +161,12 @@ def changed(**values):
     return change
 
 
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, and files have them
+        return torch.nested.nested_tensor([torch.ones(3, 3), torch.ones(2, 3)])
+
+
 WRONG = {
     "another shape": (changed(conv_weight=torch.ones(4, 3, 3, 3)),
                       "1 tensors have another shape: conv.weight (4, 3, 3, 3) instead of (4, 1, 3, 3)"),
@@ -169,6 +176,12 @@ WRONG = {
     "nothing that fits": (lambda state: prefixed(state, "my_"), "none of its 9 tensors has a name of the model's; in "
                           "the file my_conv.weight, my_conv.bias, my_norm.weight, ..., in the model conv.weight"),
     "integers": (changed(conv_weight=torch.ones(4, 1, 3, 3, dtype=torch.int8)), "floating-point numbers: conv.weight "),
+    "no values": (changed(conv_weight=torch.empty(4, 1, 3, 3, device="meta")),
+                  "1 tensors are no plain floating-point numbers: conv.weight on the meta device, without values"),
+    "a nested tensor": (lambda state: changed(conv_weight=nested())(state),
+                        "1 tensors are no plain floating-point numbers: conv.weight nested"),
+    "a sparse tensor": (changed(conv_weight=torch.ones(4, 1, 3, 3).to_sparse()),
+                        "1 tensors are no plain floating-point numbers: conv.weight sparse_coo"),
     "NaN": (changed(conv_weight=torch.full((4, 1, 3, 3), float("nan"))), "1 tensors hold NaN or infinity: conv.weight"),
     "NaN in the head": (changed(fc_bias=torch.full((3,), float("inf"))), "the head: 1 tensors hold NaN or infinity: "),
     "a head of another width": (changed(fc_weight=torch.ones(7, 5), fc_bias=torch.ones(7)),

@@ -310,6 +310,7 @@ DAMAGE = {
     "cut by a byte": lambda content: content[:-1],
     "empty": lambda content: b"",
     "another file": lambda content: b"no array",
+    "a damaged header": lambda content: content.replace(b"}", b" ", 1),
     "a flipped bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
     "another shape": lambda content: content.replace(b"(24, 1, 8, 8)", b"(12, 2, 8, 8)"),
 }
@@ -326,6 +327,11 @@ def test_a_damaged_cache_is_made_again_and_named(nih, kind, capfd):
     assert values(load(nih)) == TEST_VALUES
     assert f"{cache}: is damaged (" in capfd.readouterr().err
     assert cache.read_bytes() == whole
+
+
+def test_a_size_below_one_is_refused(nih):
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        load_chestxray14(nih, size=0, cache=nih.parent / "cache")
 
 
 def test_a_cache_without_its_digests_is_made_again(nih):

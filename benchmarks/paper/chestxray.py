@@ -44,6 +44,8 @@ def load_chestxray14(
     Raises:
         ValueError: a file is missing, incomplete, damaged or ambiguous, or the split leaks; the message names it.
     """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     if not folder.is_dir():
         raise MissingDataError(
             f"{folder}: there is no such folder; put NIH ChestX-ray14 there: {ENTRY_TABLES[0]}, {LISTS[0]}, {LISTS[1]} "

@@ -57,7 +57,7 @@ def decoded(
     if target.exists():
         try:
             return _read(target, digests, len(paths), size)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # of a header that is damaged NumPy raises errors of many types
             print(f"{target}: is damaged ({error}); its images are decoded again", file=sys.stderr, flush=True)
     try:
         cache.mkdir(parents=True, exist_ok=True)

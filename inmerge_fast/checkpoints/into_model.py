@@ -182,6 +182,11 @@ def _differences(
     if unknown:
         wrong.append(f"{len(unknown)} tensors are not in the model: {_some(unknown)}")
     both = [(key, state[key], own[key]) for key in state if key in own]
+    kinds = {key: kind for key, one, mine in both if (kind := _odd_kind(one, mine))}
+    if kinds:
+        named = _some([f"{key} {kind}" for key, kind in kinds.items()])
+        wrong.append(f"{len(kinds)} tensors are no plain floating-point numbers: {named}")
+    both = [(key, one, mine) for key, one, mine in both if key not in kinds]
     shapes = [
         f"{key} {tuple(one.shape)} instead of {tuple(mine.shape)}"
         for key, one, mine in both
@@ -189,18 +194,24 @@ def _differences(
     ]
     if shapes:
         wrong.append(f"{len(shapes)} tensors have another shape: {_some(shapes)}")
-    kinds = [
-        f"{key} {str(one.dtype).removeprefix('torch.')}"
-        for key, one, mine in both
-        if mine.is_floating_point() and (not one.is_floating_point() or one.is_quantized or one.layout != mine.layout)
-    ]
-    if kinds:
-        wrong.append(f"{len(kinds)} tensors are no plain floating-point numbers: {_some(kinds)}")
-    plain = [(key, one) for key, one, _ in both if one.is_floating_point() and one.layout == torch.strided]
+    plain = [(key, one) for key, one, _ in both if one.is_floating_point() and not one.is_meta]
     broken = [key for key, one in plain if one.numel() and not bool(one.float().isfinite().all())]
     if broken:
         wrong.append(f"{len(broken)} tensors hold NaN or infinity: {_some(broken)}")
     return wrong
+
+
+def _odd_kind(one: torch.Tensor, mine: torch.Tensor) -> str:
+    """What keeps the values of a tensor from being copied as they are; empty where nothing does."""
+    if one.is_nested:
+        return "nested"
+    if one.is_meta and not mine.is_meta:
+        return "on the meta device, without values"
+    if one.layout != mine.layout:
+        return str(one.layout).removeprefix("torch.")
+    if mine.is_floating_point() and (not one.is_floating_point() or one.is_quantized):
+        return str(one.dtype).removeprefix("torch.")
+    return ""
 
 
 def _head_fits(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> tuple[bool, str, str]:

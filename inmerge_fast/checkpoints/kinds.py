@@ -36,6 +36,10 @@ def kind_of(path: Path) -> str:
         raise ValueError(f"{path}: the file is empty; a download or a save was cut short, so repeat it")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer instead of the file itself; run git lfs pull, or download it")
+    if path.suffix == ".distcp":
+        raise ValueError(
+            f"{path}: a part of a distributed checkpoint; name its folder, {path.parent}, to see what to do"
+        )
     if head.startswith(b"PK"):
         return _kind_of_zip(path, size)
     if head.startswith(b"\x80") and any(number in head[:24] for number in LEGACY):

@@ -88,8 +88,7 @@ def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
                     "5, or a damaged file); load it where you trust it, and save it again as torch.save does by default"
                 ) from error
             if "Only persistent_load of storage" in reason:  # a file without a zip keeps the source code of modules
-                classes = [name for name in references if name.rpartition(".")[2][:1].isupper() and name in allowed]
-                reason = f"it holds an object of the class {next(iter(classes), '?')} with its source code"
+                reason = f"it holds an object of the class {_with_source(source)} with its source code"
             raise ValueError(
                 f"{path}: not a checkpoint of tensors alone: {reason}. A pickled model can run any code when "
                 "it is loaded, so it is refused; save model.state_dict() instead"
@@ -147,6 +146,25 @@ def _references(stream: BinaryIO, pickles: int) -> Iterator[str]:
             return
 
 
+def _with_source(stream: BinaryIO) -> str:
+    """The first class that a file without a zip names together with its source: "module", the class, its file."""
+    stream.seek(0)
+    for _ in range(4):
+        memo: dict[object, object] = {}
+        last: object = None
+        named = ""
+        with contextlib.suppress(ValueError):
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("BINPUT", "LONG_BINPUT"):
+                    memo[argument] = last
+                    continue
+                if named and opcode.name == "BINUNICODE":
+                    return named
+                named = str(argument).replace(" ", ".") if opcode.name == "GLOBAL" and last == "module" else ""
+                last = memo.get(argument) if opcode.name in ("BINGET", "LONG_BINGET") else argument
+    return "?"
+
+
 def _modern(reference: str) -> str:
     module, _, name = reference.rpartition(".")
     if (module, name) in _compat_pickle.NAME_MAPPING:
@@ -167,7 +185,10 @@ def _numpy() -> Iterator[tuple[str, Any]]:
     for core in ("numpy.core", "numpy._core"):
         yield f"{core}.multiarray.scalar", scalar
         yield f"{core}.multiarray._reconstruct", array
-    yield "numpy.ndarray", np.ndarray
+    for kept in ("ndarray", "memmap", "recarray", "rec.recarray", "matrix", "matrixlib.defmatrix.matrix"):
+        yield f"numpy.{kept}", np.ndarray
+    for row in ("record", "rec.record"):
+        yield f"numpy.{row}", np.record
     yield "numpy.dtype", np.dtype
     for kind in vars(np.dtypes).values():
         if isinstance(kind, type):

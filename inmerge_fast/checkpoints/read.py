@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def read(source: str | Path) -> Checkpoint:
         ValueError: it cannot be read or holds no weights. The message is one line that says what the source is and what
             to do.
     """
+    if re.match("(https?|ftp|s3|gs)://", str(source)):
+        raise ValueError(f"{source}: an address, not a file; download it, and name the file")
     path = _from_hub(str(source)) if str(source).startswith(HUB) and not is_there(source) else Path(source)
     if is_there(path) and path.is_dir():
         path = _main_file(path)

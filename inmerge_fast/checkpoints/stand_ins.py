@@ -12,11 +12,12 @@ import torch
 # What files that mean no harm call in the standard library; everything else that a pickle calls there is refused.
 HARMLESS = (
     "array.", "builtins.bytes", "builtins.complex", "builtins.dict", "builtins.frozenset", "builtins.list",
-    "builtins.object", "builtins.range", "builtins.slice", "builtins.tuple", "collections.", "copyreg._reconstructor",
-    "datetime.", "decimal.Decimal", "enum.", "fractions.Fraction", "functools.partial", "inspect.", "logging.getLogger",
-    "numpy.random.", "operator.attrgetter", "operator.itemgetter", "pathlib.Path", "pathlib.Posix", "pathlib.Pure",
-    "pathlib.Windows", "random.Random", "re._compile", "time.struct_time", "types.SimpleNamespace", "uuid.UUID",
-    "zoneinfo.ZoneInfo",
+    "builtins.object", "builtins.range", "builtins.slice", "builtins.tuple", "builtins.type", "collections.",
+    "copyreg._reconstructor", "datetime.", "decimal.Decimal", "enum.", "fractions.Fraction", "functools.partial",
+    "functools.reduce", "http.HTTPStatus", "inspect.", "logging.getLogger", "numpy.random.", "operator.attrgetter",
+    "_operator.getitem", "operator.itemgetter", "_operator.or_", "pathlib.Path", "pathlib.Posix", "pathlib.Pure",
+    "pathlib.Windows", "pathlib._local.", "random.Random", "re._compile", "signal.Signals", "time.struct_time",
+    "types.GenericAlias", "types.SimpleNamespace", "uuid.UUID", "zoneinfo.ZoneInfo",
 )  # fmt: skip
 
 
