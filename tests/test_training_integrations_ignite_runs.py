@@ -7,7 +7,7 @@ import torch
 from oracle import assert_same_bits
 from torch import nn
 from torch.utils.data import DataLoader
-from trainers import ACCUMULATE, DATA, assert_same_weights, hooks_of
+from trainers import ACCUMULATE, DATA, STEPS, assert_same_weights, hooks_of
 
 pytest.importorskip("ignite")
 
@@ -42,6 +42,34 @@ def test_an_interrupted_run_has_its_own_weights_and_goes_on_to_the_bit():
     assert lease_of(model[0].weight) is None
     trainer.run(DATA, max_epochs=2)
     assert_same_weights(model, run(FORWARD, 2)[0])
+
+
+@pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED])
+def test_a_handler_that_is_attached_to_a_running_engine_merges_from_then_on(event):
+    model, optimizer = parts()
+    engine, calls = trainer_of(model, optimizer), []
+    handler = InMergeHandler(model, optimizer, accumulation_steps=ACCUMULATE, **FORWARD)
+    engine.add_event_handler(event(once=2), lambda e: handler.attach(e))
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda e: calls.append(e.state.iteration))
+    with pytest.warns(UserWarning, match="resumes after"):
+        engine.run(DATA, max_epochs=2)
+    assert calls == list(range(1, 2 * len(DATA) + 1))
+    assert handler.merger.summary().merged > 0
+    assert handler.merger.step_count == 2 * STEPS
+    assert hooks_of(optimizer) == 0
+
+
+def test_a_handler_that_is_attached_to_an_interrupted_engine_merges_from_then_on():
+    model, optimizer = parts()
+    engine = trainer_of(model, optimizer)
+    handler = InMergeHandler(model, optimizer, accumulation_steps=ACCUMULATE, **FORWARD)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda e: e.interrupt())
+    engine.run(DATA)
+    handler.attach(engine)
+    with pytest.warns(UserWarning, match="resumes after 1 "):
+        engine.run(DATA)
+    assert handler.merger.step_count == STEPS
+    assert handler.merger.summary().merged > 0
 
 
 @pytest.mark.parametrize("event", [Events.ITERATION_STARTED, Events.ITERATION_COMPLETED])

@@ -71,6 +71,22 @@ def test_totals_go_on_over_new_plans_and_checkpoints():
     assert {layer.name: (layer.sampled, layer.merged) for layer in summary.layers} == totals(steps)
 
 
+@pytest.mark.parametrize("look", ["effective_rank", "preview", "summary"])
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("threshold", [0.1, RankBudget(steps=50)])
+def test_a_look_right_after_freezing_is_of_what_is_trained_now(look, trains, threshold):
+    model = deep()
+    model[0].weight.requires_grad_(not trains)
+    merger = InMerge(model, skip_first=0, guard=None, threshold=threshold)
+    merger.step()
+    model[0].weight.requires_grad_(trains)
+    found = getattr(merger, look)()
+    if look != "effective_rank":
+        found = {layer.name: layer.rank if look == "preview" else layer.rank_end for layer in found.layers}
+    assert list(found) == (["0", "1", "2"] if trains else ["1", "2"])
+    assert found == pytest.approx(InMerge(model, skip_first=0).effective_rank())
+
+
 def test_verdicts_ranks_and_losses():
     model = deep()
     before = ranks(model)

@@ -115,7 +115,7 @@ class InMergeHandler:
             )
         if "Workflow" not in kinds and None in self._given:  # MONAI's do not have them yet when they attach handlers
             self._trained(engine)
-        self._engine = weakref.ref(engine)
+        self._engine, self._begins = weakref.ref(engine), True  # without waiting for a start: the engine may be running
         engine.add_event_handler(Events.STARTED, self._on_started)
         # Not at the start, where other handlers may only just load a checkpoint.
         engine.add_event_handler(Events.EPOCH_STARTED, self._on_epoch)
@@ -145,15 +145,15 @@ class InMergeHandler:
 
     def _on_epoch(self, engine: Engine) -> None:
         if self._begins:
-            self._begins = False
-            self._begin(engine)
+            self._begin(engine, engine.state.iteration)
         elif self.merger is not None and not self.merger.attached:  # another handler has dealt with an exception
             self.merger.attach(self._trained(engine)[1])
 
-    def _begin(self, engine: Engine) -> None:
+    def _begin(self, engine: Engine, done: int) -> None:
+        self._begins = False
         model, optimizer = self._trained(engine)
         part, tag = self._blueprint.part(model)
-        done, state, before = engine.state.iteration, self._saved, self.merger
+        state, before = self._saved, self.merger
         if state is None and done and before is not None:
             state = before.state_dict()
 
@@ -185,9 +185,11 @@ class InMergeHandler:
             entries = engine._event_handlers[event]
             own = [entry for entry in entries if entry[0] == ours]
             others = [entry for entry in entries if entry[0] != ours]
-            entries[:] = others + own if end else own + others
+            engine._event_handlers[event] = others + own if end else own + others  # anew: it may be gone through now
 
     def _on_iteration(self, engine: Engine) -> None:
+        if self._begins:  # attached in the midst of an epoch
+            self._begin(engine, engine.state.iteration - 1)
         # Now, since the engine's function may call parts of the model, which nobody hears of.
         if self.merger is not None and self.merger.attached and self.merger._forward is not None:
             self.merger._forward.begin()

@@ -185,7 +185,8 @@ class MergeRun:
         Args:
             wanted: names of the layers; None for all.
         """
-        names, weights, layers = self.plan.names, self.current_weights(), self.plan.layers
+        weights = self.current_weights()  # first: this may plan anew
+        names, layers = self.plan.names, self.plan.layers
         chosen = [place for place, name in enumerate(names) if wanted is None or name in wanted]
         some: Iterable[torch.Tensor] = [weights[place] for place in chosen]
         if isinstance(self.plan, ShardedPlan):

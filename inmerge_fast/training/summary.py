@@ -115,6 +115,7 @@ class RunSummary:
 
 def summarise(run: MergeRun) -> RunSummary:
     """See :meth:`inmerge_fast.InMerge.summary`."""
+    run.current_weights()  # first: where some were frozen since, this plans anew
     counted = run.counted_by_layer()
     ledgers = {} if run.watch is None else run.watch.ledgers
     limit = CollapseGuard().loss if run.guard is None else run.guard.loss
@@ -228,6 +229,7 @@ def preview(run: MergeRun) -> Preview:
         if recipe.stop is not None and step >= recipe.stop:
             raise ValueError(f"no step merges any more: step_count is {run.step_count}, stop is {recipe.stop}")
         step = max(step + 1, recipe.start)
+    run.current_weights()  # first, as there
     counted, watch, prob = run.counted_by_layer(), run.watch, recipe.prob_at(step)
     thresholds = run.peek_thresholds(step)
     layers = []
