@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import signal
+import subprocess
 import sys
 import types
 import typing
@@ -339,16 +340,37 @@ def test_without_onnx_the_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else real(name))
     assert "to read it onnx must be installed: pip install onnx" in refusal([tmp_path / "net.onnx"], capsys)
 
-
-def test_readers_of_the_command_may_stop(tmp_path):
-    import subprocess
-    import sys
-
     torch.save({f"{i}.weight": torch.randn(4, 3, 3, 3) for i in range(400)}, tmp_path / "many.pt")
     command = f"{sys.executable} -m inmerge_fast inspect {tmp_path / 'many.pt'} --no-pictures | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert "many.pt" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize(
+    ("to", "code", "words"), [("> /dev/full", 1, "standard output: No space left"), (">&-", 0, "")]
+)
+def test_output_that_nobody_can_write_to(to, code, words, tmp_path):
+    saved(STATE)(tmp_path / "net.pt")
+    command = f"{sys.executable} -m inmerge_fast inspect {tmp_path / 'net.pt'} --no-pictures {to}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == code
+    assert words in done.stderr
+    assert done.stderr.count("\n") == bool(words)
+
+
+def test_who_stops_the_command_sees_no_traceback(tmp_path, monkeypatch, capsys):
+    saved(STATE)(tmp_path / "net.pt")
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inmerge_fast.inspection.command.similarity", stopped)
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", str(tmp_path / "net.pt"), "--no-pictures"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_a_lazy_module_is_not_initialised(tmp_path, capsys):
