@@ -95,6 +95,13 @@ def test_kernels_of_jax_and_tensorflow_have_their_filters_last(kind, tmp_path):
     assert similarity(network.tensors).layers[0].filters == 8
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch is about to drop TorchScript
+def test_frozen_torchscript_has_no_parameters(tmp_path):
+    torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())).save(tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"TorchScript module without parameters, as torch\.jit\.freeze makes"):
+        read(tmp_path / "net.pt")
+
+
 def test_safetensors_files_are_read(tmp_path):
     files = pytest.importorskip("safetensors.torch")
     files.save_file(small_net().state_dict(), tmp_path / "net.safetensors")
