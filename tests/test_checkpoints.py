@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import signal
+import subprocess
 import sys
 import types
 import typing
@@ -253,18 +254,25 @@ def test_no_permission_and_no_regular_file(tmp_path, capsys, monkeypatch):
     assert "cannot be opened" in refusal(["x" * 5000 + ".pt", "--no-pictures"], capsys)
 
 
-def test_a_damaged_byte_is_found(tmp_path, capsys):
+@pytest.mark.parametrize("script", [False, True])
+@pytest.mark.filterwarnings("ignore")  # PyTorch is about to drop TorchScript
+def test_a_damaged_byte_is_found(script, tmp_path, capsys):
     path = tmp_path / "net.pt"
-    torch.save(STATE, path)
+    torch.jit.script(NET).save(path) if script else torch.save(STATE, path)
     content = path.read_bytes()
     at = content.index(STATE["0.weight"].numpy().tobytes())
     path.write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
+    assert "it is damaged: BadZipFile: Bad CRC-32" in refusal([path, "--no-pictures"], capsys)
+
+
+def test_files_may_have_no_checksums(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     try:
-        network = read(path).network()
-    except ValueError as error:
-        assert "damaged" in str(error)
-    else:  # PyTorch does not look at checksums: one weight is another number, and that is all that can be wrong
-        assert (network.tensors["0.weight"] != STATE["0.weight"]).sum() == 1
+        torch.save(STATE, tmp_path / "net.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(read(tmp_path / "net.pt").network().tensors["0.weight"], STATE["0.weight"])
 
 
 # -------------------------------------------------------------------------------------------------- names and packages
@@ -339,16 +347,37 @@ def test_without_onnx_the_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else real(name))
     assert "to read it onnx must be installed: pip install onnx" in refusal([tmp_path / "net.onnx"], capsys)
 
-
-def test_readers_of_the_command_may_stop(tmp_path):
-    import subprocess
-    import sys
-
     torch.save({f"{i}.weight": torch.randn(4, 3, 3, 3) for i in range(400)}, tmp_path / "many.pt")
     command = f"{sys.executable} -m inmerge_fast inspect {tmp_path / 'many.pt'} --no-pictures | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert "many.pt" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize(
+    ("to", "code", "words"), [("> /dev/full", 1, "standard output: No space left"), (">&-", 0, "")]
+)
+def test_output_that_nobody_can_write_to(to, code, words, tmp_path):
+    saved(STATE)(tmp_path / "net.pt")
+    command = f"{sys.executable} -m inmerge_fast inspect {tmp_path / 'net.pt'} --no-pictures {to}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == code
+    assert words in done.stderr
+    assert done.stderr.count("\n") == bool(words)
+
+
+def test_who_stops_the_command_sees_no_traceback(tmp_path, monkeypatch, capsys):
+    saved(STATE)(tmp_path / "net.pt")
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inmerge_fast.inspection.command.similarity", stopped)
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", str(tmp_path / "net.pt"), "--no-pictures"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_a_lazy_module_is_not_initialised(tmp_path, capsys):

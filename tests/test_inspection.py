@@ -13,6 +13,7 @@ from torch import nn
 
 from inmerge_fast import similarity
 from inmerge_fast.__main__ import main
+from inmerge_fast.checkpoints.read import read
 from inmerge_fast.inspection import most_alike
 from inmerge_fast.inspection.command import load_weights
 from inmerge_fast.inspection.outputs import describe, write_pictures
@@ -76,6 +77,29 @@ def test_state_dicts_are_found_in_checkpoints(content, entry, tmp_path):
     found, title = load_weights(str(tmp_path / "c.ckpt"))
     assert found.tensors.keys() == state.keys()
     assert (f"entry {entry!r}" in title) is bool(entry)
+
+
+@pytest.mark.parametrize("kind", ["a tree", "a tree of arrays", "an archive"])
+def test_kernels_of_jax_and_tensorflow_have_their_filters_last(kind, tmp_path):
+    weight = torch.randn(8, 4, 3, 5)
+    kernel = weight.permute(2, 3, 1, 0).contiguous()
+    tree = {"conv": {"kernel": kernel if kind == "a tree" else kernel.numpy(), "bias": torch.zeros(8)}}
+    if kind == "an archive":
+        np.savez(tmp_path / "net.npz", **{"net/conv/kernel": kernel.numpy(), "net/dense/kernel": np.zeros((4, 4))})
+        network = read(tmp_path / "net.npz").network()
+    else:
+        torch.save({"params": tree}, tmp_path / "net.pt")
+        network = read(tmp_path / "net.pt").network()
+    key = next(iter(network.tensors))
+    assert torch.equal(network.tensors[key], weight)
+    assert similarity(network.tensors).layers[0].filters == 8
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch is about to drop TorchScript
+def test_frozen_torchscript_has_no_parameters(tmp_path):
+    torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())).save(tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"TorchScript module without parameters, as torch\.jit\.freeze makes"):
+        read(tmp_path / "net.pt")
 
 
 def test_safetensors_files_are_read(tmp_path):

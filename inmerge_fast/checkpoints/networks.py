@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ MOMENT = re.compile(
 )
 LEAVES = {"weight", "bias", "kernel", "scale", "running_mean", "running_var", "num_batches_tracked", "gamma", "beta",
           "moving_mean", "moving_variance", "mean", "var", "w", "b"}  # fmt: skip
+FILTERS_LAST = re.compile(r".+/kernel(:0)?")  # names of TensorFlow and JAX, whose filters are the last axis
 DEEPEST = 12
 COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, beside the keys that begin with "module."
 
@@ -131,15 +133,25 @@ def _walk(node: object, path: str, above: frozenset[int]) -> Iterator[Network]:
     own, rest = {}, {}
     for key, value in children.items():
         if is_array(value):
-            own[key] = value
+            own[key] = _filters_first(value) if FILTERS_LAST.fullmatch(key) else value
         elif isinstance(value, Mapping) and value and set(value) <= LEAVES and all(map(is_array, value.values())):
-            own |= {f"{key}.{leaf}": one for leaf, one in value.items()}  # a tree of modules instead of dotted keys
+            own |= {
+                f"{key}.{leaf}": _filters_first(one) if leaf == "kernel" else one for leaf, one in value.items()
+            }  # a tree of modules instead of dotted keys
         elif not NO_NETWORK.match(key):
             rest[key] = value
     if own:
         yield _network(path, own, {})
     for key, value in rest.items():
         yield from _walk(value, f"{path}.{key}" if path else key, above)
+
+
+def _filters_first(value: Any) -> Any:
+    """A kernel ``(*kernel, in, out)`` of TensorFlow or JAX as ``(out, in, *kernel)``; what is no kernel as it is."""
+    if getattr(value, "ndim", 0) < 3:
+        return value
+    move = np.moveaxis if isinstance(value, np.ndarray) else torch.moveaxis
+    return move(value, (-1, -2), (0, 1))
 
 
 def _children(node: object) -> Iterator[tuple[str, object]]:

@@ -19,6 +19,7 @@ import torch
 
 from .stand_ins import stand_in_for
 
+CHUNK = 1 << 20  # bytes
 RETRIES = 20  # classes of mappings and lists, found one by one
 FILLED = re.compile(r"Can only (?:(SETITEMS?) for .*|append to lists|extend lists)[ ,]+but got <class '([^']+)'>")
 
@@ -29,6 +30,7 @@ def load_zip(path: Path, archive: zipfile.ZipFile) -> object:
     Raises:
         ValueError: it is damaged, or cannot be read without running code.
     """
+    _check_sums(archive)
     names = archive.namelist()
     root = next(name for name in names if name == "data.pkl" or name.endswith("/data.pkl")).removesuffix("data.pkl")
     with archive.open(f"{root}data.pkl") as stream:
@@ -42,6 +44,21 @@ def load_zip(path: Path, archive: zipfile.ZipFile) -> object:
         return _load(path, source, references)
     with path.open("rb") as file:
         return _load(path, file, references)
+
+
+def _check_sums(archive: zipfile.ZipFile) -> None:
+    """Compare all checksums, which PyTorch's reader does not; 25 million weights take 0.03 s.
+
+    Raises:
+        zipfile.BadZipFile: one is wrong.
+    """
+    for entry in archive.infolist():
+        if entry.CRC == 0:  # PyTorch has written none, after torch.serialization.set_crc32_options(False)
+            del entry.CRC  # zipfile's own way of not knowing it
+            continue
+        with archive.open(entry) as content:
+            while content.read(CHUNK):
+                pass
 
 
 def load_legacy(path: Path) -> object:

@@ -140,6 +140,8 @@ def _describe(content: object) -> str:
         keys = ", ".join(repr(str(key)) for key in list(content)[:5]) + (", ..." if len(content) > 5 else "")
         return f"but a dict of {len(content)} entries{f' ({keys})' if keys else ''}"
     name = getattr(content, "name", None) or type(content).__name__
+    if name.startswith("__torch__."):
+        return "a TorchScript module without parameters, as torch.jit.freeze makes: save it before that"
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 

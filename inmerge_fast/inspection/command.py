@@ -136,8 +136,20 @@ def main(arguments: Sequence[str]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started it
+            sys.stdout.flush()
     except BrokenPipeError:  # who reads it, as head does, has had enough
+        _drop_output()
+    except OSError as error:  # of other files it is named where they are opened
+        _drop_output()
+        raise SystemExit(f"python -m inmerge_fast inspect: error: standard output: {error.strerror or error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere, or Python would complain of it at its end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
