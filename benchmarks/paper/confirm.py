@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def plan(options: Options, where: Where) -> None:
     experiment, path = search_experiment(options), plan_path(options, where.out)
     if path.exists():
         raise ValueError(
-            f"{path}: there is a plan already, and a second look would not be one look; delete it to start over"
+            f"{path}: there is a plan already, and one that is made after its results were seen is none; to start over "
+            "with other seeds, delete it"
         )
     missing = [run.key() for run in experiment.runs() if not is_stored(where.out, run.key())]
     if missing:
@@ -100,8 +101,16 @@ def plan(options: Options, where: Where) -> None:
         "split": "test",
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
-    labels = "; ".join(setting.label() for setting in chosen) or "nothing: no setting of the search qualifies"
-    print(f"{path}: to be confirmed on the test images with {count} fresh seeds: {labels}\nCommit it before confirm.")
+    print(f"{len(rows)} settings against no merging, difference in {METRIC} on validation images, in points:")
+    for row in rows:
+        fate = "diverged" if row.diverged else "filters collapsed" if row.collapsed else ""
+        print(f"  {row.difference[METRIC].mean:+.2f}  {row.label}{f' ({fate})' if fate else ''}")
+    if chosen:
+        labels = "; ".join(setting.label() for setting in chosen)
+        print(f"To be tried on the test images, with {count} seeds that nobody has seen: {labels}.")
+    else:
+        print("None is above 0 with its filters apart, so nothing is to be tried on the test images.")
+    print(f"Written: {path}. Commit it before you run confirm: that shows that the choice came first.")
 
 
 def _searched(row: Row) -> dict[str, Any]:
@@ -129,11 +138,12 @@ def confirm(options: Options, where: Where) -> None:
     """Do the plan and write ``confirm.<recipe>.result.json``."""
     experiment = confirm_experiment(plan_path(options, where.out))
     if len(experiment.groups[0][1]) == 1:
-        print("the plan confirms nothing: no setting of the search qualified")
+        print("The plan has nothing to try on the test images: no setting of the search was good enough.")
         return
     done = result_path(experiment, where.out)
     if done.exists():
-        print(f"{done}: confirmed already, and a second look would not be one look\n{done.read_text()}")
+        print(f"{done}: confirmed already; test images are looked at once. What was found:")
+        _say(json.loads(done.read_text()))
         return
     execute(experiment.runs(), where)
     if not is_leader():
@@ -141,7 +151,24 @@ def confirm(options: Options, where: Where) -> None:
     path = write_manifest(experiment, where.out)
     write_tables(path)
     print(markdown(path))
-    print(json.dumps(verdict(experiment, where.out), indent=1))
+    _say(verdict(experiment, where.out))
+
+
+def _say(found: Mapping[str, Mapping[str, Any]]) -> None:
+    for label, one in found.items():
+        print(f"- {said(label, one)}")
+
+
+def said(label: str, one: Mapping[str, Any]) -> str:
+    """What was found about one setting, in a sentence."""
+    diverged = f" ({one['diverged']} more seeds diverged)" if one.get("diverged") else ""
+    if None in (one["d_mean"], one["d_low"]):
+        return f"{label}: not confirmed, no interval{diverged}"
+    return (
+        f"{label}: d {METRIC} {one['d_mean']:+.2f} [{one['d_low']:+.2f}, {one['d_high']:+.2f}], p after Holm "
+        f"{one['p_holm']:.2g}, over seeds and images [{one['bootstrap_low']:+.2f}, {one['bootstrap_high']:+.2f}]: "
+        f"{'confirmed' if one['confirmed'] else 'not confirmed'}{diverged}"
+    )
 
 
 def _results(experiment: Experiment, out: Path) -> list[list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inmerge_fast.demo.data import require
 
-from . import front
+from . import confirm, front
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
@@ -181,17 +181,7 @@ def _confirmation(path: Path) -> str:
     result = path.with_name(f"{path.stem}.result.json")
     if not result.exists():
         return "**confirm**: planned, not run."
-    lines = []
-    for label, one in json.loads(result.read_text()).items():
-        diverged = f" ({one['diverged']} more seeds diverged)" if one.get("diverged") else ""
-        if None in (one["d_mean"], one["d_low"]):
-            lines.append(f"{label}: not confirmed, no interval{diverged}")
-            continue
-        lines.append(
-            f"{label}: d corrupted AUC {one['d_mean']:+.2f} [{one['d_low']:+.2f}, {one['d_high']:+.2f}], p after Holm "
-            f"{one['p_holm']:.2g}, over seeds and images [{one['bootstrap_low']:+.2f}, {one['bootstrap_high']:+.2f}]: "
-            f"{'confirmed' if one['confirmed'] else 'not confirmed'}{diverged}"
-        )
+    lines = [confirm.said(label, one) for label, one in json.loads(result.read_text()).items()]
     recipe = path.stem.split(".", 1)[1]
     chosen = json.loads((path.parent / f"plan.{recipe}.json").read_text())["rule"]
     text = f"**confirm**, {recipe}: fresh seeds on the test images. The plan's rule: {chosen}. {'; '.join(lines)}."
