@@ -38,7 +38,7 @@ import inmerge_fast
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "nnunet", "test"}
 FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
-LEFT_BEHIND = ("__pycache__", "*.so", "*.npz", "checkpoints")  # by earlier builds and runs; git ignores them
+LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.so", "*.npz")  # by earlier builds and runs; git ignores them
 CPU_KERNEL = set() if why_not_built() else {"inmerge_fast/_cpu.abi3.so"}
 MODES = ["regular", "default", "strict", "compat"]  # the last three are setuptools' editable modes
 
@@ -85,7 +85,8 @@ def copy_checkout(target: Path) -> Path:
         if path.is_file() and not path.name.startswith("."):
             shutil.copy2(path, target)
     for name in filter(lambda name: (ROOT / name).exists(), FOLDERS):
-        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=LEFT_BEHIND)
+    shutil.rmtree(target / "benchmarks/paper/results/checkpoints", ignore_errors=True)
     return target
 
 

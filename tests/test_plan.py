@@ -143,6 +143,7 @@ def test_weights_that_are_not_known_as_filters_are_named_and_not_absent():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Deformable())
     model.kernels = nn.ParameterList([torch.randn(5, 4, 1, 1), torch.randn(3)])
     model.tokens = nn.Parameter(torch.zeros(1, 5, 4))  # one row for all
+    model.scale = nn.Parameter(torch.ones(8, 1, 1))  # a gain for each channel
     model.attention, model.lazy = nn.MultiheadAttention(4, 2), nn.LazyConvTranspose1d(3, 2)
     plan = MergePlan(model, skip_first=0, exclude="lazy")
     assert plan.names == ["0", "1"]

@@ -72,10 +72,6 @@ def _negate_lazily(weight, others):
     weight.data = torch._neg_view(weight.data.clone())
 
 
-def _make_it_complex(weight, others):
-    weight.data = weight.data.to(torch.complex64)
-
-
 def _change_its_class(weight, others):
     weight.__class__ = type("Fancy", (nn.Parameter,), {})
 
@@ -87,7 +83,7 @@ def _put_inference_memory(weight, others):
 
 REFUSED = [
     _scale, _write_one_filter, _write_through_a_view, _give_a_tangent, _free_the_storage, _shrink_the_storage, _expand,
-    _overlap, _overlap_in_part, _negate_lazily, _make_it_complex, _change_its_class, _put_inference_memory,
+    _overlap, _overlap_in_part, _negate_lazily, _change_its_class, _put_inference_memory,
 ]  # fmt: skip
 
 
@@ -106,3 +102,15 @@ def test_what_a_fresh_plan_refuses_a_cached_one_does_too(change, grad_mode):
             inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
         check()
     assert str(cached.value) == str(fresh.value)
+
+
+def test_what_a_fresh_plan_leaves_out_a_cached_one_does_too():
+    model = net()
+    inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
+    model[2].weight.data = model[2].weight.data.to(torch.complex64)
+    names = MergePlan(model, skip_first=0).names
+    assert names
+    assert "2" not in names
+    before = model[2].weight.detach().clone()
+    assert [layer.name for layer in inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL).layers] == names
+    assert torch.equal(model[2].weight, before)

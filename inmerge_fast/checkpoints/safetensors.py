@@ -100,7 +100,7 @@ def _counts(value: object) -> tuple[int, ...] | None:
 
 def _tensor(content: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     if not content:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(shape)
 
 

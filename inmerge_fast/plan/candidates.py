@@ -128,14 +128,16 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
 def _foreign(name: str, module: nn.Module) -> list[tuple[str, str]]:
     """Weights with a kernel in a module that is no convolution of PyTorch, as a ``DeformConv2d`` or ``ParameterList``.
 
-    How their filters lie is not known, so they are not merged, and not absent either. Position embeddings and the like,
-    with one row for all, are no weights of filters.
+    How their filters lie is not known, so they are not merged, and not absent either. Position embeddings and
+    gains are no weights of filters.
     """
     found: list[tuple[str, str]] = []
     if isinstance(module, parametrize.ParametrizationList):  # its convolution is here, and says itself what it is
         return found
     for own, weight in module._parameters.items():
-        if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight) or weight.dim() < 3 or len(weight) < 2:
+        if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight) or weight.dim() < 3:
+            continue
+        if len(weight) < 2 or weight.numel() <= len(weight):  # of all together, or a gain for each channel
             continue
         shape = ", ".join(map(str, weight.shape))
         reason = f"({shape}) of a {type(module).__name__}, which is no convolution of PyTorch; merge the tensor itself"
