@@ -13,13 +13,12 @@ rounds. What forward-only merging adds to a training step: ``python -m benchmark
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 
 from benchmarks import compiled, forward_only, providers
-from benchmarks.bench_merge import Pass, time_plan
+from benchmarks.bench_merge import Pass, about_net, run_passes, time_plan
 from benchmarks.check import Checker
-from benchmarks.command import for_each_net, open_file, parser_of
+from benchmarks.command import parser_of
 from benchmarks.result_files import ResultFile
 from benchmarks.work import DTYPES, NETS, Settings, net_of
 from inmerge_fast.forward_only import ALPHA, PROB, SKIP_FIRST, THRESHOLD
@@ -41,10 +40,7 @@ def time_net(pass_: str, name: str, dtype: str, options: argparse.Namespace, fil
         with file.attempt(net=name, dtype=dtype, provider=provider.name, form=provider.form):
             checker.check_restored(provider)
             sound.append(provider)
-    about = {
-        "net": name, "dtype": dtype, "layers": len(plan.layers), "filters": sum(plan.filters), "path": plan.path,
-        "weights_bytes": sum(w.numel() * w.element_size() for w in plan.weights()),
-    }  # fmt: skip
+    about = about_net(name, dtype, plan)
     with file.attempt(net=name, dtype=dtype):
         chosen = [compiled.fastest(sound, plan, SETTINGS)] if pass_ == "compile" and sound else sound
         time_plan(plan, chosen, SETTINGS, about, options, file, beside=providers.MERGE, kernels=True)
@@ -60,16 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:  # compiling is never quick
         options.nets, options.dtypes, options.repeats, options.seconds = ["ConvNeXt-T"], ["float32"], 5, 0.3
         options.passes = options.passes or ["eager"]
-    status = 0
-    for pass_ in options.passes or PASSES:
-        name = "forward" if pass_ == "eager" else f"forward-{pass_}"
-        file = open_file(options, name, {"prob": PROB, "alpha": ALPHA, "threshold": THRESHOLD})
-        chosen = vars(options) | {
-            "nets": options.nets or PASSES[pass_].nets, "dtypes": options.dtypes or PASSES[pass_].dtypes
-        }  # fmt: skip
-        for_each_net(argparse.Namespace(**chosen), file, functools.partial(time_net, pass_))
-        status |= file.finish()
-    return status
+    settings = {"prob": PROB, "alpha": ALPHA, "threshold": THRESHOLD}
+    return run_passes("forward", PASSES, options.passes or PASSES, options, settings, time_net)
 
 
 if __name__ == "__main__":

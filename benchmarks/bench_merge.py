@@ -16,7 +16,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,6 +135,43 @@ class Pass:
     candidates: Callable[[inmerge_fast.MergePlan], list[Provider]]
 
 
+def about_net(name: str, dtype: str, plan: inmerge_fast.MergePlan) -> dict[str, object]:
+    """What all rows of a network have in common."""
+    return {
+        "net": name, "dtype": dtype, "layers": len(plan.layers), "filters": sum(plan.filters), "path": plan.path,
+        "weights_bytes": sum(w.numel() * w.element_size() for w in plan.weights()),
+    }  # fmt: skip
+
+
+def run_passes(
+    stem: str,
+    passes: Mapping[str, Pass],
+    wanted: Iterable[str],
+    options: argparse.Namespace,
+    settings: Mapping[str, object],
+    time_net: Callable[[str, str, str, argparse.Namespace, ResultFile], None],
+) -> int:
+    """Time the networks of the wanted passes, each into a file of its own; the exit status.
+
+    Args:
+        stem: name of the file of the eager pass, and the beginning of the others'.
+        passes: all passes by name.
+        wanted: names of those to run, in this order.
+        options: of the command line.
+        settings: what the files say of all rows.
+        time_net: times one network in one dtype, in the pass of this name.
+    """
+    status = 0
+    for pass_ in wanted:
+        file = open_file(options, stem if pass_ == "eager" else f"{stem}-{pass_}", settings)
+        chosen = vars(options) | {
+            "nets": options.nets or passes[pass_].nets, "dtypes": options.dtypes or passes[pass_].dtypes
+        }  # fmt: skip
+        for_each_net(argparse.Namespace(**chosen), file, functools.partial(time_net, pass_))
+        status |= file.finish()
+    return status
+
+
 def cores() -> int:
     """How many of the CPU's this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -168,10 +205,7 @@ def time_net(pass_: str, name: str, dtype: str, options: argparse.Namespace, fil
         with file.attempt(net=name, dtype=dtype, provider=provider.name, form=provider.form):
             checker.check(provider)
             sound.append(provider)
-    about = {
-        "net": name, "dtype": dtype, "layers": len(plan.layers), "filters": sum(plan.filters), "path": plan.path,
-        "weights_bytes": sum(w.numel() * w.element_size() for w in plan.weights()),
-    }  # fmt: skip
+    about = about_net(name, dtype, plan)
     for regime, threshold in REGIMES.items():
         settings = Settings(threshold)
         with file.attempt(net=name, dtype=dtype, regime=regime):
@@ -192,15 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.nets, options.dtypes, options.repeats, options.seconds = ["ConvNeXt-T"], ["float32"], 5, 0.3
         options.passes = options.passes or ["eager", "published"]
     left_out = ["threads"] if options.device.type == "cuda" else []
-    status = 0
-    for pass_ in options.passes or [name for name in PASSES if name not in left_out]:
-        file = open_file(options, "merge" if pass_ == "eager" else f"merge-{pass_}", {"prob": 0.3, "alpha": 0.8})
-        chosen = vars(options) | {
-            "nets": options.nets or PASSES[pass_].nets, "dtypes": options.dtypes or PASSES[pass_].dtypes
-        }  # fmt: skip
-        for_each_net(argparse.Namespace(**chosen), file, functools.partial(time_net, pass_))
-        status |= file.finish()
-    return status
+    wanted = options.passes or [name for name in PASSES if name not in left_out]
+    return run_passes("merge", PASSES, wanted, options, {"prob": 0.3, "alpha": 0.8}, time_net)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from benchmarks import markers
 from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
 from benchmarks.tables import forward_table, host_table, match_table, merge_table, target_table, training_table
 from benchmarks.targets import (
@@ -112,15 +113,8 @@ def render(found: Sequence[Results]) -> str:
 
 
 def updated(readme: str, section: str) -> str:
-    """The README with another section between the markers.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r} once each")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.split(END)[1]}"
+    """The README with another section between this command's markers, see :func:`benchmarks.markers.updated`."""
+    return markers.updated(readme, BEGIN, END, section)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import markers
+
 from .compare import FEWEST, has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
@@ -94,15 +96,8 @@ def readme_section(out: Path) -> str:
 
 
 def updated(readme: str, section: str) -> str:
-    """The README with another section between the markers.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r} once each")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{section}\n{END}{rest.split(END)[1]}"
+    """The README with another section between this command's markers, see :func:`benchmarks.markers.updated`."""
+    return markers.updated(readme, BEGIN, END, section)
 
 
 def _order(path: Path) -> tuple[bool, str]:

@@ -67,14 +67,20 @@ def check_readable(path: Path) -> None:
     except FileNotFoundError:
         raise ValueError(f"there is no file {str(path)!r}") from None
     except (OSError, ValueError) as error:  # a loop of links, a name too long, a NUL in it
-        raise ValueError(f"{str(path)!r}: cannot be opened: {_why(error)}") from error
+        raise ValueError(f"{str(path)!r}: cannot be opened: {why(error)}") from error
     if stat.S_ISDIR(mode):
         raise ValueError(f"{path}: a folder, not a file")
     if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
         raise ValueError(f"{path}: not a regular file (a pipe, a socket or a device)")
 
 
-def _why(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, or its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def why(error: Exception) -> str:
+    """What the system says of a file, without its name and number."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -84,7 +90,7 @@ def _head(path: Path) -> tuple[bytes, int]:
         with path.open("rb") as file:
             return file.read(HEAD), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise ValueError(f"{path}: cannot be opened: {_why(error)}") from error
+        raise ValueError(f"{path}: cannot be opened: {why(error)}") from error
 
 
 def _kind_of_zip(path: Path, size: int) -> str:

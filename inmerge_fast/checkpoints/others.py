@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .kinds import first_line
 from .networks import Network
 
 # Numbers of dtypes in an exported program: the order of torch.export's schema, which is written into every file.
@@ -86,7 +87,7 @@ def load_onnx(path: Path) -> Network:
     try:
         onnx: Any = importlib.import_module("onnx")
     except Exception as error:  # a part of it is missing, or does not fit
-        raise ValueError(f"{path}: an ONNX file, and onnx cannot be imported: {_first_line(error)}") from error
+        raise ValueError(f"{path}: an ONNX file, and onnx cannot be imported: {first_line(error)}") from error
     try:
         graph = onnx.load(str(path)).graph
         values = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
@@ -95,7 +96,7 @@ def load_onnx(path: Path) -> Network:
                 if node.op_type == "Constant" and one.name == "value":
                     values[node.output[0]] = onnx.numpy_helper.to_array(one.t)
     except Exception as error:  # protobuf and onnx raise errors of many types
-        raise ValueError(f"{path}: an ONNX file that cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{path}: an ONNX file that cannot be read: {first_line(error)}") from error
     tensors: dict[str, torch.Tensor] = {}
     skipped, layouts = [], {}
     of_convolutions = {}
@@ -115,7 +116,3 @@ def load_onnx(path: Path) -> Network:
         if key in of_convolutions:
             layouts[key] = of_convolutions[key]
     return Network("", tensors, tuple(skipped), layouts)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from .kinds import first_line
 from .stand_ins import stand_in_for
 
 CHUNK = 1 << 20  # bytes
@@ -111,7 +112,7 @@ def _load(path: Path, source: BinaryIO, references: list[str]) -> object:
                 "it is loaded, so it is refused; save model.state_dict() instead"
             ) from error
         except Exception as error:  # torch.load raises whatever its readers do
-            raise ValueError(f"{path}: a checkpoint that is damaged: {_first_line(error)}") from error
+            raise ValueError(f"{path}: a checkpoint that is damaged: {first_line(error)}") from error
     raise ValueError(
         f"{path}: holds mappings and lists of more than {RETRIES} classes; save model.state_dict() instead"
     )
@@ -135,10 +136,6 @@ def _reason(error: Exception) -> str:
     text = " ".join(line.strip() for line in str(error).splitlines())
     found = re.search(r"WeightsUnpickler error: (.*?)(?:\. Please use|$| Check the documentation)", text)
     return (found[1] if found else text.split(". ")[0]).strip(" .")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _references(stream: BinaryIO, pickles: int) -> Iterator[str]:

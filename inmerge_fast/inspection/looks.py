@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..checkpoints.kinds import first_line
 from ..checkpoints.networks import as_tensor, is_array
 from ..merge_plan import MergePlan
 from ..plan.candidates import (
@@ -81,7 +82,7 @@ class Look:
             try:  # a parametrised weight is computed here, as every forward pass does
                 weight = holder.weight
             except Exception as error:  # whatever its code raises
-                return f"its weight cannot be computed: {_first_line(error)}"
+                return f"its weight cannot be computed: {first_line(error)}"
             expected = 2 + len(holder.kernel_size) if isinstance(holder, _ConvNd) else 2
             if _has_dimensions(weight) and weight.dim() != expected:
                 return f"its weight has {weight.dim()} dimensions instead of {expected}, a shard of a flat one perhaps"
@@ -113,7 +114,7 @@ def readable(weight: object) -> torch.Tensor | str:
             weight = weight.detach().as_subclass(torch.Tensor)
         return _values(weight.detach(), kind)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        return f"cannot be read ({kind}, {_first_line(error)})"
+        return f"cannot be read ({kind}, {first_line(error)})"
 
 
 def _values(weight: torch.Tensor, kind: str) -> torch.Tensor | str:
@@ -351,7 +352,3 @@ def _place(value: torch.Tensor) -> object | None:
 
 def _short(name: object) -> str:
     return str(name).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..checkpoints.kinds import why
 from .similarity import Similarity
 
 RATES = (0.01, 0.05, 0.2)
@@ -47,7 +48,7 @@ class Outputs:
                 pass
         except (OSError, ValueError) as error:
             self.withdraw()
-            raise ValueError(f"--output: {folder}: pictures cannot be written there: {_why(error)}") from error
+            raise ValueError(f"--output: {folder}: pictures cannot be written there: {why(error)}") from error
 
     def withdraw(self) -> None:
         """Take away the folders that were made, where nothing has been written into them."""
@@ -74,11 +75,7 @@ def _try_file(path: Path) -> None:
         if not existed:
             path.unlink()
     except (OSError, ValueError) as error:
-        raise ValueError(f"--csv: {path}: cannot be written: {_why(error)}") from error
-
-
-def _why(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ValueError(f"--csv: {path}: cannot be written: {why(error)}") from error
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
