@@ -424,7 +424,7 @@ def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypat
     for path in [*(tmp_path / "results").glob("*.md"), tmp_path / "results/tables.csv"]:
         path.unlink()
     monkeypatch.setattr(report, "write_figures", lambda path: None)  # they depend on matplotlib's version
-    monkeypatch.setattr(report.front, "write_figure", lambda manifests, out: out)
+    monkeypatch.setattr(report.front, "write_figure", lambda settings, out: out)
     assert report.write(tmp_path / "results").read_text() == (folder / "RESULTS.md").read_text()
     pages = sorted((tmp_path / "results").glob("*.md"))
     assert [path.name for path in pages] == sorted(path.name for path in (folder / "results").glob("*.md"))

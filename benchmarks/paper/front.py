@@ -45,9 +45,8 @@ def settings_of(manifests: Sequence[Path]) -> list[Setting]:
     return list(found.values())
 
 
-def answer(manifests: Sequence[Path], out: Path) -> str:
+def answer(settings: Sequence[Setting], out: Path) -> str:
     """The answer in a few lines, each number counted from the result files."""
-    settings = settings_of(manifests)
     lines = [_lasting(settings), _published(settings), _collapse(settings)] if settings else []
     plans = [forward_only.confirmed_results(path)[1] for path in _plans(out)]
     lines += [_forward(found) for found in plans if len(found[""]) >= FEWEST]
@@ -124,9 +123,8 @@ def _plans(out: Path) -> list[Path]:
     return sorted(out.glob(f"{forward_only.NAME}.*.plan.json"))
 
 
-def write_figure(manifests: Sequence[Path], out: Path) -> Path | None:
+def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
     """Write the figure of all settings; None if there are none."""
-    settings = settings_of(manifests)
     if not settings:
         return None
     matplotlib = require("matplotlib", "matplotlib")

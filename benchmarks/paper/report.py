@@ -86,8 +86,9 @@ def write(out: Path) -> Path:
     lines += [f"- **{name}**: not run." for name in ORDER if name not in here]
     (out / "README.md").write_text(INDEX + "\n".join(lines) + "\n")
     target = out.parent / "RESULTS.md"
-    page = [HEAD.format(folder=out.name) + front.answer(manifests, out)]
-    if front.write_figure(manifests, out):
+    settings = front.settings_of(manifests)
+    page = [HEAD.format(folder=out.name) + front.answer(settings, out)]
+    if front.write_figure(settings, out):
         page.append(f"![Difference in corrupted AUC over filters merged per step]({out.name}/{front.FIGURE})\n")
     page.append(LIMITS)
     target.write_text("\n".join(page).rstrip() + "\n")

@@ -83,8 +83,8 @@ class nnUNetTrainerInMerge(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801, 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Print what the epoch has merged."""
         super().on_train_epoch_end(train_outputs)
-        sampled, merged = (now - before for now, before in zip(self._counted(), self._told, strict=True))
-        self._told = self._counted()
+        before, self._told = self._told, self._counted()
+        sampled, merged = (now - then for now, then in zip(self._told, before, strict=True))
         self.print_to_log_file(f"in-model merging: {merged} of {sampled} sampled filters merged")
 
     def on_train_end(self) -> None:
