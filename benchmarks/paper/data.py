@@ -31,7 +31,8 @@ def load(spec: str, *, size: int | None = None, root: str | Path | None = None, 
 
     Args:
         spec: ``digits``; a MedMNIST name such as ``pneumoniamnist``; the path of an ``.npz`` file in MedMNIST's layout;
-            the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``. Paths may be relative to ``root``.
+            the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``; ``nih:``, ``chexpert:`` or
+            ``chexpert-zeros:`` and a folder that torchxrayvision reads. Paths may be relative to ``root``.
         size: side of the images, for MedMNIST (28, 64, 128, 224; volumes 28, 64) and ChestX-ray14 (any; 224 if None).
         root: folder of the data; the environment variable ``INMERGE_DATA``, else ``~/.medmnist``, if None.
         reading: what image files and splits leave open, for ChestX-ray14.
@@ -62,6 +63,7 @@ def is_leader() -> bool:
 
 def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading) -> DataSet:
     from .chestxray import load_chestxray14  # needs Pillow, the others do not
+    from .xrays import is_xrays, load_xrays
 
     folder = Path(root or os.environ.get("INMERGE_DATA") or "~/.medmnist").expanduser()
     if spec == "digits":
@@ -73,6 +75,8 @@ def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading
             raise ValueError(f"size must be left out for a file ({spec}): its images have the size they have")
         path = Path(spec) if Path(spec).exists() else folder / spec
         return _from_npz(path, path.stem)
+    if is_xrays(spec):
+        return load_xrays(spec, size=size or 224, root=folder, reading=reading)
     for path in (Path(spec), folder / spec):
         if spec == "chestxray14" or path.is_dir():
             return load_chestxray14(path if path.is_dir() else folder / spec, size=size or 224, reading=reading)
