@@ -51,6 +51,8 @@ class merged:  # noqa: N801, it is used like a function
     after the block raises, because its forward pass saw other weights. Writes through ``weight.data`` leave no trace
     that PyTorch could be asked for, and are lost for merged filters.
 
+    The context manager is to be used once, and gives :class:`inmerge_fast.MergeStats`.
+
     Args:
         target: see :func:`inmerge_fast.merge_`, as are partner, exclude, include_linear, seed, step, layer and
             generator.
@@ -66,9 +68,6 @@ class merged:  # noqa: N801, it is used like a function
         step: the optimizer step: the same filters and partners for the same seed and step.
         layer: id of a single layer in the draw.
         generator: CPU generator for the seed, where none is given.
-
-    Returns:
-        A context manager, to be used once, that gives :class:`inmerge_fast.MergeStats`.
 
     Raises:
         TypeError: an argument or a weight has the wrong type.

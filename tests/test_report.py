@@ -282,16 +282,20 @@ def test_launches_are_the_most_of_any_network():
     assert (step.measured, step.reached) == (2, True)
 
 
-def test_the_readme_is_in_step_with_the_result_files():
+def test_the_pages_are_in_step_with_the_result_files():
     assert report.main(["--check"]) == 0
 
 
-def test_a_readme_that_is_out_of_step_is_noticed(tmp_path, monkeypatch, capsys):
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+def test_a_page_that_is_out_of_step_is_noticed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "benchmarks").mkdir()
+    for name in report.PAGES:
+        (tmp_path / name).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.main(["--check"]) == 1
-    assert "out of step" in capsys.readouterr().out
-    assert "old" in (tmp_path / "README.md").read_text()
+    said = capsys.readouterr().out
+    for name in report.PAGES:
+        assert f"{name} is out of step" in said
+        assert "old" in (tmp_path / name).read_text()
     with pytest.raises(ValueError, match="must have the lines"):
         report.updated("no markers", "section")
 

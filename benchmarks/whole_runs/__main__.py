@@ -2,7 +2,7 @@
 
 What merging does to a layer shows at the end of a run, beside the same run without merging: the same network, batches
 and schedules. Every run is a line of ``runs.jsonl``, written when it is done, so that a killed command goes on where it
-was; ``report`` writes the table ``RESULTS.md`` from them.
+was; ``report`` writes the table ``RESULTS.md`` and the short one of ``docs/thresholds.md`` from them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from inmerge_fast import InMerge, NoiseThreshold, QuantileThreshold, RankBudget
 from inmerge_fast.rank_cost import RankCost
 
 from .recipes import RECIPES, RESEED, Images, Recipe
-from .table import BASELINE, RESEEDED, write_table
+from .table import BASELINE, RESEEDED, guide_section, updated, write_table
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs.jsonl"
+GUIDE = HERE.parents[1] / "docs" / "thresholds.md"
 # Arguments of InMerge; guard None where the collapse is to be seen.
 SETTINGS: dict[str, dict[str, Any] | None] = {
     BASELINE: None,
@@ -115,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
                       f"{merged} merges", flush=True)  # fmt: skip
     if options.command == "report":
         print("written:", write_table(options.out))
+        if options.out == RUNS:
+            GUIDE.write_text(updated(GUIDE.read_text(encoding="utf-8"), guide_section(RUNS)), encoding="utf-8")
 
 
 if __name__ == "__main__":
