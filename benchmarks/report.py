@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import markers
 from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
 from benchmarks.tables import (
+    FRONT_NETS,
     forward_table,
     front_table,
     host_table,
@@ -127,12 +128,15 @@ def render(found: Sequence[Results]) -> str:
 
 
 def front(found: Sequence[Results]) -> str:
-    """The section of README.md between the markers: a GPU if there is one, else a CPU."""
-    device, here = next((device, here) for device, here in by_device(found).items() if "merge" in here)
-    about = here["merge"][0].environment
-    where = "" if here["merge"][0].on_gpu else f", {about['threads']} thread{'s' if about['threads'] != 1 else ''}"
-    caption = f"Wall time of one step where every chosen pair merges, float32, {device}{where}, torch {about['torch']}:"
-    return f"{caption}\n\n{front_table(joined(here['merge']))}"
+    """The section of README.md between the markers: of the first device that has some of it, a GPU if one has."""
+    for device, here in by_device(found).items():
+        results = joined(here["merge"]) if "merge" in here else None
+        if results is not None and any(results.pick(net=net, provider="merge_") for net in FRONT_NETS):
+            about = results.environment
+            where = "" if results.on_gpu else f", {about['threads']} thread{'s' if about['threads'] != 1 else ''}"
+            caption = "Wall time of one step where every chosen pair merges, float32"
+            return f"{caption}, {device}{where}, torch {about['torch']}:\n\n{front_table(results)}"
+    return "Not yet measured."
 
 
 PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"README.md": front, "benchmarks/README.md": render}

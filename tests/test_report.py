@@ -153,7 +153,7 @@ def test_whatever_part_of_a_gpu_run_is_there_is_reported(tmp_path):
                 if cut in (0, 1, len(rows)):
                     drawn = list(plots.draw_all([results], tmp_path))
                     linked = [path.name for path in drawn if f"plots/{path.name})" in text]
-                    assert len(linked) == len(drawn) == text.count("](" + "benchmarks/results/plots"), bench
+                    assert len(linked) == len(drawn) == text.count("](results/plots"), bench
 
 
 def row(provider, wall, *, net="VGG19", device=None, regime="all pass", layers=6):
@@ -284,6 +284,27 @@ def test_launches_are_the_most_of_any_network():
 
 def test_the_pages_are_in_step_with_the_result_files():
     assert report.main(["--check"]) == 0
+
+
+def front_row(device, net, provider, wall, gpu):
+    about = {"device": device, "torch": "2", "threads": 1} | ({"cuda": "13"} if gpu else {})
+    line = {"net": net, "dtype": "float32", "regime": "all pass", "provider": provider, "wall_us": wall}
+    return result_files.Results(result_files.RESULTS / device / "merge.json", "merge", about, [line])
+
+
+def test_the_front_page_has_a_gpu_as_soon_as_one_was_measured():
+    cpu = front_row("C", "VGG19", "merge_", 3000.0, gpu=False)
+    other = front_row("G", "VGG19", "eager", 50.0, gpu=True)
+    ours = front_row("G", "VGG19", "merge_", 20.0, gpu=True)
+    assert report.front([]) == "Not yet measured."
+    for found, device, time in (([cpu], "C, 1 thread", "3 ms"), ([other, cpu], "C, 1 thread", "3 ms"),
+                                ([other, ours, cpu], "G", "20 µs")):  # fmt: skip
+        text = report.front(found)
+        assert f"float32, {device}, torch 2:" in text
+        lines = dict(line.strip("| ").split(" | ", 1) for line in text.splitlines() if " | " in line)
+        assert lines["VGG19"].split(" | ")[-1] == time
+        assert set(lines["ResNet-50"].split(" | ")) == {"-"}
+    assert lines["VGG19"].split(" | ") == ["-", "50 µs", "-", "20 µs"]
 
 
 def test_a_page_that_is_out_of_step_is_noticed(tmp_path, monkeypatch, capsys):
