@@ -102,6 +102,8 @@ def test_nothing_is_compiled_after_the_first_call(monkeypatch):
 def test_the_no_effect_warning_comes_without_waiting():
     weight = torch.tensor([[1.0, 0.0], [-0.6, 0.8]], device=DEVICE)
     plan = warm_plan(weight)
+    merge_(plan, prob=1.0, threshold=0.3)  # page-locks memory for the counts, for which the driver waits
+    torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         busy = keep_busy(1.0)
