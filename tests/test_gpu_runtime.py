@@ -102,7 +102,10 @@ def test_nothing_is_compiled_after_the_first_call(monkeypatch):
 def test_the_no_effect_warning_comes_without_waiting():
     weight = torch.tensor([[1.0, 0.0], [-0.6, 0.8]], device=DEVICE)
     plan = warm_plan(weight)
-    merge_(plan, prob=1.0, threshold=0.3)  # page-locks memory for the counts, for which the driver waits
+    # The first real call page-locks memory for the counts, and PyTorch loads a kernel when it first launches it: for
+    # both the driver may wait.
+    merge_(plan, prob=1.0, threshold=0.3)
+    plan.effect._numbers()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -153,7 +153,10 @@ def test_a_fork_has_a_thread_of_its_own(late):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lasts", ["merge_", "InMerge"])
 def test_no_step_waits_for_the_device_while_layers_collapse(lasts):
-    """All of them are measured, and named in the end."""
+    """All of them are measured, and named in the end.
+
+    The device is at most two steps behind: what was counted at a step is looked at two steps later, come what may.
+    """
     from on_gpu import keep_busy, synchronising_raises
 
     model = deep().cuda()
@@ -166,10 +169,10 @@ def test_no_step_waits_for_the_device_while_layers_collapse(lasts):
         step(number)
     torch.cuda.synchronize()
     found = []
-    for first in range(3, 99, 4):
+    for first in range(3, 99, 2):
         busy = keep_busy(0.2)
         with synchronising_raises():
-            found += warned(step, range(first, first + 4))
+            found += warned(step, range(first, first + 2))
         assert not busy.query(), "the host waited for the device"
         torch.cuda.synchronize()
     assert len(found) == 3, found
