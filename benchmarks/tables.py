@@ -18,7 +18,7 @@ PROVIDERS = (
     "merged",
 )  # from left to right
 
-FRONT_NETS = ("VGG19", "ResNet-50", "3D ResNet-18")
+FRONT_NETS = ("VGG19", "ResNet-50", "DenseNet-121")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -81,7 +81,7 @@ def merge_table(results: Results) -> str:
     return table(header, lines)
 
 
-def front_table(results: Results) -> str:
+def front_lines(results: Results, device: str) -> list[list[str]]:
     """Three networks, float32, all pass: the published loop, the faster plain PyTorch, torch.compile, ours."""
     lines = []
     for net in FRONT_NETS:
@@ -91,8 +91,14 @@ def front_table(results: Results) -> str:
             for names in (("published",), ("eager", "eager sampled"), ("compile",), ("merge_",))
         ]
         known = [[time for time in each if time is not None] for each in times]
-        lines.append([net, *(microseconds(min(each, default=None)) for each in known)])
-    return table(["network", "published code", "plain PyTorch", "`torch.compile`", "this library"], lines)
+        if known[-1]:
+            lines.append([device, net, *(microseconds(min(each, default=None)) for each in known)])
+    return lines
+
+
+def front_table(lines: list[list[str]]) -> str:
+    """The lines of all devices."""
+    return table(["device", "network", "published code", "plain PyTorch", "`torch.compile`", "this library"], lines)
 
 
 def forward_table(results: Results) -> str:
