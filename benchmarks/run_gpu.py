@@ -11,7 +11,7 @@ lost if the machine is taken away in the middle:
 - ``results/<device>/*.json``: the figures. Copy the folder to ``benchmarks/results/`` and run
   ``python -m benchmarks.report`` to publish them.
 
-The exit status is 1 if anything failed. Where the checkout has no history, say its commit in ``INMERGE_COMMIT``. On a
+The exit status is 1 if anything failed. Where the checkout is a copy, say its commit in ``INMERGE_COMMIT``. On a
 machine without a GPU it is a rehearsal: GPU tests skip themselves and benchmarks are quick.
 """
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 import inmerge_fast
 from benchmarks.paper.protocol import environment
 from inmerge_fast import InMerge, NoiseThreshold, QuantileThreshold, RankBudget
-from inmerge_fast.rank_cost import RankCost
+from inmerge_fast.rank_cost import RankCost, Snapshot
 
 from .recipes import RECIPES, RESEED, Images, Recipe
 from .table import BASELINE, RESEEDED, guide_section, updated, write_table
@@ -69,7 +69,7 @@ def run(recipe: Recipe, setting: str, seed: int, data: str | None) -> dict[str, 
             merger.step()
             seconds += time.process_time() - before
     layers = zip(plan.layers, plan.weights(), strict=True)
-    ranks = {layer.name: RankCost(weight, layer.layout, 0).rank for layer, weight in layers}
+    ranks = {layer.name: RankCost(Snapshot(weight, layer.layout), 0).rank for layer, weight in layers}
     found: dict[str, Any] = {
         "recipe": recipe.name, "setting": setting, "seed": seed, "steps": recipe.steps,
         "merging_steps": recipe.steps - recipe.start, "accuracy": _plain(images.accuracy(net)),
