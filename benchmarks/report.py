@@ -128,15 +128,21 @@ def render(found: Sequence[Results]) -> str:
 
 
 def front(found: Sequence[Results]) -> str:
-    """The section of README.md between the markers: of the first device that has some of it, a GPU if one has."""
-    for device, here in by_device(found).items():
+    """The section of README.md between the markers: of the first GPU and the first CPU that have some of it."""
+    shown: dict[str, Results] = {}
+    for here in by_device(found).values():
         results = joined(here["merge"]) if "merge" in here else None
         if results is not None and any(results.pick(net=net, provider="merge_") for net in FRONT_NETS):
-            about = results.environment
-            where = "" if results.on_gpu else f", {about['threads']} thread{'s' if about['threads'] != 1 else ''}"
-            caption = "Wall time of one step where every chosen pair merges, float32"
-            return f"{caption}, {device}{where}, torch {about['torch']}:\n\n{front_table(results)}"
-    return "Not yet measured."
+            shown.setdefault("GPU" if results.on_gpu else "CPU", results)
+    if not shown:
+        return "Not yet measured."
+    machines = [
+        f"{results.device}, torch {results.environment['torch']}"
+        + ("" if results.on_gpu else f", {results.environment['threads']} thread")
+        for results in shown.values()
+    ]
+    caption = f"Wall time of one step where every chosen pair merges, float32 ({'; '.join(machines)}):"
+    return f"{caption}\n\n{front_table(shown)}"
 
 
 PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"README.md": front, "benchmarks/README.md": render}

@@ -81,17 +81,18 @@ def merge_table(results: Results) -> str:
     return table(header, lines)
 
 
-def front_table(results: Results) -> str:
+def front_table(shown: Mapping[str, Results]) -> str:
     """Three networks, float32, all pass: the published loop, the faster plain PyTorch, torch.compile, ours."""
     lines = []
-    for net in FRONT_NETS:
-        here = {"net": net, "dtype": "float32", "regime": REGIMES[0]}
-        times = [
-            [results.value("wall_us", **here, provider=name) for name in names]
-            for names in (("published",), ("eager", "eager sampled"), ("compile",), ("merge_",))
-        ]
-        known = [[time for time in each if time is not None] for each in times]
-        lines.append([net, *(microseconds(min(each, default=None)) for each in known)])
+    for where, results in shown.items():
+        for net in FRONT_NETS:
+            here = {"net": net, "dtype": "float32", "regime": REGIMES[0]}
+            times = [
+                [results.value("wall_us", **here, provider=name) for name in names]
+                for names in (("published",), ("eager", "eager sampled"), ("compile",), ("merge_",))
+            ]
+            known = [[time for time in each if time is not None] for each in times]
+            lines.append([f"{net}, {where}", *(microseconds(min(each, default=None)) for each in known)])
     return table(["network", "published code", "plain PyTorch", "`torch.compile`", "this library"], lines)
 
 
