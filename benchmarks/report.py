@@ -15,8 +15,8 @@ from pathlib import Path
 from benchmarks import markers
 from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
 from benchmarks.tables import (
+    FRONT_NETS,
     forward_table,
-    front_lines,
     front_table,
     host_table,
     match_table,
@@ -129,26 +129,20 @@ def render(found: Sequence[Results]) -> str:
 
 def front(found: Sequence[Results]) -> str:
     """The section of README.md between the markers: of the first GPU and the first CPU that have some of it."""
-    lines, versions, kinds = [], [], set()
-    for device, here in by_device(found).items():
+    shown: dict[str, Results] = {}
+    for here in by_device(found).values():
         results = joined(here["merge"]) if "merge" in here else None
-        if results is None or results.on_gpu in kinds:
-            continue
-        about = results.environment
-        threads = f", {about['threads']} thread{'s' if about['threads'] != 1 else ''}"
-        added = front_lines(results, device if results.on_gpu else f"CPU{threads}")
-        if not results.on_gpu:  # beside a GPU, those that say most: on a page of one screen
-            added = [line for line in added if "-" not in line] or added
-        if added:
-            lines += added
-            versions.append(about["torch"])
-            kinds.add(results.on_gpu)
-    if not lines:
+        if results is not None and any(results.pick(net=net, provider="merge_") for net in FRONT_NETS):
+            shown.setdefault("GPU" if results.on_gpu else "CPU", results)
+    if not shown:
         return "Not yet measured."
-    return (
-        "Wall time of one merge where every chosen pair merges, float32, torch "
-        f"{' and '.join(versions)}; -: not measured.\n\n{front_table(lines)}"
-    )
+    machines = [
+        f"{results.device}, torch {results.environment['torch']}"
+        + ("" if results.on_gpu else f", {results.environment['threads']} thread")
+        for results in shown.values()
+    ]
+    caption = f"Wall time of one step where every chosen pair merges, float32 ({'; '.join(machines)}):"
+    return f"{caption}\n\n{front_table(shown)}"
 
 
 PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"README.md": front, "benchmarks/README.md": render}

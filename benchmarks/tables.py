@@ -81,24 +81,19 @@ def merge_table(results: Results) -> str:
     return table(header, lines)
 
 
-def front_lines(results: Results, device: str) -> list[list[str]]:
+def front_table(shown: Mapping[str, Results]) -> str:
     """Three networks, float32, all pass: the published loop, the faster plain PyTorch, torch.compile, ours."""
     lines = []
-    for net in FRONT_NETS:
-        here = {"net": net, "dtype": "float32", "regime": REGIMES[0]}
-        times = [
-            [results.value("wall_us", **here, provider=name) for name in names]
-            for names in (("published",), ("eager", "eager sampled"), ("compile",), ("merge_",))
-        ]
-        known = [[time for time in each if time is not None] for each in times]
-        if known[-1]:
-            lines.append([device, net, *(microseconds(min(each, default=None)) for each in known)])
-    return lines
-
-
-def front_table(lines: list[list[str]]) -> str:
-    """The lines of all devices."""
-    return table(["device", "network", "published code", "plain PyTorch", "`torch.compile`", "this library"], lines)
+    for where, results in shown.items():
+        for net in FRONT_NETS:
+            here = {"net": net, "dtype": "float32", "regime": REGIMES[0]}
+            times = [
+                [results.value("wall_us", **here, provider=name) for name in names]
+                for names in (("published",), ("eager", "eager sampled"), ("compile",), ("merge_",))
+            ]
+            known = [[time for time in each if time is not None] for each in times]
+            lines.append([f"{net}, {where}", *(microseconds(min(each, default=None)) for each in known)])
+    return table(["network", "published code", "plain PyTorch", "`torch.compile`", "this library"], lines)
 
 
 def forward_table(results: Results) -> str:

@@ -16,7 +16,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\((?!\w+:|#)([^)\s]+)\)")
-API = re.compile(r"^(### \w+\n\n).*?\n\n<!-- api: (\S+) -->$", re.MULTILINE | re.DOTALL)
+API = re.compile(r"^### \w+\n\n.*?\n\n<!-- api: (\S+) -->$", re.MULTILINE | re.DOTALL)
+MATH = re.compile(r":math:`([^`]*)`")
 ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
 
 
@@ -49,13 +50,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         target = posixpath.relpath(inside, posixpath.dirname(page.file.src_uri) or ".")
         return f"{picture}[{text}]({target}{'#' + anchor if anchor else ''})"
 
-    return API.sub(r"\1::: \2", LINK.sub(link, markdown))
+    return API.sub(r"::: \1", LINK.sub(link, markdown))
 
 
-class SphinxRoles(griffe.Extension):
-    """Shows ``:class:`~module.Name``` in docstrings as code."""
+class Docstrings(griffe.Extension):
+    """Shows roles as code, ``:class:`~module.Name``` and ``:math:``, and two colons before a block as one."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called for every class, function and attribute."""
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
+            text = MATH.sub(
+                lambda found: f"`{found[1]}`".replace("\\leftarrow", "←").replace("\\alpha", "α"), obj.docstring.value
+            )
+            obj.docstring.value = re.sub(r"::$", ":", ROLE.sub(r"`\1`", text), flags=re.MULTILINE)
