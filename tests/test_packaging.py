@@ -38,7 +38,7 @@ import inmerge_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "nnunet", "test"}
-FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
+FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks", "docs", "examples"]  # a wheel has the first two alone
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.so", "*.npz")  # by earlier builds and runs; git ignores them
 CPU_KERNEL = set() if why_not_built() else {"inmerge_fast/_cpu.abi3.so"}
 MODES = ["regular", "default", "strict", "compat"]  # the last three are setuptools' editable modes
