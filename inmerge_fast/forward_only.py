@@ -11,6 +11,7 @@ from .dynamo import outside_dynamo
 from .lease import Lease
 from .merge import check_arguments, drawn_seed, plan_for, thresholds_of
 from .merge_plan import MergePlan
+from .paths.match import PartnerRule
 from .paths.path import Call
 from .plan.filters import check_outside_transforms
 from .plan.plan import Target
@@ -85,7 +86,7 @@ class merged:  # noqa: N801, it is used like a function
         alpha: float = ALPHA,
         prob: float = PROB,
         threshold: Threshold = THRESHOLD,
-        partner: str = "random",
+        partner: PartnerRule = "random",
         skip_first: float | str | Sequence[str] = SKIP_FIRST,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
