@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks import nets
 from inmerge_fast.checkpoints.into_model import head_of, load_into
 from inmerge_fast.demo.train import build_net
-from tests import nets
 
 from .dataset import DataSet
 from .imagenet import efficientnet_lite0
