@@ -228,7 +228,7 @@ def test_weights_from_a_file(tmp_path, bench):
 
 
 def test_unknown_models_and_missing_timm(bench, monkeypatch):
-    with pytest.raises(ValueError, match="model must be one of vgg11, .* or timm:NAME, got 'alexnet'"):
+    with pytest.raises(ValueError, match="model must be one of vgg11, .* package.module:function, got 'alexnet'"):
         build("alexnet", bench.data, 0)
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ValueError, match="timm cannot be imported"):

@@ -99,7 +99,7 @@ def run_arm(
     metrics, scores = measure(model, recipe, bench, run.split)
     recomputed = None
     if recompute_statistics(model, recipe, bench):
-        recomputed = measure(model, dataclasses.replace(recipe, attack=False), bench, run.split)[0]
+        recomputed = measure(model, recipe, bench, run.split)[0]
     result = {
         "recipe": dataclasses.asdict(recipe),
         "arm": {"label": run.arm.label(), **dataclasses.asdict(run.arm)},
