@@ -116,7 +116,19 @@ def test_training_does_not_depend_on_where_the_images_are(monkeypatch):
 
 
 def test_rates_are_measured_with_the_experiments_own_loop(tmp_path, capsys):
-    small = ["--device", "cpu", "--models", "resnet18_small", "--batches", "8", "--side", "16", "--images", "24", "--no-bf16"]
+    small = [
+        "--device",
+        "cpu",
+        "--models",
+        "resnet18_small",
+        "--batches",
+        "8",
+        "--side",
+        "16",
+        "--images",
+        "24",
+        "--no-bf16",
+    ]
     found = json.loads(rate.main([*small, "--out", str(tmp_path)]).read_text())
     [row] = found["training"].values()
     kinds = {"network", "on the device", "merging as published", "merging, recommended", "read ahead"}

@@ -60,7 +60,7 @@ def test_without_merges_an_arm_is_the_baseline_bit_for_bit(arm, off):
     assert other["loss"] == base["loss"]
     assert other["merging"]["per_step"] == 0
     row = compare([[base], [other]])[1]
-    assert (row.identical, row.difference["corrupted AUC"].mean) == (1, 0)
+    assert (row.identical, row.judged("corrupted AUC").mean) == (1, 0)
 
 
 def test_arms_part_from_one_backbone_and_differ_where_they_should(arm):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import has_diverged, paired
+from .compare import RECOMPUTED, TRAINED, has_diverged, paired
 from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
 from .experiments import Options, recipes
 from .grid import Where, execute, is_leader
@@ -54,7 +54,6 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "noise AUC": ("noise", "auc"),
 }
 METRIC = "corrupted AUC"
-TRAINED, RECOMPUTED = "metrics", "recomputed"
 SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 3, 20, 600
 RULE = (
     f"of every family the setting with the largest mean {METRIC} on validation images, statistics recomputed, among "

@@ -75,7 +75,7 @@ def run_arm(
     Returns:
         The result, ready for JSON, and the scores of every evaluation by name with the labels. ``metrics`` are of the
         network as trained, ``recomputed`` of the same with batch-norm statistics recomputed for its final weights
-        (None for a network without batch norm).
+        (None for a network without batch norm), and the scores are of that one.
     """
     recipe, merging = run.recipe, run.arm.merging
     start = time.perf_counter()
@@ -100,7 +100,7 @@ def run_arm(
     metrics, scores = measure(model, recipe, bench, run.split)
     recomputed = None
     if recompute_statistics(model, recipe, bench):
-        recomputed = measure(model, recipe, bench, run.split)[0]
+        recomputed, scores = measure(model, recipe, bench, run.split)
     result = {
         "recipe": dataclasses.asdict(recipe),
         "arm": {"label": run.arm.label(), **dataclasses.asdict(run.arm)},
