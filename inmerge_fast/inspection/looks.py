@@ -215,7 +215,7 @@ def looks_at(
 def _of_plan(plan: MergePlan) -> list[Look]:
     found = []
     for layer, weight in zip(plan.layers, plan.weights(), strict=True):
-        holder = layer.holder if isinstance(layer.holder, nn.Module) else weight
+        holder: nn.Module | torch.Tensor = layer.holder if isinstance(layer.holder, nn.Module) else weight
         groups = layer.layout.filters // layer.layout.group_size
         found.append(Look(layer.name, holder, groups, getattr(holder, "transposed", False)))
     return found
