@@ -13,12 +13,12 @@ import sys
 import types
 import warnings
 
-import nets
 import pytest
 import torch
 from pages import BLOCK, PAGES, ROOT, name_of, snippet, snippets, text_of
 
 import inmerge_fast
+from benchmarks import nets
 from inmerge_fast.lease import lease_of
 from inmerge_fast.paths.match import PARTNER_RULES
 

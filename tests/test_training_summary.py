@@ -242,7 +242,7 @@ def test_forward_only_merging_says_that_nothing_stays():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    merger = InMerge(model, lasting=False).attach(optimizer)
+    merger = InMerge(model, lasting=False, include_heads=True).attach(optimizer)
     preview = merger.preview()
     assert preview.kept_bytes == 0.5 * 4 * (8 * 27 + 16 * 72)
     assert preview.merges == 0.5 * (8 + 16)
