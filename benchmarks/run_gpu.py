@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.sep not in folder and not Path(folder).is_dir():
             parser.error(f"{folder!r} is no part, no step and no folder; a new folder needs a {os.sep} in its name")
     limits = {name: float(seconds) for name, _, seconds in (given.partition("=") for given in options.limit)}
-    for name in (*named, *limits):
+    for name in (*named, *(name for name in limits if name != FIRST.name)):
         if name not in known:
             parser.error(f"{name!r} is no part and no step; --list prints them")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -18,7 +18,7 @@ PROVIDERS = (
     "merged",
 )  # from left to right
 
-FRONT_NETS = ("VGG19", "ResNet-50", "3D ResNet-18")
+FRONT_NETS = ("VGG19", "ResNet-50", "DenseNet-121")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from .effect import OnItsWay
 from .layer_similarity import rank_of_gram
+from .paths.match import PartnerRule
 from .paths.pairs import autocast_off, filters_of
 from .plan.filters import FilterLayout
 from .reference import MIN_NORM
@@ -100,14 +101,14 @@ class RankCost:
         self.pairs = int(both.sum())
         self.rank = self._rank_of(self._values, self._gram)
 
-    def share_above(self, threshold: float, partner: str) -> float:
+    def share_above(self, threshold: float, partner: PartnerRule) -> float:
         """The share of sampled filters that would merge, see :meth:`LayerSimilarity.share_above`; 0 without pairs."""
         above = self._above(threshold)
         if partner == "random":
             return float(above.sum()) / max(self.pairs, 1)
         return float(above.any(2).sum()) / max(int(self._finite.sum()), 1)
 
-    def threshold_for(self, share: float, partner: str) -> float:
+    def threshold_for(self, share: float, partner: PartnerRule) -> float:
         """The lowest threshold at which no more than a share of the sampled filters would merge.
 
         Returns:
@@ -122,13 +123,13 @@ class RankCost:
             return -1.0
         return float(found.kthvalue(found.numel() - above).values)
 
-    def least_share(self, partner: str) -> float:
+    def least_share(self, partner: PartnerRule) -> float:
         """The share that the most similar pair is, which merges in both directions."""
         count = self.pairs if partner == "random" else int(self._finite.sum())
         return min(2 / max(count, 1), 1.0)
 
     @torch.no_grad()
-    def price(self, threshold: float, partner: str, alpha: float) -> float | None:
+    def price(self, threshold: float, partner: PartnerRule, alpha: float) -> float | None:
         """The logarithm of effective rank that one merge costs at this threshold: the mean, if all that can did so now.
 
         Every filter that may merge does, once, with the partner that the rule would give it, but for alpha below 0.5
@@ -221,7 +222,7 @@ class LayerLedger:
         """Whether so many merges have not been charged that it is time to measure."""
         return merged - self.merged >= max(1.0, MEASURED_SHARE * self.filters)
 
-    def charge(self, cost: RankCost, merged: int, threshold: float, partner: str, alpha: float) -> None:
+    def charge(self, cost: RankCost, merged: int, threshold: float, partner: PartnerRule, alpha: float) -> None:
         """Charge the merges since the last time with the mean of their price then and now.
 
         Args:

@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from nets import densenet121, r3d_18, resnet50, vgg19
 from torch import nn
 from vectorised import assert_merged, expect, integers, layout_of, rows_of, similarities, threshold_in_a_gap
 
+from benchmarks.nets import densenet121, r3d_18, resnet50, vgg19
 from inmerge_fast import MergePlan, draw, merge_
 
 pytest.importorskip("triton")

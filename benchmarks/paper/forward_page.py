@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import markers
 
-from .compare import FEWEST, has_diverged, holm, paired
+from .compare import FEWEST, RECOMPUTED, TRAINED, has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
     BOTH,
@@ -26,9 +26,7 @@ from .forward_only import (
     METRIC,
     NAME,
     NOISE,
-    RECOMPUTED,
     RULE,
-    TRAINED,
     confirmed_results,
     differences,
     value_of,

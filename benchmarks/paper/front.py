@@ -54,7 +54,7 @@ def answer(settings: Sequence[Setting], out: Path) -> str:
 
 
 def _lasting(settings: Sequence[Setting]) -> str:
-    each = [(one, metric, one.row.difference[metric]) for one in settings for metric in SHOWN]
+    each = [(one, metric, one.row.judged(metric)) for one in settings for metric in SHOWN]
     gains = [(one, metric, value) for one, metric, value in each if value.p_holm < 0.05 and value.mean > 0]
     losses = [value for _, _, value in each if value.p_holm < 0.05 and value.mean < 0]
     recipes = len({one.recipe for one in settings})
@@ -68,6 +68,19 @@ def _lasting(settings: Sequence[Setting]) -> str:
     if gains:
         without = "none of them" if not bare else f"{len(bare)} of them"
         text += f" The gains: {named}; {without} without collapsed filters."
+    checked = sum(one.row.recomputed.n == one.row.n for one in settings)
+    gone = [
+        f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})"
+        for one in settings
+        for metric, value in one.row.trained.difference.items()
+        if metric in SHOWN and value.p_holm < 0.05 and value.mean > 0
+        and not (one.row.judged(metric).p_holm < 0.05 and one.row.judged(metric).mean > 0)
+    ]  # fmt: skip
+    text += (
+        f" {checked} of the settings have no batch norm or were measured with recomputed batch-norm statistics, which "
+        f"then count; the others are from before that and as trained only. Gains as trained that recomputed statistics "
+        f"do not confirm: {', '.join(gone) or 'none'}."
+    )
     return text
 
 
@@ -134,7 +147,7 @@ def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
         figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
         for one in settings:
             filled = {"markerfacecolor": "white"} if one.row.collapsed else {}
-            _point(axis, one.row.per_step, one.row.difference[METRIC], "o", COLOURS[0], **filled)
+            _point(axis, one.row.per_step, one.row.judged(METRIC), "o", COLOURS[0], **filled)
         for path in _plans(out):
             _, found = forward_only.confirmed_results(path)
             results = found.get(forward_only.MERGING, {})

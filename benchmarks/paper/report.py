@@ -131,7 +131,7 @@ def _sentence(rows: Sequence[Row]) -> str:
     losses: list[str] = []
     for row in settings:
         for metric in SHOWN:
-            one = row.difference[metric]
+            one = row.judged(metric)
             if one.p_holm < 0.05:
                 (gains if one.mean > 0 else losses).append(f"{row.label}: {metric} {one.mean:+.2f}")
     text = f"{len(settings)} setting{'s' * (len(settings) > 1)}, {_seeds_of(settings)} seeds; "
@@ -158,7 +158,7 @@ def _sentence(rows: Sequence[Row]) -> str:
         text += f" Not compared: {'; '.join(diverged)}."
     floor = next((row for row in rows if row.kind == "reseeded"), None)
     if floor is not None:
-        text += f" Another data order alone moves acc by {difference_text(floor.difference['acc'])} points."
+        text += f" Another data order alone moves acc by {difference_text(floor.judged('acc'))} points."
     return text
 
 

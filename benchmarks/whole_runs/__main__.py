@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 import warnings
 from pathlib import Path
@@ -110,6 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
                 found = run(RECIPES[name], setting, seed, options.data)
                 with options.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())  # a run takes minutes: what ends the machine after it cannot take it back
                 right = "diverged" if found["accuracy"] is None else f"accuracy {100 * found['accuracy']:.2f} %"
                 merged = sum(layer["merged"] for layer in found.get("layers", {}).values())
                 print(f"{name:9} seed {seed} {setting:34} {found['cpu_seconds']:6.0f} s of CPU, {right}, "

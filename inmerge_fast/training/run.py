@@ -331,11 +331,14 @@ class MergeRun:
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state has version {state.get('version')!r}, expected {STATE_VERSION}")
         # The same layers, or the same choice of them, which are others while some are frozen.
-        if state["layers"] != self.plan.names and state.get("choice") != self._choice():
+        choice, saved = self._choice(), state.get("choice")
+        if saved is not None:  # states from before there was the switch are of runs that merged heads
+            saved = {"include_heads": choice["include_heads"] or bool(self.plan.heads)} | saved
+        if state["layers"] != self.plan.names and saved != choice:
             other = sorted(set(state["layers"]) ^ set(self.plan.names)) or "their order"
             raise ValueError(
                 f"state was saved for other layers, the difference is {other}; construct with the same model and the "
-                "same skip_first, exclude, include_linear and include_frozen"
+                "same skip_first, exclude, include_linear, include_frozen and include_heads"
             )
         check_word("step_count", state["step_count"], MAX_STEP)
         restored = self.recipe.restored(state["recipe"], keep)

@@ -64,7 +64,8 @@ class Handle:
                 self._kernel[grid](*tensors, *numbers, **self._constants)
                 return
             self._compile(tensors, numbers)
-        self._run(*grid, 1, stream, *self._fixed, *tensors.pointers, *numbers, *self._values)
+        run: Any = self._run
+        run(*grid, 1, stream, *self._fixed, *tensors.pointers, *numbers, *self._values)
 
     def compile(self, tensors: Arguments, numbers: tuple[Any, ...]) -> None:
         """Compile for launches with such arguments, unless that is done, without launching anything."""
