@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inmerge_fast.demo.data import require
 
-from . import confirm, front
+from . import confirm, front, trained_page
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
@@ -78,6 +78,7 @@ def write(out: Path) -> Path:
     for path in require("tqdm", "tqdm").tqdm(manifests, unit=" experiments", disable=None, leave=False):
         write_tables(path)
         write_figures(path)
+    trained_page.write(out)
     (out / "tables.csv").write_text(csv_of(manifests))
     lines = [f"- [{path.stem}]({path.stem}.md): {line}" for path in manifests for line in summary(path)]
     plans = [_unconfirmed(path) for path in sorted(out.glob("plan.*.json"))]
