@@ -15,6 +15,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.command.sdist import sdist
 
 # A product and a sum contracted into one operation would change results. Debugging information would name this folder,
@@ -37,6 +38,34 @@ class SourceDistribution(sdist):
             link.symlink_to("../kernels", target_is_directory=True)
 
 
+class EditableInstall(editable_wheel):
+    """``pip install -e .`` puts a folder on the path in which the package stands alone.
+
+    With packages in two folders setuptools would install an import hook instead, which mypy, pyright and editors do not
+    run: they would not find the package. The checkout itself on the path would offer ``kernels`` and ``tests`` to every
+    process. So the folder holds a link to the package, and as it is all that packages are looked for in, setuptools
+    names it in a ``.pth`` file.
+    """
+
+    FOLDER = Path(".editable")
+
+    def finalize_options(self):
+        """Make the folder; where there can be no links, the import hook has to do."""
+        link = self.FOLDER / "inmerge_fast"
+        try:
+            self.FOLDER.mkdir(exist_ok=True)
+            if not link.exists():
+                link.unlink(missing_ok=True)
+                link.symlink_to("../inmerge_fast", target_is_directory=True)
+            if not (link / "kernels" / "cpu").is_dir():
+                raise NotADirectoryError("Git has written the link inmerge_fast/kernels as a file")
+        except OSError as error:
+            print(f"mypy, pyright and editors will not find this editable install: {error}", file=sys.stderr)
+        else:
+            self.distribution.package_dir = {"": str(self.FOLDER)}
+        super().finalize_options()
+
+
 # The limited API, and so one wheel for all versions, exists for CPython with a GIL only.
 has_limited_api = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -55,7 +84,7 @@ setup(
     packages=[*find_packages(include=["inmerge_fast", "inmerge_fast.*"]), "inmerge_fast.kernels"],
     package_dir={"inmerge_fast.kernels": "kernels"},
     package_data={"inmerge_fast": ["py.typed"], "inmerge_fast.kernels": ["cpu/*.c", "cpu/*.h"]},
-    cmdclass={"sdist": SourceDistribution},
+    cmdclass={"sdist": SourceDistribution, "editable_wheel": EditableInstall},
     ext_modules=[cpu_kernel] if has_limited_api else [],
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if has_limited_api else {},
 )

@@ -326,9 +326,9 @@ def test_a_guarded_step_waits_for_no_count(monkeypatch):
     """Counts are on their way for two steps before they are looked at."""
     read, model = [], deep()
     merger = InMerge(model, threshold=0.05, prob=0.05, skip_first=0)
-    original = rank_watch.OnItsWay.read
+    original = rank_watch._Count.merged
     monkeypatch.setattr(
-        rank_watch.OnItsWay, "read", lambda self: read.append(merger.step_count) or original(self)
+        rank_watch._Count, "merged", lambda self: read.append(merger.step_count) or original(self)
     )  # fmt: skip
     for _ in range(52):
         merger.step()

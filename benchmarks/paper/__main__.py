@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.experiment == "report":
             report.write(out)
             if out == RESULTS:
-                readme = RESULTS.parents[2] / "README.md"
+                readme = RESULTS.parent / "README.md"
                 readme.write_text(forward_page.updated(readme.read_text(), forward_page.readme_section(out)))
         elif given.experiment == forward_only.NAME:
             forward_only.run_stage(given.stage, options, where, given.from_scratch, given.like)

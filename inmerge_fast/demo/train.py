@@ -253,8 +253,10 @@ def epoch_steps(
 def _run_epochs(
     net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSetting | None, label: str, history: History
 ) -> None:
-    device, functional = data.train_x.device, nn.functional
-    loss_of = functional.binary_cross_entropy_with_logits if data.multi_label else functional.cross_entropy
+    device = data.train_x.device
+    loss_of: Callable[..., torch.Tensor] = nn.functional.cross_entropy
+    if data.multi_label:
+        loss_of = nn.functional.binary_cross_entropy_with_logits
     optimizer = torch.optim.SGD(net.parameters(), lr=schedule.high, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     def loss_at(indices: torch.Tensor, _: int) -> torch.Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from ..draw import check_flag
 from ..forward_only import ALPHA, PROB, SKIP_FIRST, THRESHOLD
+from ..paths.match import PartnerRule
 from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..thresholds import check_count
 from .guard import CollapseGuard
 from .monitor import Logger
-from .recipe import Recipe, Threshold, in_steps, selection
+from .recipe import SELECTION, Recipe, Threshold, in_steps, selection
 from .schedules import Schedule
 
 
@@ -26,17 +27,18 @@ class InMergeArguments(TypedDict, total=False):
     alpha: Schedule | None
     prob: Schedule | None
     threshold: Threshold | None
-    partner: str
+    partner: PartnerRule
     skip_first: float | str | Sequence[str] | None
     exclude: str | Sequence[str]
     include_linear: bool
     include_frozen: bool
+    include_heads: bool
     start: float
     stop: float | None
     every: int
     steps_per_epoch: int | None
     seed: int
-    guard: CollapseGuard | str | None
+    guard: CollapseGuard | Literal["default"] | None
     loggers: Sequence[Logger]
     observe_every: int
     process_group: Any
@@ -83,8 +85,7 @@ def checked(given: Mapping[str, Any]) -> Checked:
     names = ("alpha", "prob", "threshold", "partner", "every", "seed", "lasting")
     recipe = Recipe(start=first, stop=last, **{name: given[name] for name in names})
     check_count("observe_every", given["observe_every"])
-    for name in ("include_linear", "include_frozen"):
-        check_flag(name, given[name])
+    chosen = selection(**{name: given[name] for name in SELECTION})
     guard = given["guard"]
     if guard == "default":
         guard = CollapseGuard() if lasting else None  # what does not last collapses nothing
@@ -95,5 +96,4 @@ def checked(given: Mapping[str, Any]) -> Checked:
     for log in given["loggers"]:
         if not callable(log):
             raise TypeError(f"loggers must be callable, got {log!r}")
-    chosen = selection(*(given[name] for name in ("skip_first", "exclude", "include_linear", "include_frozen")))
     return Checked(recipe, chosen, guard, list(given["loggers"]), int(given["observe_every"]))

@@ -102,6 +102,7 @@ class ShardedPlan(MergePlan):
         exclude: name patterns to leave out.
         include_linear: whether Linears take part.
         include_frozen: whether frozen weights take part.
+        include_heads: whether heads take part.
         may_wait: whether there may be no layer for now, because all of them are frozen.
 
     Raises:
@@ -117,10 +118,11 @@ class ShardedPlan(MergePlan):
         exclude: Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = False,
+        include_heads: bool = False,
         may_wait: bool = False,
     ) -> None:
         candidates, tied = module_candidates(model, include_linear)
-        choice = choose(candidates, tied, skip_first, exclude, include_frozen)
+        choice = choose(candidates, tied, skip_first, exclude, include_frozen, include_heads)
         layers, unpaired = [], []
         for candidate in choice.kept:
             layer = _sharded_layer(candidate)

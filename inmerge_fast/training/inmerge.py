@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ..dynamo import outside_dynamo
 from ..layer_similarity import summarise_layer
 from ..merge import several_ranks
 from ..merge_plan import MergePlan
+from ..paths.match import PartnerRule
 from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
 from ..plan.plan import Target
@@ -58,9 +59,8 @@ class InMerge:
             dict of one for each layer by name (:meth:`inmerge_fast.Similarity.threshold_for_rate`), or what follows the
             layer: :class:`inmerge_fast.RankBudget`, which is the one to recommend, :class:`inmerge_fast.NoiseThreshold`
             or :class:`inmerge_fast.QuantileThreshold`.
-        partner: the partner rule, see :func:`inmerge_fast.merge_`.
+        partner: the partner rule, see :func:`inmerge_fast.merge_`; likewise exclude and include_heads.
         skip_first: see :func:`inmerge_fast.merge_`; or name patterns of the layers to leave out, and no others.
-        exclude: name patterns of layers to leave out as well, see :func:`inmerge_fast.merge_`.
         include_linear: whether ``Linear`` layers take part too.
         include_frozen: whether weights that require no gradient take part too. Without it frozen layers wait until they
             are trained, also where all of them are frozen for a while; layers that are given one by one are meant.
@@ -96,17 +96,18 @@ class InMerge:
         alpha: Schedule | None = None,
         prob: Schedule | None = None,
         threshold: Threshold | None = None,
-        partner: str = "random",
+        partner: PartnerRule = "random",
         skip_first: float | str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = False,
+        include_heads: bool = False,
         start: float = 0,
         stop: float | None = None,
         every: int = 1,
         steps_per_epoch: int | None = None,
         seed: int = 0,
-        guard: CollapseGuard | str | None = "default",
+        guard: CollapseGuard | Literal["default"] | None = "default",
         loggers: Sequence[Logger] = (),
         observe_every: int = 10,
         process_group: Any = None,
@@ -396,5 +397,4 @@ class InMerge:
         self._run.load_state_dict(state, keep)
 
     def __repr__(self) -> str:
-        seed = f"{self._run.recipe.seed}{'' if self._forward is None else ', lasting=False'}"
-        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={seed})"
+        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, {self._run.recipe.shown()})"

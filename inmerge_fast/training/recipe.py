@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ..draw import MAX_SEED, MAX_STEP, check_word
+from ..draw import MAX_SEED, MAX_STEP, check_flag, check_word
 from ..effect import callers_level
-from ..paths.match import check_partner_rule
+from ..paths.match import PartnerRule, check_partner_rule
 from ..plan.plan import check_selection
 from ..thresholds import FOLLOWING, NoiseThreshold, QuantileThreshold, RankBudget, check_by_layer, check_count
 from .schedules import Schedule, check_schedule, from_plain, highest_value, to_plain, value_at
 
 Threshold: TypeAlias = "Schedule | Mapping[str, float] | NoiseThreshold | QuantileThreshold | RankBudget"
+SELECTION = ("skip_first", "exclude", "include_linear", "include_frozen", "include_heads")
 BY_LAYER = "by layer"  # kind of a dict of thresholds in a checkpoint
 
 
@@ -28,7 +30,7 @@ class Recipe:
     alpha: Schedule
     prob: Schedule
     threshold: Threshold
-    partner: str
+    partner: PartnerRule
     start: int
     stop: int | None
     every: int
@@ -95,6 +97,11 @@ class Recipe:
     def threshold_at(self, step: int) -> float:
         """Threshold at ``step``, if it is one for all layers."""
         return value_at("threshold", self.threshold, step, low=-1.0)  # type: ignore[arg-type]
+
+    def shown(self) -> str:
+        """All of it in a line, as it would be written as arguments; of thresholds by layer the first ones."""
+        pairs = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return ", ".join(f"{k}={reprlib.repr(v) if isinstance(v, dict) else repr(v)}" for k, v in pairs)
 
     def to_plain(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -216,17 +223,14 @@ def in_steps(start: float, stop: float | None, steps_per_epoch: int | None) -> t
     return first, last
 
 
-def selection(skip_first: Any, exclude: Any, include_linear: bool, include_frozen: bool) -> dict[str, Any]:
+def selection(skip_first: Any, exclude: Any, **flags: bool) -> dict[str, Any]:
     """Arguments that choose layers, checked, as a plan takes them.
 
     Raises:
         TypeError: wrong types.
         ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
     """
+    for name, flag in flags.items():
+        check_flag(name, flag)
     first, patterns = check_selection(skip_first, exclude)
-    return {
-        "skip_first": first,
-        "exclude": patterns,
-        "include_linear": include_linear,
-        "include_frozen": include_frozen,
-    }
+    return {"skip_first": first, "exclude": patterns, **flags}
