@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inmerge_fast.demo.data import require
 
-from . import confirm, controls_page, front, trained_page
+from . import confirm, controls_page, front, plan_page, trained_page
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
@@ -96,6 +96,7 @@ def write(out: Path) -> Path:
     target.write_text("\n".join(page).rstrip() + "\n")
     print(f"written: {target}")
     write_forward_page(out)
+    plan_page.write(out)
     return target
 
 
