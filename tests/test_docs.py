@@ -19,7 +19,7 @@ from inmerge_fast.layer_similarity import RESOLUTION
 from inmerge_fast.training.agreement import CHECK_EVERY
 
 MOST_LINES, MOST_WORDS = 130, 900
-FURTHER = ["benchmarks/README.md", "benchmarks/paper/README.md"]
+FURTHER = ["benchmarks/README.md", "benchmarks/paper/README.md", "examples/README.md"]
 EVERYWHERE = [*map(name_of, PAGES), *FURTHER]
 LINK = re.compile(r"\[(?:[^][]|\[[^]]*\])*\]\(([^)\s]+)\)")
 ORDER = [
@@ -160,15 +160,15 @@ def test_a_gpu_keeps_as_many_bytes_per_filter_as_the_pages_say(monkeypatch):
     apply_fixes()
     monkeypatch.setenv("INMERGE_INTERPRET", "1")
     kept = []
-    for count in (1000, 3000):
+    for count in (1000, 9000):
         weights = [torch.randn(count, 4)]
         launcher = launcher_of(weights)
         for step in range(2):
-            launcher.run(0, step, prob=0.3, alpha=0.8, threshold=0.3, dry_run=False)
+            launcher.run(0, step, prob=0.001, alpha=0.8, threshold=0.3, dry_run=False)
         kept.append(sum(tensor.nbytes for name, tensor in tensors_of(launcher, []).items() if name != "scratch"))
     for page in ("docs/layers.md", "benchmarks/README.md"):
         [said] = re.findall(r"plus (\d+) bytes per filter", " ".join(text_of(page).split()))
-        assert int(said) == pytest.approx((kept[1] - kept[0]) / 2000, rel=0.02)
+        assert int(said) == pytest.approx((kept[1] - kept[0]) / 8000, rel=0.02)
 
 
 def test_the_api_page_has_every_public_name_and_its_first_line():
