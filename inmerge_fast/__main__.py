@@ -1,15 +1,19 @@
-"""``python -m inmerge_fast``: the demo, and ``python -m inmerge_fast inspect``: a look at a saved model."""
+"""``python -m inmerge_fast``, or ``inmerge-fast``: the demo; with ``inspect``: a look at a saved model."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 
+from . import __version__
 from .demo.demo import PAPER, Options, load_data, run
 from .inspection.command import main as inspect_model
+
+COMMAND = "inmerge-fast"
 
 
 def _within(kind: Callable[[str], float], low: float, high: float, what: str) -> Callable[[str], float]:
@@ -34,15 +38,21 @@ def _device(text: str) -> str:
     return text
 
 
+def _program() -> str:
+    """How this was called: by the name of the installed command, or as a module."""
+    return COMMAND if os.path.basename(sys.argv[0]).removesuffix(".exe") == COMMAND else "python -m inmerge_fast"
+
+
 def _parser() -> argparse.ArgumentParser:
     share = _within(float, 0.0, 1.0, "a number in [0, 1]")
     count = _within(int, 1, 10_000, "an integer from 1 to 10000")
     parser = argparse.ArgumentParser(
-        prog="python -m inmerge_fast",
+        prog=_program(),
         description="Train a small CNN on real images without in-model merging, with the paper's setting, and with a "
         "threshold read off the network's own similarities, and show what merging does and what it costs.",
         epilog="python -m inmerge_fast inspect FILE looks at the filters of a saved model.",
     )
+    parser.add_argument("--version", action="version", version=f"inmerge_fast {__version__}, torch {torch.__version__}")
     parser.add_argument("--data", metavar="FILE.npz", help="a file in MedMNIST format: images or volumes, with one or "
                         "several labels each (default: scikit-learn's digits)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer epochs and images")
@@ -79,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "inspect":
-        inspect_model(arguments[1:])
+        inspect_model(arguments[1:], f"{_program()} inspect")
         return
     parser = _parser()
     options = Options(**vars(parser.parse_args(arguments)))

@@ -11,6 +11,7 @@ from .dynamo import outside_dynamo
 from .lease import Lease
 from .merge import check_arguments, drawn_seed, plan_for, thresholds_of
 from .merge_plan import MergePlan
+from .paths.match import PartnerRule
 from .paths.path import Call
 from .plan.filters import check_outside_transforms
 from .plan.plan import Target
@@ -51,6 +52,8 @@ class merged:  # noqa: N801, it is used like a function
     after the block raises, because its forward pass saw other weights. Writes through ``weight.data`` leave no trace
     that PyTorch could be asked for, and are lost for merged filters.
 
+    The context manager is to be used once, and gives :class:`inmerge_fast.MergeStats`.
+
     Args:
         target: see :func:`inmerge_fast.merge_`, as are partner, exclude, include_linear, seed, step, layer and
             generator.
@@ -68,9 +71,6 @@ class merged:  # noqa: N801, it is used like a function
         layer: id of a single layer in the draw.
         generator: CPU generator for the seed, where none is given.
 
-    Returns:
-        A context manager, to be used once, that gives :class:`inmerge_fast.MergeStats`.
-
     Raises:
         TypeError: an argument or a weight has the wrong type.
         ValueError: an argument is out of range, no layer can be merged, or a weight cannot be rewritten in place.
@@ -87,7 +87,7 @@ class merged:  # noqa: N801, it is used like a function
         alpha: float = ALPHA,
         prob: float = PROB,
         threshold: Threshold = THRESHOLD,
-        partner: str = "random",
+        partner: PartnerRule = "random",
         skip_first: float | str | Sequence[str] = SKIP_FIRST,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,

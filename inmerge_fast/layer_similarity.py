@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .paths.match import check_partner_rule
+from .paths.match import PartnerRule, check_partner_rule
 from .paths.pairs import filters_of, similarity_blocks
 from .plan.filters import FilterLayout
 
@@ -68,7 +68,7 @@ class LayerSimilarity:
         """Whether it is a 1x1 convolution, which looks at one place at a time."""
         return bool(self.kernel) and set(self.kernel) == {1}
 
-    def share_above(self, threshold: float, partner: str = "random") -> float:
+    def share_above(self, threshold: float, partner: PartnerRule = "random") -> float:
         """The share of sampled filters that would merge at ``threshold``; times ``prob``, of all filters per call.
 
         Args:
@@ -84,7 +84,7 @@ class LayerSimilarity:
         counts = self._counts(partner)
         return float(counts[_edge_above(threshold) :].sum() / counts.sum())
 
-    def threshold_for_rate(self, rate: float, partner: str = "random") -> float:
+    def threshold_for_rate(self, rate: float, partner: PartnerRule = "random") -> float:
         """The lowest multiple of 1e-4 at which at most a share ``rate`` of the sampled filters would merge.
 
         ``merge_`` with this threshold and probability p then rewrites about ``p * rate`` of the layer's filters.
@@ -111,7 +111,7 @@ class LayerSimilarity:
         _check_in("share", share, 0.0, 1.0)
         return self.threshold_for_rate(1 - share)
 
-    def _counts(self, partner: str) -> npt.NDArray[np.int64]:
+    def _counts(self, partner: PartnerRule) -> npt.NDArray[np.int64]:
         check_partner_rule(partner)
         if not self.pairs:
             raise ValueError(f"{self.name}: fewer than two filters of a group are finite; there is nothing to compare")

@@ -13,7 +13,7 @@ from torch import nn
 from .draw import MAX_LAYER, MAX_SEED, MAX_STEP, check_flag, check_share, check_word, coin_threshold
 from .dynamo import outside_dynamo
 from .merge_plan import MergePlan
-from .paths.match import check_partner_rule
+from .paths.match import PartnerRule, check_partner_rule
 from .paths.path import Call
 from .plan.filters import check_outside_transforms, mark_written
 from .plan.plan import DEFAULT_SKIP_FIRST, Target, check_selection
@@ -28,7 +28,7 @@ def merge_(
     alpha: float = 0.8,
     prob: float = 0.3,
     threshold: Threshold = 0.3,
-    partner: str = "random",
+    partner: PartnerRule = "random",
     skip_first: float | str | Sequence[str] = DEFAULT_SKIP_FIRST,
     exclude: str | Sequence[str] = (),
     include_linear: bool = False,
@@ -145,7 +145,7 @@ def several_ranks(group: Any = None) -> bool:
 
 
 def thresholds_of(
-    threshold: Threshold, plan: MergePlan, weights: Sequence[torch.Tensor], partner: str
+    threshold: Threshold, plan: MergePlan, weights: Sequence[torch.Tensor], partner: PartnerRule
 ) -> float | list[float]:
     """One for all layers, or one for each."""
     if isinstance(threshold, Mapping):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +138,7 @@ def reference_forward_only(
 def reference_partners(
     weight: torch.Tensor,
     coin: npt.NDArray,
-    partner: str,
+    partner: Literal["similar", "nearest"],
     *,
     threshold: float,
     seed: int,

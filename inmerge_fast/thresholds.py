@@ -19,6 +19,7 @@ import torch
 
 from .draw import check_share
 from .layer_similarity import summarise_layer
+from .paths.match import PartnerRule
 from .plan.candidates import MergeLayer
 from .plan.plan import LayerPlan
 from .rank_cost import NEVER
@@ -188,7 +189,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(every[:6]) + (f" and {len(every) - 6} others" if len(every) > 6 else "")
 
 
-def quantile_threshold(name: str, weight: torch.Tensor, layer: MergeLayer, rate: float, partner: str) -> float:
+def quantile_threshold(name: str, weight: torch.Tensor, layer: MergeLayer, rate: float, partner: PartnerRule) -> float:
     """The threshold of :class:`QuantileThreshold` for one layer, from its whole weight; ``NEVER`` where no pair is."""
     summary = summarise_layer(name, weight, layer.layout, False)
     return summary.threshold_for_rate(rate, partner) if summary.pairs else NEVER

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 import torchvision_ops
-from nets import resnet18, unet
 from oracle import untouched
 from torch import nn
 
+from benchmarks.nets import resnet18, unet
 from inmerge_fast import InMerge, MergePlan, merge_, merged, similarity
 from inmerge_fast.plan.candidates import module_candidates
 

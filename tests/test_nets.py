@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 import torch
-from nets import densenet121, r3d_18, resnet18, resnet50, unet, vgg19
-from nets_mobile import convnext_tiny, efficientnet_b0
 from oracle import assert_same_bits
 from torch import nn
 
+from benchmarks.nets import densenet121, r3d_18, resnet18, resnet50, unet, vgg19
+from benchmarks.nets_mobile import convnext_tiny, efficientnet_b0
 from inmerge_fast import MergePlan, draw, merge_, reference_merge
 
 CLASSES = 10

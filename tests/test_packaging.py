@@ -3,9 +3,9 @@
 It has to be, from every kind of install and from the bare checkout, while ``import kernels`` belongs to Hugging Face's
 package of that name. Who can promise what:
 
-- regular, editable and strict editable installs: away from the checkout there is no top-level ``kernels`` of ours;
-- in the checkout (``python -c``, ``python -m``), and everywhere in a compat editable install, which puts the checkout
-  on ``sys.path``: it exists as a namespace folder, which loses to any regular package, earlier or later on the path.
+- installs of every kind: away from the checkout there is no top-level ``kernels`` of ours;
+- in the checkout (``python -c``, ``python -m``): it exists as a namespace folder, which loses to any regular package,
+  earlier or later on the path.
 
 Nothing here sees the environment that runs the tests, where the package may be installed: every install goes into a
 virtual environment of its own, which borrows the third-party packages.
@@ -30,14 +30,15 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 from cpu_kernel import require_compiler, why_not_built
 from packaging.requirements import Requirement
 
 import inmerge_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "nnunet", "test"}
-FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks"]  # tests and benchmarks must be left out of a wheel
+EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "nnunet", "docs", "test"}
+FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks", "docs", "examples"]  # a wheel has the first two alone
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.so", "*.npz")  # by earlier builds and runs; git ignores them
 CPU_KERNEL = set() if why_not_built() else {"inmerge_fast/_cpu.abi3.so"}
 MODES = ["regular", "default", "strict", "compat"]  # the last three are setuptools' editable modes
@@ -216,6 +217,12 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == inmerge_fast.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    description = metadata.get_payload()
+    assert description.startswith("# inmerge_fast\n")
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert links, "what leads somewhere from anywhere stays"
+    assert all(link.startswith("https://") for link in links), "an index of packages has no file of this repository"
     assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
 
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
@@ -335,10 +342,7 @@ def test_kernels_import_from_everywhere(installs, mode, tmp_path):
     # A strict install links to the single files of the checkout, so its path is another one.
     assert Path(away["kernel"]).samefile(source) == (mode != "regular")
     assert Path(away["kernel"]).read_bytes() == source.read_bytes()
-    if mode == "compat":
-        assert away["top_level"] == [None, str(install.checkout / "kernels")]  # no origin: a namespace folder
-    else:
-        assert not any(entry and Path(entry).is_relative_to(install.folder) for entry in away["top_level"])
+    assert not any(entry and Path(entry).is_relative_to(install.folder) for entry in away["top_level"])
 
 
 @needs_triton
@@ -365,6 +369,18 @@ assert torch.equal(weight, expected.weight)
 assert 0 < stats.merged < stats.sampled
 """
     run(install.python, "-c", code, cwd=install.elsewhere, TRITON_INTERPRET="1", INMERGE_INTERPRET="1")
+
+
+@pytest.mark.parametrize("mode", ["regular", "default"])
+def test_the_command_is_installed(installs, mode):
+    install = installs(mode)
+    command = install.python.parent / "inmerge-fast"
+    version = f"inmerge_fast {inmerge_fast.__version__}, torch {torch.__version__}\n"
+    with ThreadPoolExecutor() as pool:
+        by_name = pool.submit(run, command, "--version", cwd=install.elsewhere)
+        as_module = pool.submit(run, install.python, "-m", "inmerge_fast", "--version", cwd=install.elsewhere)
+    assert by_name.result() == as_module.result() == version
+    assert run(command, "inspect", "--help", cwd=install.elsewhere).startswith("usage: inmerge-fast inspect")
 
 
 # What an import costs, and what it can do without.
@@ -407,18 +423,49 @@ def test_package_type_checks():
     run(sys.executable, "-m", "mypy", cwd=ROOT)
 
 
-def test_users_see_the_types(installs):
+SCRIPT = """import inmerge_fast
+inmerge_fast.merge_([], prob=0.5, partner="nearest")
+inmerge_fast.merge_([], prob="half")
+inmerge_fast.merge_([], partner="closest")
+inmerge_fast.InMerge([], loggers=[print], alpha=lambda step: 0.9 ** step, guard=None)
+inmerge_fast.InMerge([], alpha=lambda step: "0.9")
+inmerge_fast.CollapseGuard(action="halt")
+"""
+WRONG_LINES = {3, 4, 6, 7}
+
+
+def check_types(command: list[str | Path], install: Install) -> str:
+    """What a type checker says of SCRIPT; it finds errors, and so returns 1."""
+    (install.elsewhere / "script.py").write_text(SCRIPT)
+    done = subprocess.run(command, cwd=install.elsewhere, env=CLEAN_ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mypy_sees_the_types(installs, mode):
     pytest.importorskip("mypy")
-    install = installs("regular")
-    script, config = install.elsewhere / "script.py", install.elsewhere / "mypy.ini"
-    script.write_text("import inmerge_fast\ninmerge_fast.merge_([], prob=0.5)\ninmerge_fast.merge_([], prob='half')\n")
+    install = installs(mode)
     # Reading all of PyTorch takes 15 s; merge_ keeps its types with the one module that its decorator comes from.
-    config.write_text(
+    (install.elsewhere / "mypy.ini").write_text(
         "[mypy]\n[mypy-torch.*,numpy.*]\nfollow_imports = skip\n[mypy-torch._compile]\nfollow_imports = normal\n"
     )
-    command = ["-m", "mypy", "--config-file", config, "--python-executable", install.python, script]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=install.elsewhere, env=CLEAN_ENV, capture_output=True, text=True, timeout=300
-    )
-    errors = re.findall(r"script\.py:(\d+): error: .*\[([a-z-]+)\]", done.stdout)
-    assert errors == [("3", "arg-type")], done.stdout + done.stderr
+    arguments: list[str | Path] = ["--config-file", "mypy.ini", "--python-executable", install.python, "script.py"]
+    said = check_types([sys.executable, "-m", "mypy", *arguments], install)
+    errors = re.findall(r"script\.py:(\d+): error: .*\[([a-z-]+)\]", said)
+    assert {int(line) for line, _ in errors} == WRONG_LINES, said
+    assert {kind for _, kind in errors} <= {"arg-type", "return-value"}, said
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pyright_and_editors_see_the_types(installs, mode):
+    # Editors resolve imports as pyright does: without running Python. basedpyright is the same with Node.js in the
+    # package, where pyright fetches it; neither is among the requirements for tests, for 60 MB of Node.js.
+    pyright = shutil.which("basedpyright") or shutil.which("pyright")
+    if pyright is None:
+        pytest.skip("needs pyright or basedpyright")
+    install = installs(mode)
+    said = json.loads(check_types([pyright, "--pythonpath", install.python, "--outputjson", "script.py"], install))
+    errors = [d for d in said["generalDiagnostics"] if d["severity"] == "error"]
+    assert {d["range"]["start"]["line"] + 1 for d in errors} == WRONG_LINES, errors
+    assert {d["rule"] for d in errors} <= {"reportArgumentType", "reportReturnType"}, errors

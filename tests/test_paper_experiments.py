@@ -84,13 +84,28 @@ def test_table_shows_what_the_files_say(finished):
         for a, b in zip(merged, bases, strict=True)
     ]
     lines = csv_of([finished / f"partner-rules.{FAST.name}.json"]).splitlines()
-    rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(lines)}
-    row = rows["tau -1, alpha 0.8, p 0.3", "corrupted AUC"]
+    rows = {(row["arm"], row["statistics"], row["metric"]): row for row in csv.DictReader(lines)}
+    row = rows["tau -1, alpha 0.8, p 0.3", "as trained", "corrupted AUC"]
     assert float(row["d_mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
+    values = [
+        100 * (a["recomputed"]["attacked"]["pgd 2/255"] - b["recomputed"]["attacked"]["pgd 2/255"])
+        for a, b in zip(merged, bases, strict=True)
+    ]
+    again = rows["tau -1, alpha 0.8, p 0.3", "recomputed", "PGD 2/255 acc"]
+    assert float(again["d_mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
     assert float(row["merges_per_step"]) > 50
     assert int(row["seeds"]) == 2
     text = (finished / f"partner-rules.{FAST.name}.md").read_text()
-    for column in ("merges", "rank", "collapsed", "identical", "d corrupted AUC"):
+    for column in (
+        "statistics",
+        "ECE",
+        "d corrupted ECE",
+        "merges",
+        "rank",
+        "collapsed",
+        "identical",
+        "d corrupted AUC",
+    ):
         assert f"| {column} |" in text
 
 
@@ -337,7 +352,7 @@ def test_a_plan_is_chosen_on_validation_images_and_confirmed_once(tmp_path, monk
     plan = json.loads(path.read_text())
     own = compare([[load_result(where.out, run.key()) for run in confirm.search_experiment(options).runs()
                     if run.arm == arm] for arm in confirm.search_experiment(options).groups[0][1]])  # fmt: skip
-    assert {row.label: row.difference["corrupted AUC"].mean for row in own[1:]} == pytest.approx(
+    assert {row.label: row.judged("corrupted AUC").mean for row in own[1:]} == pytest.approx(
         {label: one["d_mean"] for label, one in plan["search"].items()}, abs=1e-12
     )
     gains = [label for label, one in plan["search"].items() if one["d_mean"] > 0 and not one["collapsed"]]
@@ -418,7 +433,7 @@ def test_the_package_does_not_depend_on_the_harness():
 
 
 def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypatch):
-    """Numbers of RESULTS.md and of the README's section: each has a result file behind it."""
+    """Numbers of RESULTS.md and of the pages that quote it: each has a result file behind it."""
     folder = ROOT / "benchmarks/paper"
     shutil.copytree(folder / "results", tmp_path / "results", ignore=shutil.ignore_patterns("checkpoints", "*.svg"))
     for path in [*(tmp_path / "results").glob("*.md"), tmp_path / "results/tables.csv"]:
@@ -433,11 +448,11 @@ def test_the_committed_page_is_made_from_the_committed_files(tmp_path, monkeypat
         for picture in re.findall(r"!\[.*\]\((.*)\)", path.read_text()):
             assert (folder / "results" / picture).exists()
     assert (tmp_path / "FORWARD_ONLY.md").read_text() == (folder / "FORWARD_ONLY.md").read_text()
-    readme = (ROOT / "README.md").read_text()
+    readme = (folder / "README.md").read_text()
     assert forward_page.updated(readme, forward_page.readme_section(tmp_path / "results")) == readme
-    section = readme[readme.index("## Does it help?") : readme.index("## How it can be trusted")]
-    quoted = re.findall(r"[−+-]?\d+\.\d+ \[[^]]*\]", section)
-    assert quoted
     said = "".join(path.read_text() for path in [*pages, folder / "RESULTS.md", folder / "FORWARD_ONLY.md"])
-    for figure in quoted:
-        assert figure.replace("−", "-") in said
+    for path in (folder / "README.md", ROOT / "README.md"):
+        quoted = re.findall(r"[−+-]?\d+\.\d+\s\[[^]]*\]", path.read_text())
+        assert quoted
+        for figure in quoted:
+            assert " ".join(figure.replace("−", "-").split()) in said

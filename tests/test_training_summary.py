@@ -16,6 +16,7 @@ from inmerge_fast import (
     NoiseThreshold,
     QuantileThreshold,
     RankBudget,
+    cosine,
     linear,
 )
 
@@ -239,7 +240,7 @@ def test_a_short_run_without_effect_has_its_word_when_it_is_flushed():
 
 def test_forward_only_merging_says_that_nothing_stays():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3), torch.nn.GroupNorm(4, 16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     merger = InMerge(model, lasting=False).attach(optimizer)
     preview = merger.preview()
@@ -257,9 +258,25 @@ def test_forward_only_merging_says_that_nothing_stays():
     assert "lost" not in header
     assert [row.split()[-1] for row in rows] == ["active", "active"]
     assert [len(row.split()) for row in rows] == [7, 7]
-    assert repr(merger) == "InMerge(layers=2, step_count=3, seed=0, lasting=False)"
+    assert repr(merger) == (
+        "InMerge(layers=2, step_count=3, alpha=0.5, prob=0.5, threshold=-1.0, partner='random', start=0, stop=None, "
+        "every=1, seed=0, lasting=False)"
+    )
     lasting = InMerge(model, skip_first=0, threshold=-1.0)
     assert "lost by merging" in str(lasting.summary())
     assert "memory" not in str(lasting.preview())
     assert lasting.preview().kept_bytes is None
-    assert repr(lasting) == "InMerge(layers=2, step_count=0, seed=0)"
+    assert repr(lasting) == (
+        "InMerge(layers=2, step_count=0, alpha=0.8, prob=0.3, threshold=-1.0, partner='random', start=0, stop=None, "
+        "every=1, seed=0, lasting=True)"
+    )
+
+
+def test_what_is_printed_of_a_recipe_stays_one_line():
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3) for _ in range(30)))
+    budget = InMerge(model, threshold=RankBudget(0.1), stop=100, prob=cosine(0.3, 0.1, end=50))
+    assert "threshold=RankBudget(loss=0.1" in repr(budget)
+    assert "prob=Ramp(first=0.3, last=0.1, begin=0, end=50, shape='cosine')" in repr(budget)
+    by_layer = InMerge(model, threshold={str(index): 0.5 for index in range(12, 30)}, skip_first=12)
+    assert "..." in repr(by_layer)
+    assert len(repr(by_layer)) < 300

@@ -23,15 +23,22 @@ class Bench:
         device: where the networks are.
         limit: use this many images of every part, evenly spaced; None for all.
         weights: file with pre-trained weights of the network, or None.
+        room: bytes that training images may take on the device, see :class:`benchmarks.paper.feed.Feed`.
     """
 
     def __init__(
-        self, data: DataSet, device: torch.device, limit: int | None = None, weights: Weights | None = None
+        self,
+        data: DataSet,
+        device: torch.device,
+        limit: int | None = None,
+        weights: Weights | None = None,
+        room: int | None = None,
     ) -> None:
         if limit is not None:
             train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
             data = dataclasses.replace(data, train=train, val=val, test=test)
-        self.data, self.device, self.weights = data, device, weights
+        self.data, self.device, self.weights, self.room = data, device, weights, room
+        self._constants: dict[object, torch.Tensor] = {}
         self._copies: dict[tuple[str, str, str, float], torch.Tensor] = {}
         sample = data.train.images[:: max(1, len(data.train) // 5000)].float() / 255
         dims = [0, *range(2, sample.ndim)]
@@ -46,7 +53,14 @@ class Bench:
             unit = unit.expand(-1, model.channels, *unit.shape[2:])
         mean, spread = model.normalisation or self.normalisation
         shape = (-1, *[1] * (unit.ndim - 2))
-        return (unit - unit.new_tensor(mean).view(shape)) / unit.new_tensor(spread).view(shape)
+        return (unit - self._constant(mean, unit).view(shape)) / self._constant(spread, unit).view(shape)
+
+    def _constant(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+        """A tensor that is copied to the device once: every copy would wait for what the device is doing."""
+        key = (values, like.device, like.dtype)
+        if key not in self._constants:
+            self._constants[key] = like.new_tensor(values)
+        return self._constants[key]
 
     def corruptions(self, source: str) -> tuple[str, ...]:
         """Names of the corruptions, "own" ones or those of the package medmnistc."""

@@ -84,9 +84,9 @@ def _title(checkpoint: Checkpoint, network: Network) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m inmerge_fast inspect",
+        prog=program,
         description="Compare the filters of each convolution of a saved model with each other: a table, the threshold "
         "for some merge rates, what merging would do, and pictures.",
     )
@@ -125,24 +125,25 @@ def _count_share_or_pattern(text: str) -> float | str:
     return text
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], program: str = "python -m inmerge_fast inspect") -> None:
     """Run ``python -m inmerge_fast inspect``.
 
     Args:
         arguments: command line after the word ``inspect``.
+        program: how the command was called, for help and errors.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # layers may have names that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
-        _run(arguments)
+        _run(arguments, program)
         if sys.stdout is not None:  # closed by who started it
             sys.stdout.flush()
     except BrokenPipeError:  # who reads it, as head does, has had enough
         _drop_output()
     except OSError as error:  # of other files it is named where they are opened
         _drop_output()
-        raise SystemExit(f"python -m inmerge_fast inspect: error: standard output: {error.strerror or error}") from None
+        raise SystemExit(f"{program}: error: standard output: {error.strerror or error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -153,8 +154,8 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(arguments: Sequence[str]) -> None:
-    parser = _parser()
+def _run(arguments: Sequence[str], program: str) -> None:
+    parser = _parser(program)
     options = parser.parse_args(arguments)
     folder = None if options.no_pictures else Path(options.output or f"similarity-{_stem(options.source)}")
     try:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..checkpoints.kinds import why
+from ..paths.match import PartnerRule
 from .similarity import Similarity
 
 RATES = (0.01, 0.05, 0.2)
-RULES = ("random", "nearest")
+RULES: tuple[PartnerRule, ...] = ("random", "nearest")
 LONGEST_NAME = 120  # of a layer, in the name of a file; most file systems take 255 bytes
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..layer_similarity import LayerSimilarity, summarise_layer
 from ..merge_plan import MergePlan
+from ..paths.match import PartnerRule
 from ..paths.pairs import filters_of, similarity_blocks
 from ..plan.plan import Target
 from ..stats import describe_skipped
@@ -72,7 +73,7 @@ class Similarity:
                 matrix[g, block, g] = rows.masked_fill(~(finite & finite[block, None]), torch.nan)
         return matrix.view(groups * size, groups * size)
 
-    def threshold_for_rate(self, rate: float, partner: str = "random") -> dict[str, float]:
+    def threshold_for_rate(self, rate: float, partner: PartnerRule = "random") -> dict[str, float]:
         """Each layer's threshold for a wanted merge rate, by name; see :meth:`LayerSimilarity.threshold_for_rate`."""
         return {layer.name: layer.threshold_for_rate(rate, partner) for layer in self.layers}
 

@@ -16,6 +16,7 @@ and leaves alone, or pass over one that it would have measured above.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,8 @@ from ..plan.filters import FilterLayout
 from ..plan.rows import Rows
 from .pairs import filters_of, similarity_blocks
 
-PARTNER_RULES = ("random", "similar", "nearest")
+PartnerRule: TypeAlias = Literal["random", "similar", "nearest"]
+PARTNER_RULES: tuple[PartnerRule, ...] = get_args(PartnerRule)
 
 
 def check_partner_rule(partner: object) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ..effect import EffectMonitor
 from ..stats import SampledPairs
+from .match import PartnerRule
 
 
 class Call(NamedTuple):
@@ -29,7 +30,7 @@ class Call(NamedTuple):
     prob: float
     alpha: float
     thresholds: float | Sequence[float]
-    partner: str = "random"
+    partner: PartnerRule = "random"
     dry_run: bool = False
 
     def threshold_of_each(self, layers: int) -> Sequence[float]:

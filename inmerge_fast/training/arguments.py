@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from ..draw import check_flag
 from ..forward_only import ALPHA, PROB, SKIP_FIRST, THRESHOLD
+from ..paths.match import PartnerRule
 from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..thresholds import check_count
 from .guard import CollapseGuard
@@ -26,7 +27,7 @@ class InMergeArguments(TypedDict, total=False):
     alpha: Schedule | None
     prob: Schedule | None
     threshold: Threshold | None
-    partner: str
+    partner: PartnerRule
     skip_first: float | str | Sequence[str] | None
     exclude: str | Sequence[str]
     include_linear: bool
@@ -37,7 +38,7 @@ class InMergeArguments(TypedDict, total=False):
     every: int
     steps_per_epoch: int | None
     seed: int
-    guard: CollapseGuard | str | None
+    guard: CollapseGuard | Literal["default"] | None
     loggers: Sequence[Logger]
     observe_every: int
     process_group: Any

@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..draw import check_share
 from ..effect import callers_level
 from ..rank_cost import CURE, LayerLedger, describe_collapse
 from ..stats import CollapseWarning
 
-ACTIONS = ("warn", "stop")
+Action: TypeAlias = Literal["warn", "stop"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
 @dataclass
@@ -30,7 +31,7 @@ class CollapseGuard:
     """
 
     loss: float = 0.1
-    action: str = "stop"
+    action: Action = "stop"
     _warned: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:

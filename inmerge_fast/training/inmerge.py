@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ..dynamo import outside_dynamo
 from ..layer_similarity import summarise_layer
 from ..merge import several_ranks
 from ..merge_plan import MergePlan
+from ..paths.match import PartnerRule
 from ..plan.candidates import unwrap_compiled
 from ..plan.filters import check_outside_transforms
 from ..plan.plan import Target
@@ -95,7 +96,7 @@ class InMerge:
         alpha: Schedule | None = None,
         prob: Schedule | None = None,
         threshold: Threshold | None = None,
-        partner: str = "random",
+        partner: PartnerRule = "random",
         skip_first: float | str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
@@ -106,7 +107,7 @@ class InMerge:
         every: int = 1,
         steps_per_epoch: int | None = None,
         seed: int = 0,
-        guard: CollapseGuard | str | None = "default",
+        guard: CollapseGuard | Literal["default"] | None = "default",
         loggers: Sequence[Logger] = (),
         observe_every: int = 10,
         process_group: Any = None,
@@ -396,5 +397,4 @@ class InMerge:
         self._run.load_state_dict(state, keep)
 
     def __repr__(self) -> str:
-        seed = f"{self._run.recipe.seed}{'' if self._forward is None else ', lasting=False'}"
-        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, seed={seed})"
+        return f"InMerge(layers={len(self.plan.layers)}, step_count={self.step_count}, {self._run.recipe.shown()})"

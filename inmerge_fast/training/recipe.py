@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ..draw import MAX_SEED, MAX_STEP, check_flag, check_word
 from ..effect import callers_level
-from ..paths.match import check_partner_rule
+from ..paths.match import PartnerRule, check_partner_rule
 from ..plan.plan import check_selection
 from ..thresholds import FOLLOWING, NoiseThreshold, QuantileThreshold, RankBudget, check_by_layer, check_count
 from .schedules import Schedule, check_schedule, from_plain, highest_value, to_plain, value_at
@@ -29,7 +30,7 @@ class Recipe:
     alpha: Schedule
     prob: Schedule
     threshold: Threshold
-    partner: str
+    partner: PartnerRule
     start: int
     stop: int | None
     every: int
@@ -96,6 +97,11 @@ class Recipe:
     def threshold_at(self, step: int) -> float:
         """Threshold at ``step``, if it is one for all layers."""
         return value_at("threshold", self.threshold, step, low=-1.0)  # type: ignore[arg-type]
+
+    def shown(self) -> str:
+        """All of it in a line, as it would be written as arguments; of thresholds by layer the first ones."""
+        pairs = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return ", ".join(f"{k}={reprlib.repr(v) if isinstance(v, dict) else repr(v)}" for k, v in pairs)
 
     def to_plain(self) -> dict[str, Any]:
         """For a checkpoint."""
