@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision_ops
 from test_training import loss_of, net
 from torch import nn
 from trainers import ACCUMULATE, BUDGET, DATA, RECIPE, assert_as_plain, plain_loop
 
 import inmerge_fast
-from inmerge_fast import InMerge, NoiseThreshold
+from inmerge_fast import InMerge
 from inmerge_fast.training.arguments import InMergeArguments
 
 ROOT = Path(__file__).parents[1]
@@ -199,38 +198,3 @@ def test_fabric_gives_the_same_weights_as_a_plain_loop():
             optimizer.step()
             optimizer.zero_grad()
     assert_as_plain(model.module, merger, plain)
-
-
-def test_timm_gives_the_same_weights_as_a_plain_loop():
-    """Model, optimizer, loss scaler and EMA as in timm's train.py; one line is added."""
-    torchvision_ops.declare()
-    timm = pytest.importorskip("timm", reason="timm is not installed: tests/frameworks.sh")
-    pytest.importorskip("timm.optim")
-    pytest.importorskip("timm.utils")
-
-    recipe = {"threshold": NoiseThreshold(1.0), "prob": 0.5}
-    data = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(timm.create_model("resnet10t", num_classes=4))
-    model, twin = models
-    optimizer = timm.optim.create_optimizer_v2(model, opt="momentum", lr=0.05, momentum=0.9)
-    ema = timm.utils.ModelEmaV3(model, decay=0.5)
-    merger = InMerge(model, **recipe).attach(optimizer)
-    scaler = timm.utils.NativeScaler("cpu")
-    for step, x in enumerate(data):
-        scaler(loss_of(model, x), optimizer, parameters=model.parameters())
-        ema.update(model, step=step)
-        optimizer.zero_grad()
-    plain_optimizer = timm.optim.create_optimizer_v2(twin, opt="momentum", lr=0.05, momentum=0.9)
-    plain, merged = InMerge(twin, **recipe), 0
-    for x in data:
-        loss_of(twin, x).backward()
-        plain_optimizer.step()
-        merged += plain.step().merged
-        plain_optimizer.zero_grad()
-    assert merged > 0
-    assert merger.step_count == 3
-    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(own, other)  # the scaler multiplies and divides by a power of two
