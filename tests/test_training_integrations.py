@@ -72,7 +72,7 @@ def test_a_wrong_value_surfaces_where_it_is_written(callback_class, wrong, error
         callback_class(**wrong)
 
 
-def test_a_framework_that_is_missing_broken_or_too_old_says_what_to_install(monkeypatch):
+def test_a_framework_that_is_missing_broken_too_old_or_too_new_says_what_to_install(monkeypatch, tmp_path):
     from inmerge_fast.integrations import common
 
     monkeypatch.setitem(common.OLDEST, "torch", ("9.5", "some"))
@@ -85,6 +85,26 @@ def test_a_framework_that_is_missing_broken_or_too_old_says_what_to_install(monk
     ):
         common.require("nowhere", "no_such")
     common.require("nowhere", "torch")  # no distribution tells its release
+    # Too new: what is used is not there any more. A package of its own that it misses is another matter.
+    monkeypatch.setitem(common.OLDEST, "torch", ("1.5", "some"))
+    message = (
+        r"torch [\d.]+\S* has no torch\.{} \(.*\), which torch 1\.5 has: it is too new.*pip install 'torch>=1\.5,<"
+    )
+    for name, said in (
+        ("torch:NoSuch", "NoSuch"),
+        ("torch.nn:Module.gone", r"nn\.Module\.gone"),
+        ("torch.gone:A", r"gone\.A"),
+    ):
+        with pytest.raises(ImportError, match=message.format(said)):
+            common.require("torch", "torch:Tensor", name)
+    (tmp_path / "half_there").mkdir()
+    (tmp_path / "half_there" / "__init__.py").write_text("")
+    (tmp_path / "half_there" / "part.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ImportError, match=r"nowhere >= 1 is needed and cannot be imported .*no_such_dependency.*\[some\]"
+    ):
+        common.require("nowhere", "half_there.part:Thing")
     monkeypatch.setitem(common.OLDEST, "torch", ("2.9", "some"))  # which is older than 2.10
     monkeypatch.setattr(common.importlib.metadata, "version", lambda _: "2.10.0a0+git")
     common.require("torch", "torch")

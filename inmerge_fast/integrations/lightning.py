@@ -26,7 +26,7 @@ def _callback_class() -> Any:
     if not bases:
         found = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
         name = (found or PACKAGES)[0]
-        require(name.partition(".")[0].replace("_", "-"), name)
+        require(name.partition(".")[0].replace("_", "-"), f"{name}:Callback")
         bases = [importlib.import_module(name).Callback]
     return type("Callback", tuple(dict.fromkeys(bases)), {})
 
