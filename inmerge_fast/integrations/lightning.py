@@ -100,6 +100,11 @@ class InMergeCallback(_Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse an optimizer that there is not."""
         self._let_go()
+        if any(type(one).__name__ == "_MockOptimizer" for one in trainer.optimizers):  # Lightning's, for none
+            raise ValueError(
+                f"configure_optimizers of {type(pl_module).__name__} has returned no optimizer, and InMergeCallback "
+                "merges after an optimizer's steps: return the one that trains the weights"
+            )
         if len(trainer.optimizers) <= self._optimizer:
             raise ValueError(f"optimizer={self._optimizer}, but the module has {len(trainer.optimizers)} optimizers")
 
