@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .effect import OnItsWay, callers_level, page_locked
+from .paths.match import PartnerRule
 from .paths.path import Call
 from .plan.candidates import MergeLayer
 from .rank_cost import CURE, LayerLedger, RankCost, Snapshot, describe_collapse, in_background, may_defer
@@ -154,7 +155,7 @@ class CallHistory:
 
 
 def charged(
-    ledger: LayerLedger, snapshot: Snapshot, key: int, merged: int, threshold: float, partner: str, alpha: float
+    ledger: LayerLedger, snapshot: Snapshot, key: int, merged: int, threshold: float, partner: PartnerRule, alpha: float
 ) -> LayerLedger:
     """The ledger with the merges since the last time charged, see :meth:`LayerLedger.charge`; it stays as it is."""
     new = LayerLedger(**vars(ledger))

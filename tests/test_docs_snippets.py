@@ -13,12 +13,12 @@ import sys
 import types
 import warnings
 
-import nets
 import pytest
 import torch
 from pages import BLOCK, PAGES, ROOT, name_of, snippet, snippets, text_of
 
 import inmerge_fast
+from benchmarks import nets
 from inmerge_fast.lease import lease_of
 from inmerge_fast.paths.match import PARTNER_RULES
 
@@ -152,7 +152,7 @@ def test_every_check_belongs_to_one_block():
 @pytest.mark.parametrize("each", [each for each in ALL if PROCESSES in each.code], ids=str)
 def test_it_runs_in_two_processes(each, tmp_path):
     script = tmp_path / "script.py"
-    shim = "import sys, types, nets\nmodule = types.ModuleType('torchvision.models')\n"
+    shim = "import sys, types\nfrom benchmarks import nets\nmodule = types.ModuleType('torchvision.models')\n"
     shim += "module.resnet18 = lambda num_classes: nets.resnet18(num_classes)\n"
     shim += "sys.modules.setdefault('torchvision', types.ModuleType('torchvision'))\n"
     shim += "sys.modules['torchvision.models'] = module\n"

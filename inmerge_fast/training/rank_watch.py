@@ -13,6 +13,7 @@ import torch
 
 from ..effect import OnItsWay
 from ..merge import several_ranks
+from ..paths.match import PartnerRule
 from ..rank_cost import NEVER, LayerLedger, RankCost, Snapshot, in_background, may_defer
 from ..thresholds import MOST_SHARE, RankBudget
 from .agreement import CHECK_EVERY, DELAY, is_check
@@ -84,7 +85,7 @@ class _Measurement:
 
     due: int  # the occasion at which it is looked at
     occasion: int
-    partner: str
+    partner: PartnerRule
     alpha: float
     counted: OnItsWay | None = None
     places: dict[str, int] = field(default_factory=dict)  # of the layers in what is counted
@@ -306,7 +307,7 @@ class RankWatch:
             due, found = state["measuring"]
             done: Future[dict[str, LayerLedger]] = Future()
             done.set_result(_ledgers(found))
-            self._measuring = _Measurement(due, self._occasion, "", 0.0, found=done)
+            self._measuring = _Measurement(due, self._occasion, "random", 0.0, found=done)
         if self._agreed is not None and state.get("agreed") is not None:
             self._agreed = list(state["agreed"])
         if state["count"] is not None:
@@ -320,7 +321,7 @@ def _ledgers(saved: Any) -> dict[str, LayerLedger]:
 
 def _charged(
     old: LayerLedger | None, cost: RankCost, filters: int, occasion: int, merged: int, threshold: float | None,
-    partner: str, alpha: float,
+    partner: PartnerRule, alpha: float,
 ) -> LayerLedger:  # fmt: skip
     """A new ledger, or a copy of the old one with what has been merged since; see :meth:`RankWatch.measured`."""
     if old is None:
