@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inmerge_fast.demo.data import require
 
-from . import confirm, controls_page, front, plan_page, trained_page
+from . import confirm, controls_page, front, plan_page, trained, trained_page
 from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
@@ -85,6 +85,8 @@ def write(out: Path) -> Path:
     trained_page.write(out)
     (out / "tables.csv").write_text(csv_of(manifests))
     lines = [f"- [{path.stem}]({path.stem}.md): {line}" for path in manifests for line in summary(path)]
+    networks = trained.read(out)
+    lines += [f"- [{trained.NAME}]({trained.NAME}.md): {trained_page.answer(networks, '.')}"] if networks else []
     plans = [_unconfirmed(path) for path in sorted(out.glob("plan.*.json"))]
     lines += [f"- {line}" for line in plans if line]
     here = {path.name.split(".")[0] for path in manifests} | ({"confirm"} if plans else set())
