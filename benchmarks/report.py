@@ -8,6 +8,7 @@ measured is reported like all else. With ``--check`` it writes nothing and fails
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def machine(passes: Sequence[Results]) -> str:
     parts += [f"copies at {about['copy_bandwidth_gb_s']:g} GB/s", f"commit {about['commit']}"]
     runs = []
     for results in passes:
-        run = f"`{results.environment['command']}`; [{results.path.name}]({link(results.path)})"
+        command = re.sub(r" --out \S+", "", results.environment["command"])  # where somebody kept the file
+        run = f"`{command}`; [{results.path.name}]({link(results.path)})"
         commit = results.environment["commit"]
         run += f" at commit {commit}" if commit != about["commit"] else ""
         runs.append(run + ("" if results.complete else ", **interrupted**"))

@@ -173,8 +173,9 @@ def _costs(gpu: Sequence[dict[str, Any]]) -> str:
         arms = sum(len(arms) for _, arms in EXPERIMENTS[plan.experiment](Options(data=plan.data, model=MODEL)).groups)
         size = plan.channels * SIDE * SIDE / 2**30
         copied = plan.images[2] * (len(robustness.CORRUPTIONS) * 2 + len(robustness.NOISE_SIGMAS))
+        gib = f"{plan.images[0] * size:.1f} GiB", f"{copied * size:.0f} GiB"
         row = [plan.title, str(arms * plan.seeds), f"{trained / 1e6:.1f} M", f"{measured / 1e6:.1f} M",
-               f"{(trained * both + measured * forward) / 1e6:,.0f}", f"{plan.images[0] * size:.1f} GiB", f"{copied * size:.0f} GiB"]  # fmt: skip
+               f"{(trained * both + measured * forward) / 1e6:,.0f}", *gib]  # fmt: skip
         for one in gpu:
             rate = one["training"][MODEL]["on the device"]
             # Measuring is a forward pass, which is that much less work than a training step.
@@ -197,8 +198,8 @@ def _costs(gpu: Sequence[dict[str, Any]]) -> str:
         "of hours.\n".replace("{folder}", "benchmarks/paper/results")
     )  # fmt: skip
     text += (
-        "\nThe corrupted copies are made on the CPU once and kept below `XDG_CACHE_HOME` (or `~/.cache`), where every run "
-        "reads them; without room for them each run makes them anew.\n"
+        "\nThe corrupted copies are made on the CPU once and kept below `XDG_CACHE_HOME` (or `~/.cache`), where every "
+        "run reads them; without room for them each run makes them anew.\n"
     )
     memory = 12 * parameters / 2**30
     return text + (
