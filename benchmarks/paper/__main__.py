@@ -33,7 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         "a result are not repeated, so that a killed command goes on where it was.",
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, trained.NAME,
-                        "report"], help="what to run; report writes tables, figures, RESULTS.md and FORWARD_ONLY.md; "
+                        "report"], help="what to run; report writes tables, figures, RESULTS.md, FORWARD_ONLY.md "
+                        "and PAPER_TABLES.md; "
                         f"{trained.NAME} has options of its own, see {trained.NAME} --help")  # fmt: skip
     parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
                         "validation images and write the plan, or do it")  # fmt: skip
