@@ -7,11 +7,11 @@ nothing and fails if the README is not in step with the files.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks import markers
+from benchmarks.helps import parser_with
 from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
 from benchmarks.tables import forward_table, host_table, match_table, merge_table, target_table, training_table
 from benchmarks.targets import (
@@ -119,7 +119,8 @@ def updated(readme: str, section: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the README's section and the plots, or check the section."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_with(__doc__, "pip install -c constraints.txt -e '.[plots]'",
+                         "python -m benchmarks.report", "python -m benchmarks.report --check")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the README is out of step")
     options = parser.parse_args(arguments)
     found = load()

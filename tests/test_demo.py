@@ -119,7 +119,7 @@ def test_quick_times_merging(quick):
 
 def test_quick_shows_forward_only_merging_on_corrupted_images(quick):
     rows = re.findall(r"^  [abcd]  \D+ \d.*", quick.stdout[quick.stdout.index("\nTotals") :], re.MULTILINE)
-    noisy = [float(row.split()[-5 if row.endswith("%") else -4]) for row in rows]
+    noisy = [float(row.split()[-6 if row.endswith("%") else -4]) for row in rows]
     assert len(noisy) == 4
     assert noisy[0] == noisy[1] < 80  # the corruption is one, and an arm of the same weights sees the same images
     assert noisy[3] > noisy[0] + 10  # 25 points with this seed
