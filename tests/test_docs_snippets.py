@@ -23,6 +23,7 @@ from inmerge_fast.lease import lease_of
 from inmerge_fast.paths.match import PARTNER_RULES
 
 HELD_TO_ITS_OUTPUT = "README.md"
+RECIPES = "docs/frameworks.md"  # which test_recipes.py runs, in both forms of merging
 ALL = [each for page in PAGES for each in snippets(name_of(page))]
 PROCESSES = "init_process_group"  # a block that several processes run, as it says
 GPU = "torch.cuda.CUDAGraph"  # a block that says that it needs one
@@ -35,7 +36,7 @@ TORCHVISION = {
 
 
 def needs_more(each):
-    return each.page == HELD_TO_ITS_OUTPUT or PROCESSES in each.code or GPU in each.code
+    return each.page in (HELD_TO_ITS_OUTPUT, RECIPES) or PROCESSES in each.code or GPU in each.code
 
 
 def third_party(code):

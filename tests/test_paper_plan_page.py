@@ -58,7 +58,7 @@ def test_hours_come_from_a_measured_rate(tmp_path):
     (out / "rate.Some-GPU.json").write_text(json.dumps(found))
     text = plan_page.write(out).read_text()
     plan = plan_page.PLANS[1]
-    trained, measured, _ = plan_page.work(plan)
+    trained, measured = plan_page.work(plan)
     forward, both = plan_page.gigaflops("vgg19", 9)
     hours = plan.seeds * (trained + measured * forward / both) / 2000 / 3600
     assert next(line for line in text.splitlines() if line.startswith("| DermaMNIST | 80")).endswith(f"| {hours:.1f} |")

@@ -29,11 +29,19 @@ QUICK_RESULTS = Path("paper-quick")  # ignored by git: tiny runs say nothing
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
-        description="The InMerge paper's experiments with paired seeds, equal epochs and a noise floor. Runs that have "
-        "a result are not repeated, so that a killed command goes on where it was.",
+        description="The InMerge paper's experiments: arms, which are trainings that are compared, go on from one\n"
+        "trained network with the same images in the same order, for several seeds. Runs that have a result are\n"
+        "not repeated, so that a killed command goes on where it was.",
+        epilog="needs: pip install -c constraints.txt -e '.[paper]'. Seconds with --quick, else hours on two cores.\n\n"
+        "examples:\n"
+        "  python -m benchmarks.paper table-medmnist --quick\n"
+        "  python -m benchmarks.paper sweep-threshold --data pneumoniamnist.npz --seeds 4\n"
+        "  python -m benchmarks.paper report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, trained.NAME,
-                        "report"], help="what to run; report writes tables, figures, RESULTS.md and FORWARD_ONLY.md; "
+                        "report"], help="what to run; report writes tables, figures, RESULTS.md, FORWARD_ONLY.md "
+                        "and PAPER_TABLES.md; "
                         f"{trained.NAME} has options of its own, see {trained.NAME} --help")  # fmt: skip
     parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
                         "validation images and write the plan, or do it")  # fmt: skip

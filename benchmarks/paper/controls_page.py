@@ -46,9 +46,7 @@ def section(manifests: Sequence[Path], out: Path) -> str:
         if len(found[""]) < FEWEST:
             continue
         recipe = json.loads(path.read_text())["recipe"]
-        where = f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}, {len(found[''])} seeds"
-        if not recipe["backbone_epochs"]:
-            where += ", no backbone"
+        where = forward_only.named(recipe, len(found[""]))
         for family in (one for one in FAMILIES if one in arms and found.get(one)):
             results = found[family]
             merges = [one["merging"]["per_step"] for one in results.values() if one["merging"] is not None]

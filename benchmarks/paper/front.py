@@ -127,8 +127,8 @@ def _forward(found: dict[str, dict[int, dict[str, object]]]) -> str:
     recipe = base["recipe"]
     assert isinstance(recipe, dict)
     return (
-        f"**Forward-only merging** on {recipe['data'].removesuffix('.npz')} ({recipe['model']}, {len(found[''])} fresh "
-        f"seeds, batch-norm statistics recomputed in every arm), d {METRIC}: {said}."
+        f"**Forward-only merging** ({forward_only.named(recipe, len(found['']))}, fresh; statistics recomputed in all "
+        f"arms), d {METRIC}: {said}."
     )
 
 

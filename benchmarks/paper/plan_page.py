@@ -103,20 +103,19 @@ def gigaflops(name: str, classes: int) -> tuple[float, float]:
     return forward.get_total_flops() / 1e9, both.get_total_flops() / 1e9
 
 
-def work(plan: Plan) -> tuple[int, int, int]:
-    """Training images, measured images and corrupted copies of one seed, as the experiment is made of them."""
+def work(plan: Plan) -> tuple[int, int]:
+    """Training images and measured images of one seed, as the experiment is made of them."""
     options = Options(
         data=plan.data, size=SIDE, model=MODEL, backbone_epochs=BACKBONE_EPOCHS, arm_epochs=ARM_EPOCHS,
         batch_size=None if plan.is_chest else BATCH,
     )  # fmt: skip
-    trained = measured = copies = 0
+    trained = measured = 0
     for recipe, arms in EXPERIMENTS[plan.experiment](options).groups:
         steps = plan.images[0] // recipe.batch_size * recipe.batch_size
         trained += steps * (recipe.backbone_epochs + recipe.arm_epochs * sum(not arm.stop for arm in arms))
         each = len(robustness.CORRUPTIONS) * len(recipe.severities) + len(robustness.NOISE_SIGMAS)
         measured += plan.images[2] * (1 + each) * len(arms)  # vgg19 has no batch norm: nothing is measured twice
-        copies += plan.images[2] * each * len(arms)
-    return trained, measured, copies
+    return trained, measured
 
 
 def rates(out: Path) -> list[dict[str, Any]]:
@@ -166,15 +165,17 @@ def _commands() -> str:
 
 def _costs(gpu: Sequence[dict[str, Any]]) -> str:
     forward, both = gigaflops(MODEL, 9)
-    head = ["table", "runs", "trained images", "measured images", "PFLOP", "images on the device"]
+    head = ["table", "runs", "trained images", "measured images", "PFLOP", "images on the device", "copies on disk"]
     head += [f"hours, {one['environment']['device']}" for one in gpu]
     body = []
     for plan in PLANS:
-        trained, measured, _ = (plan.seeds * one for one in work(plan))
+        trained, measured = (plan.seeds * one for one in work(plan))
         arms = sum(len(arms) for _, arms in EXPERIMENTS[plan.experiment](Options(data=plan.data, model=MODEL)).groups)
-        size = plan.images[0] * plan.channels * SIDE * SIDE / 2**30
+        size = plan.channels * SIDE * SIDE / 2**30
+        copied = plan.images[2] * (len(robustness.CORRUPTIONS) * 2 + len(robustness.NOISE_SIGMAS))
+        gib = f"{plan.images[0] * size:.1f} GiB", f"{copied * size:.0f} GiB"
         row = [plan.title, str(arms * plan.seeds), f"{trained / 1e6:.1f} M", f"{measured / 1e6:.1f} M",
-               f"{(trained * both + measured * forward) / 1e6:,.0f}", f"{size:.1f} GiB"]  # fmt: skip
+               f"{(trained * both + measured * forward) / 1e6:,.0f}", *gib]  # fmt: skip
         for one in gpu:
             rate = one["training"][MODEL]["on the device"]
             # Measuring is a forward pass, which is that much less work than a training step.
@@ -191,12 +192,15 @@ def _costs(gpu: Sequence[dict[str, Any]]) -> str:
     )
     text += (
         "\nHours are trained images over the measured rate of the training loop with all images on the device, and "
-        "measured images by their share of the work; making the corrupted copies on the CPU, once for each run at this "
-        "size, comes on top.\n" if gpu else
+        "measured images by their share of the work.\n" if gpu else
         "\nHours on a GPU are the PFLOP over what it sustains: at 100 TFLOP/s in bfloat16 1,000 PFLOP are 2.8 hours. "
         "`python -m benchmarks.paper.rate --out {folder}` measures it in a minute, and this table then has a column "
         "of hours.\n".replace("{folder}", "benchmarks/paper/results")
     )  # fmt: skip
+    text += (
+        "\nThe corrupted copies are made on the CPU once and kept below `XDG_CACHE_HOME` (or `~/.cache`), where every "
+        "run reads them; without room for them each run makes them anew.\n"
+    )
     memory = 12 * parameters / 2**30
     return text + (
         f"\nMemory: weights, gradients and momentum of {parameters / 1e6:.0f} M parameters are {memory:.1f} GiB, the "
