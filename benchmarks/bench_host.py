@@ -8,6 +8,7 @@ all host work but the driver's own, 2 to 3 us per launch. Writes ``benchmarks/re
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -97,10 +99,15 @@ def time_target(
             print_row(row, COLUMNS, TIMES, header=len(file.rows) == 1)
 
 
+def _stub() -> Any:
+    """``tests/stub.py``, which imports Triton; by its folder, or an installed package ``tests`` would hide it."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    return importlib.import_module("stub")
+
+
 def run_over_stub(arguments: list[str]) -> int:
     """Run this program again in a process whose CUDA driver does nothing; returns its exit status."""
-    from tests import stub  # imports Triton
-
+    stub = _stub()
     if stub.compiler() is None:
         raise SystemExit("bench_host needs a CUDA device, or gcc to build a driver that does nothing")
     with tempfile.TemporaryDirectory() as folder:
@@ -129,9 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.stub:
         from triton.runtime.driver import driver
 
-        from tests.stub import StubDriver
-
-        driver.set_active(StubDriver())
+        driver.set_active(_stub().StubDriver())
     # Over the stub nothing is computed, and random filters are not alike: nothing merges.
     warnings.simplefilter("ignore", inmerge_fast.NoEffectWarning)
     torch.set_num_threads(1)

@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 import inmerge_fast
+from benchmarks import nets
 from benchmarks.command import open_file, parser_of, print_row
 from benchmarks.device_time import device_times
 from benchmarks.result_files import ResultFile
 from benchmarks.timing import InParts, cold_cache, parts_of, quantiles, wall_seconds
 from benchmarks.work import SEED, SKIP_FIRST
 from inmerge_fast.forward_only import ALPHA, PROB, THRESHOLD
-from tests import nets
 
 LASTING = {"alpha": 0.8, "prob": 0.3, "threshold": -1.0}  # all pass: the most that merging can cost
 FORWARD_ONLY = {"alpha": ALPHA, "prob": PROB, "threshold": THRESHOLD}

@@ -55,9 +55,11 @@ def _version(package: str) -> str:
 def _commit() -> str:
     """Short hash, with "+changes" where the code that is measured or measures differs from it.
 
-    A copy of the checkout without its history takes it from the variable ``INMERGE_COMMIT``.
+    Of a copy of the checkout, which may have no history or an older one, the variable ``INMERGE_COMMIT`` says it.
     """
-    commit = _output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("INMERGE_COMMIT", "")
+    if said := os.environ.get("INMERGE_COMMIT"):
+        return said
+    commit = _output_of("git", "rev-parse", "--short", "HEAD")
     changed = _output_of("git", "status", "--porcelain", "--", "inmerge_fast", "kernels", "benchmarks/*.py")
     return (commit + ("+changes" if changed else "")) if commit else "unknown"
 

@@ -1,19 +1,30 @@
-"""The README's performance tables and plots, from the result files and nothing else: ``python -m benchmarks.report``.
+"""The performance tables and plots, from the result files and nothing else: ``python -m benchmarks.report``.
 
-Replaces what stands between the two ``benchmarks`` markers of README.md, and writes ``benchmarks/results/plots/*.svg``
-(``benchmarks/plots.py``). What an interrupted run has measured is reported like all else. With ``--check`` it writes
-nothing and fails if the README is not in step with the files.
+Replaces what stands between the two ``benchmarks`` markers of README.md (three networks) and of benchmarks/README.md
+(all there is), and writes ``benchmarks/results/plots/*.svg`` (``benchmarks/plots.py``). What an interrupted run has
+measured is reported like all else. With ``--check`` it writes nothing and fails if a page is not in step with them.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from benchmarks import markers
 from benchmarks.helps import parser_with
 from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
-from benchmarks.tables import forward_table, host_table, match_table, merge_table, target_table, training_table
+from benchmarks.tables import (
+    FRONT_NETS,
+    forward_table,
+    front_table,
+    host_table,
+    match_table,
+    merge_table,
+    target_table,
+    training_table,
+)
 from benchmarks.targets import (
     cpu_targets,
     forward_targets,
@@ -29,6 +40,11 @@ BEGIN, END = "<!-- benchmarks: begin (python -m benchmarks.report) -->", "<!-- b
 NAMING = ("net", "target", "series", "value", "dtype", "regime", "prob", "provider", "form", "part", "what")
 
 
+def link(path: Path) -> str:
+    """To a file of the repository, from benchmarks/README.md."""
+    return path.relative_to("benchmarks").as_posix() if path.is_relative_to("benchmarks") else path.as_posix()
+
+
 def machine(passes: Sequence[Results]) -> str:
     """Where, with what and how a table was measured, one command a pass."""
     about, on_gpu = passes[0].environment, passes[0].on_gpu
@@ -40,7 +56,8 @@ def machine(passes: Sequence[Results]) -> str:
     parts += [f"copies at {about['copy_bandwidth_gb_s']:g} GB/s", f"commit {about['commit']}"]
     runs = []
     for results in passes:
-        run = f"`{results.environment['command']}`; [{results.path.name}]({results.path.as_posix()})"
+        command = re.sub(r" --out \S+", "", results.environment["command"])  # where somebody kept the file
+        run = f"`{command}`; [{results.path.name}]({link(results.path)})"
         commit = results.environment["commit"]
         run += f" at commit {commit}" if commit != about["commit"] else ""
         runs.append(run + ("" if results.complete else ", **interrupted**"))
@@ -81,11 +98,11 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
 
 
 def render(found: Sequence[Results]) -> str:
-    """The README's section between the markers."""
+    """The section of benchmarks/README.md between the markers."""
     parts = []
     for device, here in by_device(found).items():
         on_gpu = any(results.on_gpu for passes in here.values() for results in passes)
-        parts.append(f"### On {'a GPU' if on_gpu else 'a CPU'}: {device}")
+        parts.append(f"## On {'a GPU' if on_gpu else 'a CPU'}: {device}")
         for bench, (caption, make) in SECTIONS.items():
             if bench not in here:
                 continue
@@ -102,41 +119,64 @@ def render(found: Sequence[Results]) -> str:
         ):
             path = PLOTS / f"{slug(device)}-{name}.svg"
             if any(results.rows for results in here.get(bench, ())):
-                parts.append(f"![{device}: {title}]({path.relative_to(RESULTS.parents[1]).as_posix()})")
+                parts.append(f"![{device}: {title}]({link(path.relative_to(RESULTS.parents[1]))})")
         if "scaling" in here:  # it has no table that they would stand under
             parts += said_of(here["scaling"])
     targets = [*merge_targets(found), *cpu_targets(found), *match_targets(found), *host_targets(found),
                *training_targets(found), *scaling_targets(found), *forward_targets(found)]  # fmt: skip
     caption = "The worst committed figure of each against what this project aims at; host times machine by machine."
-    parts += ["### Targets", caption, target_table(targets)]
+    parts += ["## Targets", caption, target_table(targets)]
     return "\n\n".join(parts)
 
 
-def updated(readme: str, section: str) -> str:
-    """The README with another section between this command's markers, see :func:`benchmarks.markers.updated`."""
-    return markers.updated(readme, BEGIN, END, section)
+def front(found: Sequence[Results]) -> str:
+    """The section of README.md between the markers: of the first GPU and the first CPU that have some of it."""
+    shown: dict[str, Results] = {}
+    for here in by_device(found).values():
+        results = joined(here["merge"]) if "merge" in here else None
+        if results is not None and any(results.pick(net=net, provider="merge_") for net in FRONT_NETS):
+            shown.setdefault("GPU" if results.on_gpu else "CPU", results)
+    if not shown:
+        return "Not yet measured."
+    machines = [
+        f"{results.device}, torch {results.environment['torch']}"
+        + ("" if results.on_gpu else f", {results.environment['threads']} thread")
+        for results in shown.values()
+    ]
+    caption = f"Wall time of one step where every chosen pair merges, float32 ({'; '.join(machines)}):"
+    return f"{caption}\n\n{front_table(shown)}"
+
+
+PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"README.md": front, "benchmarks/README.md": render}
+
+
+def updated(page: str, section: str) -> str:
+    """A page with another section between this command's markers, see :func:`benchmarks.markers.updated`."""
+    return markers.updated(page, BEGIN, END, section)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the README's section and the plots, or check the section."""
+    """Write the sections and the plots, or check the sections."""
     parser = parser_with(__doc__, "pip install -c constraints.txt -e '.[plots]'",
                          "python -m benchmarks.report", "python -m benchmarks.report --check")  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if the README is out of step")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of step")
     options = parser.parse_args(arguments)
     found = load()
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = updated(old, render(found))
+    old = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+    new = {name: updated(old[name], make(found)) for name, make in PAGES.items()}
     if options.check:
-        print("README.md is in step" if new == old else "README.md is out of step: run python -m benchmarks.report")
+        for name in PAGES:
+            said = "is in step" if new[name] == old[name] else "is out of step: run python -m benchmarks.report"
+            print(name, said)
         return int(new != old)
     from benchmarks.plots import draw_all  # needs matplotlib, which the tables do not
 
     PLOTS.mkdir(parents=True, exist_ok=True)
     for path in draw_all(found, PLOTS):
         print("written", path)
-    readme.write_text(new)
-    print("README.md", "rewritten" if new != old else "was in step")
+    for name, text in new.items():
+        (ROOT / name).write_text(text, encoding="utf-8")
+        print(name, "rewritten" if text != old[name] else "was in step")
     return 0
 
 

@@ -11,7 +11,7 @@ lost if the machine is taken away in the middle:
 - ``results/<device>/*.json``: the figures. Copy the folder to ``benchmarks/results/`` and run
   ``python -m benchmarks.report`` to publish them.
 
-The exit status is 1 if anything failed. Where the checkout has no history, say its commit in ``INMERGE_COMMIT``. On a
+The exit status is 1 if anything failed. Where the checkout is a copy, say its commit in ``INMERGE_COMMIT``. On a
 machine without a GPU it is a rehearsal: GPU tests skip themselves and benchmarks are quick.
 """
 
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.sep not in folder and not Path(folder).is_dir():
             parser.error(f"{folder!r} is no part, no step and no folder; a new folder needs a {os.sep} in its name")
     limits = {name: float(seconds) for name, _, seconds in (given.partition("=") for given in options.limit)}
-    for name in (*named, *limits):
+    for name in (*named, *(name for name in limits if name != FIRST.name)):
         if name not in known:
             parser.error(f"{name!r} is no part and no step; --list prints them")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

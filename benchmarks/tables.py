@@ -18,6 +18,8 @@ PROVIDERS = (
     "merged",
 )  # from left to right
 
+FRONT_NETS = ("VGG19", "ResNet-50", "DenseNet-121")
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
@@ -77,6 +79,21 @@ def merge_table(results: Results) -> str:
             line.append(pair(["-" if time is None else f"{time:.1f} ({floor:.1f}) µs" for time, floor in ours]))
         lines.append(line)
     return table(header, lines)
+
+
+def front_table(shown: Mapping[str, Results]) -> str:
+    """Three networks, float32, all pass: the published loop, the faster plain PyTorch, torch.compile, ours."""
+    lines = []
+    for where, results in shown.items():
+        for net in FRONT_NETS:
+            here = {"net": net, "dtype": "float32", "regime": REGIMES[0]}
+            times = [
+                [results.value("wall_us", **here, provider=name) for name in names]
+                for names in (("published",), ("eager", "eager sampled"), ("compile",), ("merge_",))
+            ]
+            known = [[time for time in each if time is not None] for each in times]
+            lines.append([f"{net}, {where}", *(microseconds(min(each, default=None)) for each in known)])
+    return table(["network", "published code", "plain PyTorch", "`torch.compile`", "this library"], lines)
 
 
 def forward_table(results: Results) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import inmerge_fast
-from tests import nets, nets_mobile
+from benchmarks import nets, nets_mobile
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "VGG19": nets.vgg19,

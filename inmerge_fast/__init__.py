@@ -2,8 +2,8 @@
 
 ``merge_`` does one merging step, ``merged`` one that lasts for a forward and backward pass only, ``InMerge`` those of a
 whole training run. ``MergePlan`` shows which layers they work on, ``MergeStats`` what a call did and ``similarity`` how
-alike the filters are; ``draw`` and the ``reference_`` functions define the decisions and the arithmetic. See the README
-for where to call them.
+alike the filters are; ``draw`` and the ``reference_`` functions define the decisions and the arithmetic. See
+docs/training.md for where to call them.
 """
 
 from .draw import draw

@@ -64,7 +64,7 @@ class OnItsWay:
         """Whether reading waits for nothing."""
         return self._copied is None or self._copied.query()
 
-    def read(self) -> npt.NDArray[np.int64]:
+    def read(self) -> npt.NDArray[Any]:
         """The numbers; waits for them."""
         if self._copied is not None:
             self._copied.synchronize()

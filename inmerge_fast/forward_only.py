@@ -52,6 +52,8 @@ class merged:  # noqa: N801, it is used like a function
     after the block raises, because its forward pass saw other weights. Writes through ``weight.data`` leave no trace
     that PyTorch could be asked for, and are lost for merged filters.
 
+    The context manager is to be used once, and gives :class:`inmerge_fast.MergeStats`.
+
     Args:
         target: see :func:`inmerge_fast.merge_`, as are partner, exclude, include_linear, seed, step, layer and
             generator.
@@ -63,13 +65,11 @@ class merged:  # noqa: N801, it is used like a function
         exclude: name patterns of layers to leave out.
         include_linear: whether ``Linear`` layers take part too.
         include_frozen: whether weights that require no gradient take part too.
+        include_heads: whether heads take part too, see :func:`inmerge_fast.merge_`.
         seed: seed of the draw.
         step: the optimizer step: the same filters and partners for the same seed and step.
         layer: id of a single layer in the draw.
         generator: CPU generator for the seed, where none is given.
-
-    Returns:
-        A context manager, to be used once, that gives :class:`inmerge_fast.MergeStats`.
 
     Raises:
         TypeError: an argument or a weight has the wrong type.
@@ -92,6 +92,7 @@ class merged:  # noqa: N801, it is used like a function
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = False,
+        include_heads: bool = False,
         seed: int | None = None,
         step: int | None = None,
         layer: int = 0,
@@ -100,11 +101,11 @@ class merged:  # noqa: N801, it is used like a function
         self._randomness = seed, step, generator
         check_arguments(
             alpha, prob, threshold, partner, layer, self._randomness,
-            include_linear=include_linear, include_frozen=include_frozen,
+            include_linear=include_linear, include_frozen=include_frozen, include_heads=include_heads,
         )  # fmt: skip
         self._target, self._alpha, self._prob, self._partner = target, float(alpha), float(prob), partner
         self._threshold = threshold
-        self._selection = skip_first, exclude, include_linear, include_frozen, layer
+        self._selection = skip_first, exclude, include_linear, include_frozen, include_heads, layer
         self._lease: Lease | None = None
 
     @outside_dynamo

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
-from .effect import OnItsWay, callers_level
+from .effect import OnItsWay, callers_level, page_locked
+from .paths.match import PartnerRule
 from .paths.path import Call
 from .plan.candidates import MergeLayer
-from .rank_cost import CURE, LayerLedger, RankCost, describe_collapse
+from .rank_cost import CURE, LayerLedger, RankCost, Snapshot, describe_collapse, in_background, may_defer
 from .stats import CollapseWarning
 
 COLLAPSE = 0.1  # share of a layer's effective rank that merging may cost before it is called a collapse
@@ -18,22 +22,50 @@ FIRST_LOOK = 16  # calls; the next look comes after twice as many, and from then
 LOOK_EVERY = 64
 
 
+@dataclass
+class _Measurement:
+    """What merging has cost a layer, from its filters at some call on."""
+
+    name: str
+    snapshot: Snapshot
+    work: Callable[[], LayerLedger]
+    found: Future[LayerLedger] | None = None
+
+    def is_done(self) -> bool:
+        """Whether it has been worked out; begins with it as soon as the filters are on the host."""
+        if self.found is None and self.snapshot.has_arrived():
+            self.found = in_background(self.work)
+        return self.found is not None and self.found.done()
+
+    def result(self) -> LayerLedger:
+        """What was found."""
+        assert self.found is not None
+        return self.found.result()
+
+
 class CallHistory:
     """Warns once of each layer whose merging has cost too much, and once of steps that go back.
 
-    Every 64 calls the merges of each layer are counted, without waiting. The loss is measured
-    (:class:`inmerge_fast.rank_cost.RankCost`, which does wait) where an eighth of a layer's filters have merged since
-    the last time: where nothing merges nothing is measured.
+    Every 64 calls the merges of each layer are counted. The loss is measured
+    (:class:`inmerge_fast.rank_cost.RankCost`) where an eighth of a layer's filters have merged since the last time:
+    where nothing merges nothing is measured. No call waits for an accelerator: the filters are copied to the host in
+    the order of the stream, a thread works out what was lost, and a later call says it.
+
+    Page-locked memory comes before that: for the counts at the first call, for filters when their layer is first
+    measured. The driver may wait for the device then, once.
 
     Attributes:
         next_look: calls after which there is something to look at.
     """
 
     def __init__(self) -> None:
-        self.next_look = FIRST_LOOK
+        self.next_look = 1
+        self._host: torch.Tensor | None = None
         self._ledgers: dict[str, LayerLedger] = {}
         self._collapsed: set[str] = set()
         self._merged: OnItsWay | None = None
+        self._measuring: list[_Measurement] = []
+        self._counted_after = 0  # calls
         self._latest: tuple[int, int] | None = None  # seed and step
         self._has_gone_back = False
 
@@ -71,22 +103,61 @@ class CallHistory:
             totals: gives what was sampled and merged in each layer by all of them, int64 ``(layers, 2)``.
         """
         if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # a graph would take the copy along
-        if self._merged is None:
-            self._merged = OnItsWay(totals())
-        if not self._merged.has_arrived():
+            return  # a graph would take the copies along
+        if self._host is None:
+            where = totals()
+            self._host, self.next_look = page_locked(where.shape, where.dtype, where.is_cuda), FIRST_LOOK
+        if calls < self.next_look:
             return
-        merged, self._merged = self._merged.read()[:, 1].tolist(), None
-        self.next_look = calls + min(calls, LOOK_EVERY)
+        if not self._measuring:
+            if self._merged is None:
+                self._merged, self._counted_after = OnItsWay(totals(), self._host), calls
+            if not self._merged.has_arrived():
+                return
+            merged, self._merged = self._merged.read()[:, 1].tolist(), None
+            self._begin(layers, weights, merged, call)
+        done = [measurement.is_done() for measurement in self._measuring]  # of all: the work of each begins here
+        if all(done):
+            self.next_look = self._counted_after + min(self._counted_after, LOOK_EVERY)
+            self._take_in(calls)
+
+    def _begin(
+        self,
+        layers: Sequence[MergeLayer],
+        weights: Sequence[torch.Tensor],
+        merged: Sequence[int],
+        call: Call,
+    ) -> None:
+        """Begin to measure where that is due."""
         thresholds = call.threshold_of_each(len(layers))
         for layer, weight, count, threshold in zip(layers, weights, merged, thresholds, strict=True):
             name, filters = layer.name, layer.layout.filters
             ledger = self._ledgers.setdefault(name, LayerLedger(filters, 0.0, 0.0, 0, 0))
             if name in self._collapsed or not ledger.is_due(count):
                 continue
-            cost = RankCost(weight, layer.layout, 1_000_003 * calls + layer.layer_id)
-            ledger.charge(cost, count, threshold, call.partner, call.alpha)
+            snapshot, key = Snapshot(weight, layer.layout), 1_000_003 * self._counted_after + layer.layer_id
+            work = functools.partial(charged, ledger, snapshot, key, count, threshold, call.partner, call.alpha)
+            measurement = _Measurement(name, snapshot, work)
+            if not may_defer(weight.device):
+                measurement.found = Future()
+                measurement.found.set_result(work())
+            self._measuring.append(measurement)
+
+    def _take_in(self, calls: int) -> None:
+        measured, self._measuring = self._measuring, []
+        for measurement in measured:
+            name, ledger = measurement.name, measurement.result()
+            self._ledgers[name] = ledger
             if ledger.lost > COLLAPSE:
                 self._collapsed.add(name)
                 message = f"{describe_collapse(name, ledger)} (seen after {calls} calls of merge_); {CURE}"
                 warnings.warn(message, CollapseWarning, stacklevel=callers_level())
+
+
+def charged(
+    ledger: LayerLedger, snapshot: Snapshot, key: int, merged: int, threshold: float, partner: PartnerRule, alpha: float
+) -> LayerLedger:
+    """The ledger with the merges since the last time charged, see :meth:`LayerLedger.charge`; it stays as it is."""
+    new = LayerLedger(**vars(ledger))
+    new.charge(RankCost(snapshot, key), merged, threshold, partner, alpha)
+    return new

@@ -33,6 +33,7 @@ def merge_(
     exclude: str | Sequence[str] = (),
     include_linear: bool = False,
     include_frozen: bool = False,
+    include_heads: bool = False,
     seed: int | None = None,
     step: int | None = None,
     layer: int = 0,
@@ -73,6 +74,8 @@ def merge_(
         include_linear: whether a model's ``Linear`` layers take part too.
         include_frozen: whether a model's layers whose weights require no gradient take part too. Teachers, perceptual
             losses and the like are left alone by default; layers and tensors that are given themselves are meant.
+        include_heads: whether a model's heads take part too: convolutions whose outputs no layer reads, one filter for
+            each class or anchor. They are told by the widths of the layers, and in doubt a layer is none.
         seed: seed of the draw, ``0 <= seed < 2**64``; given together with ``step``. The same pair gives the same
             decisions on every device, dtype and rank. Without it a seed is drawn from ``generator``.
         step: counter of the draw, ``0 <= step < 2**63``: the optimizer steps of the whole run. One that starts anew
@@ -106,9 +109,9 @@ def merge_(
     check_outside_transforms()
     check_arguments(
         alpha, prob, threshold, partner, layer, (seed, step, generator),
-        include_linear=include_linear, include_frozen=include_frozen, dry_run=dry_run,
+        include_linear=include_linear, include_frozen=include_frozen, include_heads=include_heads, dry_run=dry_run,
     )  # fmt: skip
-    plan, weights = plan_for(target, skip_first, exclude, include_linear, include_frozen, layer)
+    plan, weights = plan_for(target, skip_first, exclude, include_linear, include_frozen, include_heads, layer)
     if seed is None or step is None:
         seed, step = drawn_seed(generator), 0
     elif not dry_run:
@@ -239,7 +242,7 @@ MAX_CACHED_PLANS = 512
 
 def plan_for(
     target: Target | MergePlan, skip: float | str | Sequence[str], exclude: str | Sequence[str], include_linear: bool,
-    include_frozen: bool, layer: int, *, unset: float = DEFAULT_SKIP_FIRST, kind: str = "lasting",
+    include_frozen: bool, include_heads: bool, layer: int, *, unset: float = DEFAULT_SKIP_FIRST, kind: str = "lasting",
 ) -> tuple[MergePlan, list[torch.Tensor]]:  # fmt: skip
     """The plan of a target, an older one if it still holds, and its weights.
 
@@ -249,15 +252,18 @@ def plan_for(
         exclude: name patterns.
         include_linear: whether ``Linear`` layers take part.
         include_frozen: whether weights that require no gradient take part.
+        include_heads: whether heads take part.
         layer: id of a single layer.
         unset: what ``skip`` is where the user has said nothing.
         kind: plans of another kind are others, as they count what was done with them.
     """
     skip_first, patterns = check_selection(skip, exclude)
     if isinstance(target, MergePlan):
-        if (skip_first, patterns, include_linear, include_frozen, layer) != (unset, (), False, False, 0):
+        chosen = (skip_first, patterns, include_linear, include_frozen, include_heads, layer)
+        if chosen != (unset, (), False, False, False, 0):
             raise ValueError(
-                "skip_first, exclude, include_linear, include_frozen and layer are set where a MergePlan is built"
+                "skip_first, exclude, include_linear, include_frozen, include_heads and layer are set where a "
+                "MergePlan is built"
             )
         weights = target.current_weights()
         if weights is None:
@@ -281,6 +287,7 @@ def plan_for(
         patterns,
         include_linear,
         include_frozen,
+        include_heads,
         layer,
     )
     entry = _plans.get(key)
@@ -294,7 +301,7 @@ def plan_for(
             return entry[0], weights
     plan = MergePlan(
         target, skip_first=skip_first, exclude=patterns, include_linear=include_linear, include_frozen=include_frozen,
-        layer=layer,
+        include_heads=include_heads, layer=layer,
     )  # fmt: skip
 
     def forget(_: object) -> None:

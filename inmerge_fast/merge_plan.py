@@ -27,6 +27,7 @@ class MergePlan(LayerPlan):
         exclude: see :func:`inmerge_fast.merge_`; models only.
         include_linear: see :func:`inmerge_fast.merge_`; models only.
         include_frozen: whether weights that require no gradient take part, too; what is not a model is meant anyway.
+        include_heads: see :func:`inmerge_fast.merge_`; models only.
         layer: layer id of a single layer in the draw; 0 for models and iterables, which number their layers.
         may_wait: whether there may be no layer for now, because all of them are frozen.
 
@@ -35,6 +36,7 @@ class MergePlan(LayerPlan):
         skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
         candidates: names of all, merged or not, without those that share a weight with one of them.
         frozen: names of those that would be merged if their weights required a gradient.
+        heads: names of those that are heads, merged or not.
         paths: the ways to merge them.
         effect: what counts the calls, and watches whether merging does anything.
         history: what watches whether calls of ``merge_`` do too much.

@@ -8,10 +8,15 @@ merges, which are counted, times the loss that one of them is (:meth:`RankCost.p
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+from .effect import OnItsWay
 from .layer_similarity import rank_of_gram
 from .paths.match import PartnerRule
 from .paths.pairs import autocast_off, filters_of
@@ -25,15 +30,55 @@ MEASURED_SHARE = 1 / 8  # of a layer's filters that may merge before its loss is
 CURE = "a higher threshold or a lower prob prevents it, and InMerge's threshold=RankBudget() finds one"
 
 
-class RankCost:
-    """The filters of one layer, all pairs of a group compared with each other, in float64.
+class Snapshot:
+    """What a layer's cost is worked out from, of its filters as they are now, on its way to the host.
+
+    Nobody waits: an accelerator multiplies the filters in the order of its stream, and the copy begins behind that. The
+    eigenvalues are the host's work, since an accelerator's library makes the host wait for them.
 
     Of large groups an evenly spaced part stands for the rest: 2,048 filters, and 1,024 where that makes the eigenvalues
-    fewer. A loss is then that part's, and a price is scaled.
+    fewer.
 
     Args:
         weight: the weight, whole, on any device; not written to.
         layout: where its filters lie.
+
+    Attributes:
+        is_wide: whether the filters have at least as many elements as a group has filters.
+        share: of the filters that stand for all.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weight: torch.Tensor, layout: FilterLayout) -> None:
+        filters = filters_of(weight, layout, exact=True)
+        size = layout.group_size
+        kept = min(size, MOST_FILTERS)
+        if min(kept, layout.elements) > MOST_VALUES:
+            kept = MOST_VALUES
+        self.is_wide, self.share = kept <= layout.elements, kept / size
+        place = torch.linspace(0, size - 1, kept, device=weight.device).round().long()
+        finite = filters.finite[:, place]
+        values = filters.values[:, place].masked_fill(~finite[..., None], 0.0)
+        if values.device.type == "mps":  # it has no float64
+            values = values.cpu().double()
+        with autocast_off(values.device.type):
+            wanted = values @ values.mT if self.is_wide else values
+        self._finite, self._wanted = OnItsWay(finite), OnItsWay(wanted)
+
+    def has_arrived(self) -> bool:
+        """Whether reading waits for nothing."""
+        return self._wanted.has_arrived() and self._finite.has_arrived()
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which filters are finite, and the Gram matrix of a wide layer or the filters of another; waits for them."""
+        return torch.from_numpy(self._finite.read()), torch.from_numpy(self._wanted.read())
+
+
+class RankCost:
+    """The filters of one layer, all pairs of a group compared with each other, in float64 on the host.
+
+    Args:
+        snapshot: the filters. A loss is that of the part that stands for all, and a price is scaled.
         key: what the partners of :meth:`price` are drawn from.
 
     Attributes:
@@ -42,21 +87,12 @@ class RankCost:
     """
 
     @torch.no_grad()
-    def __init__(self, weight: torch.Tensor, layout: FilterLayout, key: int) -> None:
-        filters = filters_of(weight, layout, exact=True)
-        size = layout.group_size
-        kept = min(size, MOST_FILTERS)
-        if min(kept, layout.elements) > MOST_VALUES:
-            kept = MOST_VALUES
-        place = torch.linspace(0, size - 1, kept, device=weight.device).round().long()
-        finite = filters.finite[:, place]
-        values = filters.values[:, place].masked_fill(~finite[..., None], 0.0)
-        self._share = kept / size
-        self._key = key
-        self._values = values if values.device.type != "mps" else values.cpu().double()  # it has no eigenvalues
-        self._finite = finite.to(self._values.device)
-        with autocast_off(self._values.device.type):
-            self._gram = self._values @ self._values.mT
+    def __init__(self, snapshot: Snapshot, key: int) -> None:
+        self._finite, wanted = snapshot.read()
+        self._is_wide, self._share, self._key = snapshot.is_wide, snapshot.share, key
+        self._values = None if self._is_wide else wanted
+        with autocast_off("cpu"):
+            self._gram = wanted if self._is_wide else wanted @ wanted.mT
         scale = _inverse_norms(self._gram.diagonal(dim1=1, dim2=2))
         self._similarity = self._gram * scale[:, :, None] * scale[:, None, :]
         both = self._finite[:, :, None] & self._finite[:, None, :]
@@ -111,12 +147,12 @@ class RankCost:
             mate = self._similarity.argmax(2)
         else:
             generator = torch.Generator("cpu").manual_seed(self._key)
-            chance = torch.rand(above.shape, generator=generator, device="cpu").to(above.device)
+            chance = torch.rand(above.shape, generator=generator, device="cpu")
             mate = (chance * above).argmax(2)
         if alpha < 0.5:
             # Two that look at each other would change places, which costs little, at 0 nothing. In a run hardly two of
             # a pair look at once: so one of them stays.
-            index = torch.arange(mate.shape[1], device=mate.device)
+            index = torch.arange(mate.shape[1], device="cpu")
             moves &= ~(moves.gather(1, mate) & (mate.gather(1, mate) == index) & (mate < index))
             moved = int(moves.sum())
         other = moves.to(self._gram.dtype) * (1.0 - alpha)
@@ -127,14 +163,11 @@ class RankCost:
             rows = own[..., None] * self._gram + other[..., None] * self._gram.gather(1, columns.mT)
             gram = own[:, None] * rows + other[:, None] * rows.gather(2, columns)
         else:
+            assert self._values is not None
             partners = self._values.gather(1, mate[..., None].expand_as(self._values))
             values = own[..., None] * self._values + other[..., None] * partners
         after = self._rank_of(values, gram)
         return max(math.log(self.rank / after), 0.0) / moved * self._share
-
-    @property
-    def _is_wide(self) -> bool:
-        return self._values.shape[1] <= self._values.shape[2]
 
     def _above(self, threshold: float) -> torch.Tensor:
         # At -1 every pair of finite filters passes; the others have minus infinity.
@@ -216,3 +249,24 @@ def describe_collapse(name: str, ledger: LayerLedger) -> str:
         f"layer {name} is collapsing: merging has cost it about {100 * ledger.lost:.0f} % of its effective rank, in "
         f"{ledger.merged} merges of its {ledger.filters} filters; the rank is {ledger.rank:.1f} now"
     )
+
+
+T = TypeVar("T")
+_worker: tuple[int, ThreadPoolExecutor] | None = None  # and the process that it is of: a fork has no threads
+
+
+def may_defer(device: torch.device) -> bool:
+    """Whether what filters on ``device`` have cost is worked out in the background: a CPU trains with its cores."""
+    return device.type != "cpu"
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """What ``work`` will return: done by a thread of its own, one after the other, while training goes on.
+
+    Eigenvalues take up to 0.2 s, without Python's lock. The thread must not ask a GPU for anything: a graph that is
+    captured meanwhile would become invalid.
+    """
+    global _worker
+    if _worker is None or _worker[0] != os.getpid():
+        _worker = os.getpid(), ThreadPoolExecutor(1, "inmerge_fast-rank")
+    return _worker[1].submit(work)

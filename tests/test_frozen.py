@@ -54,7 +54,7 @@ def test_the_same_layers_are_left_out_by_merge_and_inmerge_and_in_a_plan():
         assert plan.names == names
         assert merge_(plan, **MERGE_ALL).merged == 4 * len(names)
     assert ("teacher.0", "frozen (requires_grad is False)") in MergePlan(model).skipped
-    with pytest.raises(ValueError, match="include_frozen and layer are set where a MergePlan is built"):
+    with pytest.raises(ValueError, match="include_frozen, include_heads and layer are set where a MergePlan is built"):
         merge_(plan, include_frozen=True, **MERGE_ALL)
     with pytest.raises(TypeError, match="include_frozen must be a bool, got 1"):
         merge_(model, include_frozen=1, **MERGE_ALL)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from nets import resnet50, vgg19
 from oracle import MATCH_BAND, MATCH_BAND_16_BITS, assert_is_matched
 from test_match import adversarial
 from torch import nn
 
 import inmerge_fast
+from benchmarks.nets import resnet50, vgg19
 from inmerge_fast import MergePlan
 from inmerge_fast.draw import priorities, priority_keys
 from inmerge_fast.paths.pairs import filters_of

@@ -1,5 +1,6 @@
 """What ``merge_`` notices over its calls: layers that collapse, steps that go back. Thresholds and selections of it."""
 
+import time
 import warnings
 
 import pytest
@@ -22,7 +23,9 @@ def merged_to_the_end(model, calls, **settings):
         for step in range(calls):
             inmerge_fast.merge_(model, seed=0, step=step, **settings)  # the line
             if next(model.parameters()).is_cuda:
-                torch.cuda.synchronize()  # the warning waits for an asynchronous copy, the loop does not
+                # The warning waits for a copy and a thread's work, the loop does not: a training step takes longer.
+                torch.cuda.synchronize()
+                time.sleep(0.005)
     return [warning for warning in caught if warning.category is CollapseWarning]
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import nets
 from inmerge_fast.checkpoints.into_model import head_of, load_into
-from tests import nets
 
 
 class Net(nn.Module):

@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 import torch
-from nets import densenet121, r3d_18, resnet18, resnet50, unet, vgg19
-from nets_mobile import convnext_tiny, efficientnet_b0
 from oracle import assert_same_bits
 from torch import nn
 
+from benchmarks.nets import densenet121, r3d_18, resnet18, resnet50, unet, vgg19
+from benchmarks.nets_mobile import convnext_tiny, efficientnet_b0
 from inmerge_fast import MergePlan, draw, merge_, reference_merge
 
 CLASSES = 10
@@ -35,6 +35,7 @@ class Net:
     skipped_share: int  # layers that skip_first=0.6 leaves out
     depthwise: int = 0
     deep_depthwise: int = 0
+    head: str | None = None  # a convolution with one filter per class
     input_shape: tuple[int, ...] = (2, 3, 32, 32)
     output_shape: tuple[int, ...] = (2, CLASSES)
 
@@ -61,6 +62,7 @@ NETS = {
         (2, 512),
         (64, 9216),
         14,
+        head="head",
         input_shape=(2, 1, 32, 32),
         output_shape=(2, CLASSES, 32, 32),
     ),
@@ -130,11 +132,15 @@ def test_plan_finds_every_convolution(net):
     model = without_values(net)
     plan = MergePlan(model, skip_first=0)
     assert len(plan.layers) + len(plan.skipped) == net.convs
-    assert len(plan.skipped) == net.depthwise
-    assert all(reason == "one filter per group, nothing to pair it with" for _, reason in plan.skipped)
+    assert plan.heads == (() if net.head is None else (net.head,))
+    skipped = dict(plan.skipped)
+    assert [skipped.pop(name) for name in plan.heads] == ["a head: no layer reads its outputs"] * len(plan.heads)
+    assert len(skipped) == net.depthwise
+    assert set(skipped.values()) <= {"one filter per group, nothing to pair it with"}
 
     convs = convolutions(model)
-    assert [layer.name for layer in plan.layers] == [name for name, conv in convs.items() if conv.groups == 1]
+    bodies = [name for name, conv in convs.items() if conv.groups == 1 and name != net.head]
+    assert [layer.name for layer in plan.layers] == bodies
     for layer in plan.layers:
         rows = as_rows(convs[layer.name].weight, convs[layer.name])
         assert (layer.layout.filters, layer.layout.elements) == tuple(rows.shape)
@@ -145,7 +151,7 @@ def test_plan_finds_every_convolution(net):
 @pytest.mark.parametrize("skip_first", [0, 0.0, 10, 0.6])
 def test_skip_first_counts_convolutions_in_module_order(net, skip_first):
     model = without_values(net)
-    plan = MergePlan(model, skip_first=skip_first)
+    plan = MergePlan(model, skip_first=skip_first, include_heads=True)
     skipped = net.skipped_share if skip_first == 0.6 else int(skip_first)
     shallow = [name for name, reason in plan.skipped if reason.startswith("among the first")]
     assert shallow == list(convolutions(model))[:skipped]
@@ -176,7 +182,7 @@ def test_skip_first_as_a_number_can_skip_all_and_then_raises(skip_first):
 def test_merge_changes_every_filter_and_nothing_else(net, full_device):
     model = small_headed(net).to(full_device)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    stats = merge_(model, prob=1.0, threshold=-1.0, skip_first=0, seed=1, step=0)
+    stats = merge_(model, prob=1.0, threshold=-1.0, skip_first=0, include_heads=True, seed=1, step=0)
     after = model.state_dict()
 
     filters = 0

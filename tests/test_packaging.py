@@ -37,7 +37,7 @@ from packaging.requirements import Requirement
 import inmerge_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "nnunet", "test"}
+EXTRAS = {"demo", "plots", "paper", "tensorboard", "lightning", "huggingface", "ignite", "nnunet", "docs", "test"}
 FOLDERS = ["inmerge_fast", "kernels", "tests", "benchmarks", "docs", "examples"]  # a wheel has the first two alone
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.so", "*.npz")  # by earlier builds and runs; git ignores them
 CPU_KERNEL = set() if why_not_built() else {"inmerge_fast/_cpu.abi3.so"}
@@ -217,6 +217,12 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == inmerge_fast.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    description = metadata.get_payload()
+    assert description.startswith("# inmerge_fast\n")
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert links, "what leads somewhere from anywhere stays"
+    assert all(link.startswith("https://") for link in links), "an index of packages has no file of this repository"
     assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
 
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]

@@ -93,17 +93,17 @@ def test_a_diverged_run_is_called_that_and_enters_no_comparison(gone):
     rows = compare([base, arm])
     assert (rows[1].n, rows[1].diverged, rows[1].rank) == (3, 1, (1.0, 0.5))
     assert rows[1].title == "tau (diverged: 1 of 4 seeds)"
-    assert rows[1].mean["acc"] == pytest.approx(61)
-    assert (rows[1].difference["acc"].n, rows[1].difference["acc"].mean) == (3, pytest.approx(11))
+    assert rows[1].trained.mean["acc"] == pytest.approx(61)
+    assert (rows[1].trained.difference["acc"].n, rows[1].trained.difference["acc"].mean) == (3, pytest.approx(11))
     assert "| tau (diverged: 1 of 4 seeds) |" in _absolute(rows)
     assert "| tau (diverged: 1 of 4 seeds) |" in _differences(rows)
-    lines = [line[:3] for row in rows for line in _numbers(row)]
-    assert ["tau (diverged: 1 of 4 seeds)", "acc", 3] in lines
+    lines = [line[:4] for row in rows for line in _numbers(row)]
+    assert ["tau (diverged: 1 of 4 seeds)", "as trained only", "acc", 3] in lines
     assert "Not compared: tau (diverged: 1 of 4 seeds)." in _sentence(rows)
     # Nor a sound run whose baseline diverged.
     rows = compare([[result(0), result(1), result(2, **{"acc": 0.9, **gone})], arm[:3]])
     assert (rows[0].diverged, rows[1].diverged, rows[1].n) == (1, 0, 3)
-    assert (rows[1].difference["acc"].n, rows[1].difference["acc"].mean) == (2, pytest.approx(10.5))
+    assert (rows[1].trained.difference["acc"].n, rows[1].trained.difference["acc"].mean) == (2, pytest.approx(10.5))
 
 
 def test_an_arm_that_diverged_altogether_has_no_numbers():
@@ -112,8 +112,74 @@ def test_an_arm_that_diverged_altogether_has_no_numbers():
     for table in (_absolute(rows[1:]), _differences(rows)):
         assert "nan" not in table
         assert "| tau (diverged: 2 of 2 seeds) |" in table
-    assert math.isnan(rows[1].difference["acc"].mean)
+    assert math.isnan(rows[1].trained.difference["acc"].mean)
     assert "Bit-identical" not in _sentence(rows)
+
+
+def controlled(seed, trained, recomputed, arm="baseline", norms=1, **merging):
+    """A result that was evaluated in both ways; None for a network without batch norm."""
+    found = result(seed, arm, trained, **merging)
+    again = None if recomputed is None else result(seed, acc=recomputed)["metrics"]
+    found["metrics"]["clean"]["ece"] = 0.1
+    if again is not None:
+        again["clean"]["ece"] = 0.2
+    return found | {"recomputed": again, "batch_norms": norms}
+
+
+def test_both_evaluations_stand_in_the_tables_and_the_recomputed_one_counts():
+    """The artefact: 20 points as trained, of which recomputed statistics leave nothing."""
+    base = [controlled(seed, 0.5, 0.6) for seed in range(4)]
+    arm = [controlled(seed, 0.7 + 0.001 * seed, 0.6 - 0.001 * seed, "tau", alpha=0.8) for seed in range(4)]
+    rows = compare([base, arm])
+    assert rows[1].trained.difference["acc"].mean == pytest.approx(20.15)
+    assert rows[1].trained.difference["acc"].p_holm < 0.05
+    assert rows[1].judged("acc").mean == rows[1].recomputed.difference["acc"].mean == pytest.approx(-0.15)
+    assert "4 comparisons" not in _sentence(rows)
+    assert "no gains" in _sentence(rows)
+    for table in (_absolute(rows), _differences(rows)):
+        assert "| tau | as trained |" in table
+        assert "| tau | recomputed |" in table
+    assert "| baseline | recomputed | 4 |" in _absolute(rows)
+    assert [" 10.00 ± 0.00 |" in line for line in _absolute(rows).splitlines()[2:]] == [True, False, True, False]
+    assert {line[1] for line in _numbers(rows[1])} == {"as trained", "recomputed"}
+
+
+def test_what_was_not_measured_again_and_networks_without_batch_norm_are_marked():
+    old = compare([[result(seed) for seed in range(4)], [result(seed, "tau", 0.6, alpha=0.8) for seed in range(4)]])
+    assert "| tau | as trained only |" in _differences(old)
+    assert old[1].recomputed.n == 0
+    assert old[1].judged("acc") is old[1].trained.difference["acc"]
+    assert "| – | – |" in _absolute(old)  # no calibration error
+    # Of a row of which some seeds were measured again, those alone stand beside it, and they do not count for all.
+    mixed = compare([
+        [controlled(0, 0.5, 0.5), controlled(1, 0.5, 0.5), result(2)],
+        [controlled(0, 0.6, 0.5, "tau", alpha=0.8), result(1, "tau", 0.6, alpha=0.8), result(2, "tau", 0.6, alpha=0.8)],
+    ])  # fmt: skip
+    assert (mixed[0].recomputed.n, mixed[1].recomputed.n, mixed[1].recomputed.difference["acc"].n) == (2, 1, 1)
+    assert mixed[1].judged("acc").mean == pytest.approx(10)
+    assert "| baseline | recomputed | 2 |" in _absolute(mixed)
+    without = compare([[controlled(seed, 0.5, None, norms=0) for seed in range(3)],
+                       [controlled(seed, 0.6, None, "tau", 0, alpha=0.8) for seed in range(3)]])  # fmt: skip
+    assert "| tau | no batch norm |" in _differences(without)
+    assert without[1].judged("acc").mean == pytest.approx(10)
+    sequence = [result(seed) for seed in range(3)]
+    for one in sequence:
+        one["recipe"]["model"] = "mamba_small"
+    assert "| baseline | no batch norm |" in _absolute(compare([sequence]))
+
+
+def test_the_calibration_error_is_that_of_its_definition():
+    labels, scores = predictions(4)
+    confidence, right = scores.max(1), scores.argmax(1) == labels
+    total = 0.0
+    for index in range(15):  # (m/15, (m+1)/15], as in Guo et al. (2017)
+        inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert calibration_error(labels, scores) == pytest.approx(total, abs=1e-12)
+    certain = np.eye(3)[[0, 1, 2, 0]]
+    assert calibration_error(np.array([0, 1, 2, 0]), certain) == 0
+    assert calibration_error(np.array([1, 2, 0, 1]), certain) == 1
 
 
 def test_paired_differences_are_students():
@@ -164,6 +230,16 @@ def test_holm_is_the_textbook_step_down():
     assert found[0] == pytest.approx(0.04)
     assert math.isnan(found[1])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([0.01, math.nan, 0.02], of=5) == pytest.approx([0.05, math.nan, 0.08], nan_ok=True)
+
+
+def test_settings_that_were_not_measured_again_count_in_the_correction():
+    """One of three settings was: its p is multiplied by three, or a gain would come from looking at one alone."""
+    base = [controlled(seed, 0.5, 0.5) for seed in range(4)]
+    again = [controlled(seed, 0.6 + 0.01 * seed, 0.6 + 0.01 * seed, "again", alpha=0.8) for seed in range(4)]
+    others = [[result(seed, name, 0.55 + 0.01 * seed, alpha=0.8) for seed in range(4)] for name in ("b", "c")]
+    one = compare([base, again, *others])[1].recomputed.difference["acc"]
+    assert one.p_holm == pytest.approx(3 * one.p)
 
 
 def test_two_level_bootstrap_covers_images_and_seeds():

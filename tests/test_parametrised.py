@@ -45,7 +45,7 @@ class Halve(nn.Module):
     ],
 )
 def test_parametrised_layers(make, named):
-    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3), make())
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3), make(), nn.BatchNorm2d(4))
     check = untouched(model)
     for target in (model, model[2], [model[0], model[2]]):
         with pytest.raises(ValueError, match=f"weight is computed at every forward pass.*{named}.*leave the layer out"):

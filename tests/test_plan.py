@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
-from nets import mixed_net
 from torch import nn
 
 import inmerge_fast
+from benchmarks.nets import mixed_net
 from inmerge_fast import MergePlan, merge
 
 MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}

@@ -8,12 +8,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from nets import mixed_net
 from oracle import assert_is_reference
 from torch import nn
 from torch.nn.utils import prune
 
 import inmerge_fast
+from benchmarks.nets import mixed_net
 from inmerge_fast import MergePlan, merge
 from inmerge_fast.effect import NO_EFFECT_CALLS
 from inmerge_fast.merge import MAX_CACHED_PLANS, _plans

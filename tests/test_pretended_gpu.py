@@ -88,6 +88,6 @@ def test_all_of_it_can_be_reported(home):
     found = result_files.load(home[0] / "results")
     text = report.render(found)
     assert text.count("- not measured: ConvNeXt-T, float32, compile, ") == 6
-    assert "### On a GPU: Pretended GPU" in text
+    assert "## On a GPU: Pretended GPU" in text
     assert "CUDA driver that does nothing" not in text.split("### Targets")[0]
     assert os.environ.get("PRETENDED_GPU") is None

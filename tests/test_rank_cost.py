@@ -8,7 +8,7 @@ from torch import nn
 
 import inmerge_fast
 from inmerge_fast import MergePlan, rank_cost
-from inmerge_fast.rank_cost import NEVER, LayerLedger, RankCost
+from inmerge_fast.rank_cost import NEVER, LayerLedger, RankCost, Snapshot
 
 KINDS = {
     "more elements than filters": lambda: nn.Conv2d(16, 24, 3),
@@ -22,7 +22,7 @@ KINDS = {
 
 def cost_of(module, key=0):
     plan = MergePlan(module)
-    return RankCost(plan.weights()[0], plan.layers[0].layout, key)
+    return RankCost(Snapshot(plan.weights()[0], plan.layers[0].layout), key)
 
 
 def rank_of(module):

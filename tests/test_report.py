@@ -153,7 +153,7 @@ def test_whatever_part_of_a_gpu_run_is_there_is_reported(tmp_path):
                 if cut in (0, 1, len(rows)):
                     drawn = list(plots.draw_all([results], tmp_path))
                     linked = [path.name for path in drawn if f"plots/{path.name})" in text]
-                    assert len(linked) == len(drawn) == text.count("](" + "benchmarks/results/plots"), bench
+                    assert len(linked) == len(drawn) == text.count("](results/plots"), bench
 
 
 def row(provider, wall, *, net="VGG19", device=None, regime="all pass", layers=6):
@@ -282,16 +282,41 @@ def test_launches_are_the_most_of_any_network():
     assert (step.measured, step.reached) == (2, True)
 
 
-def test_the_readme_is_in_step_with_the_result_files():
+def test_the_pages_are_in_step_with_the_result_files():
     assert report.main(["--check"]) == 0
 
 
-def test_a_readme_that_is_out_of_step_is_noticed(tmp_path, monkeypatch, capsys):
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+def front_row(device, net, provider, wall, gpu):
+    about = {"device": device, "torch": "2", "threads": 1} | ({"cuda": "13"} if gpu else {})
+    line = {"net": net, "dtype": "float32", "regime": "all pass", "provider": provider, "wall_us": wall}
+    return result_files.Results(result_files.RESULTS / device / "merge.json", "merge", about, [line])
+
+
+def test_the_front_page_has_a_gpu_as_soon_as_one_was_measured():
+    cpu = front_row("C", "VGG19", "merge_", 3000.0, gpu=False)
+    other = front_row("G", "VGG19", "eager", 50.0, gpu=True)
+    ours = front_row("G", "VGG19", "merge_", 20.0, gpu=True)
+    assert report.front([]) == "Not yet measured."
+    assert report.front([cpu]) == report.front([other, cpu])
+    assert "(C, torch 2, 1 thread)" in report.front([cpu])
+    text = report.front([other, ours, cpu])
+    assert "(G, torch 2; C, torch 2, 1 thread)" in text
+    lines = dict(line.strip("| ").split(" | ", 1) for line in text.splitlines() if " | " in line)
+    assert lines["VGG19, GPU"].split(" | ") == ["-", "50 µs", "-", "20 µs"]
+    assert lines["VGG19, CPU"].split(" | ") == ["-", "-", "-", "3 ms"]
+    assert set(lines["ResNet-50, GPU"].split(" | ")) == {"-"}
+
+
+def test_a_page_that_is_out_of_step_is_noticed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "benchmarks").mkdir()
+    for name in report.PAGES:
+        (tmp_path / name).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.main(["--check"]) == 1
-    assert "out of step" in capsys.readouterr().out
-    assert "old" in (tmp_path / "README.md").read_text()
+    said = capsys.readouterr().out
+    for name in report.PAGES:
+        assert f"{name} is out of step" in said
+        assert "old" in (tmp_path / name).read_text()
     with pytest.raises(ValueError, match="must have the lines"):
         report.updated("no markers", "section")
 

@@ -1,7 +1,11 @@
 """``InMerge`` in a loop of accelerate: its optimizer, accumulation, checkpoints, mixed precision, two processes."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from test_training import loss_of, net
 from trainers import ACCUMULATE, DATA, RECIPE, STEPS, assert_as_plain, assert_same_weights, forward_loop, plain_loop
 
@@ -18,8 +22,17 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def one_accelerator_per_test():
-    """What accelerate keeps for the whole process: mixed precision and the steps that accumulate."""
+    """What accelerate keeps for the whole process: mixed precision and the steps that accumulate.
+
+    Before as well as after: a Hugging Face Trainer leaves its data loader there at its end, and each micro-batch of a
+    loop that comes next is then the last of an epoch, with an optimizer step of its own.
+    """
+    _forget()
     yield
+    _forget()
+
+
+def _forget():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 
@@ -99,8 +112,12 @@ def test_mixed_precision_gives_the_same_weights_as_autocast(recipe):
     assert_same_weights(run.model, model)
 
 
-def _train_on_this_rank(recipe, folder):
+def _train_on_this_rank(rank, recipe, folder):
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used once there is a group
+    os.environ |= where | {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     run = Run(recipe)
+    assert run.accelerator.num_processes == 2
     share = DATA[run.accelerator.process_index :: run.accelerator.num_processes]
     assert len(share) == len(DATA) // 2
     run.epoch(share)
@@ -111,7 +128,8 @@ def _train_on_this_rank(recipe, folder):
 
 @BOTH
 def test_two_processes_train_one_model(tmp_path, recipe):
-    accelerate.debug_launcher(_train_on_this_rank, (recipe, str(tmp_path)), num_processes=2)
+    # Not accelerate's debug_launcher: it forks, and a backward pass on a build for CUDA forbids that from then on.
+    mp.spawn(_train_on_this_rank, (recipe, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in "01")
     parameters = [name for name, _ in net().named_parameters()]
     assert all(torch.equal(first[name], second[name]) for name in parameters)

@@ -6,9 +6,9 @@ import weakref
 
 import pytest
 import torch
-from nets import resnet18
 from torch import nn
 
+from benchmarks.nets import resnet18
 from inmerge_fast import MergePlan, native
 
 pytestmark = pytest.mark.skipif(isinstance(native.load(), str), reason="the CPU kernel is not built here")

@@ -5,13 +5,13 @@ Sharpness-aware optimizers put every weight back into other memory at every step
 
 import pytest
 import torch
-from nets import mixed_net
 from oracle import assert_is_reference, assert_same_bits, untouched
 from test_training import batches, loss_of, net
 from test_training_attach import Sharpness, two_calls
 from torch import nn
 
 import inmerge_fast
+from benchmarks.nets import mixed_net
 from inmerge_fast import InMerge, MergePlan, native
 from inmerge_fast.plan import plan as plan_module
 

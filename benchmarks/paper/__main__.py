@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import confirm, forward_only, forward_page, medmnist_c, report
+from . import confirm, forward_only, forward_page, medmnist_c, report, trained
 from .config import OWN
 from .data import load, md5_of
 from .dataset import MissingDataError, Reading
-from .experiments import EXPERIMENTS, Experiment, Options
+from .experiments import EXPERIMENTS, FINE_TUNE_ARMS, Experiment, Options
 from .figures import write_figures
 from .grid import Where, execute, is_leader
 from .models import Weights
@@ -37,21 +39,27 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m benchmarks.paper report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, "report"],
-                        help="what to run; report writes tables, figures, RESULTS.md and FORWARD_ONLY.md")  # fmt: skip
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, trained.NAME,
+                        "report"], help="what to run; report writes tables, figures, RESULTS.md, FORWARD_ONLY.md "
+                        "and PAPER_TABLES.md; "
+                        f"{trained.NAME} has options of its own, see {trained.NAME} --help")  # fmt: skip
     parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
                         "validation images and write the plan, or do it")  # fmt: skip
     parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
                         "not from one trained backbone")  # fmt: skip
     parser.add_argument("--like", metavar="NAME", help=f"{forward_only.NAME} plan: take over what another plan has "
                         "chosen, e.g. digits, without exploring")  # fmt: skip
-    parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout or a folder with NIH "
-                        "ChestX-ray14 (default: digits; of table-chestxray14: chestxray14)")  # fmt: skip
+    parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout, a folder with NIH "
+                        "ChestX-ray14, or package.module:function, which gives data sets by 'train', 'val' and 'test' "
+                        "(default: digits; of table-chestxray14: chestxray14)")  # fmt: skip
     parser.add_argument(
         "--root", help="folder of the data (default: the environment variable INMERGE_DATA, else ~/.medmnist)"
     )
     parser.add_argument(
-        "--size", type=int, help="side of the images: 28, 64, 128 or 224 for MedMNIST, any for ChestX-ray14"
+        "--size",
+        type=_count,
+        help="side of the images: 28, 64, 128 or 224 for MedMNIST's names, any for "
+        "ChestX-ray14; images of an .npz file or of your own are resized to it",
     )
     parser.add_argument("--bits", type=_bits, metavar="N", help="bits that hold data in ChestX-ray14's images, if they "
                         "are of 16: white is 2**N - 1 (default: what the files say, where that is sure)")  # fmt: skip
@@ -59,19 +67,26 @@ def _parser() -> argparse.ArgumentParser:
                         "parts, or an image twice in one, as it is and only say so")  # fmt: skip
     parser.add_argument("--model", help="vgg8, resnet18_small, vit_small, mamba_small; vgg11, vgg16, vgg19, vgg11_bn, "
                         "vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, densenet121; efficientnet_lite0 with "
-                        "ImageNet weights; timm:NAME")  # fmt: skip
+                        "ImageNet weights; timm:NAME; package.module:function, called with classes and "
+                        "channels")  # fmt: skip
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
         help="pre-trained weights: a state dict or a checkpoint with one, of "
-        "PyTorch or as safetensors; a head of another number of classes is left out",
+        "PyTorch or as safetensors; a head of another number of classes is left out, and there may be none: a backbone "
+        "alone",
     )
     parser.add_argument("--entry", metavar="NAME", help="which of several networks in the file of --weights, or the "
                         "prefix of its keys (default: the first that fits)")  # fmt: skip
     parser.add_argument("--seeds", type=_count, metavar="N", help="seeds 0 to N - 1 of every arm")
     parser.add_argument("--backbone-epochs", type=_count, metavar="N", help="epochs before the arms, without merging")
     parser.add_argument("--arm-epochs", type=_count, metavar="N", help="epochs of every arm")
+    parser.add_argument("--lr", type=_rate, help="learning rate at the start; the rest of the schedule follows in "
+                        "proportion")  # fmt: skip
+    parser.add_argument("--limit", type=_count, metavar="N", help="use this many images of every part, evenly spaced")
+    parser.add_argument("--arms", type=_names, default=(), metavar="NAME,...", help="fine-tune: which of "
+                        f"{', '.join(FINE_TUNE_ARMS)} (default: all)")  # fmt: skip
     parser.add_argument("--batch-size", type=_count, metavar="N", help="images per step")
     parser.add_argument(
         "--micro-batches", type=_count, default=1, metavar="N", help="parts of a batch, gradients accumulated"
@@ -101,6 +116,20 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _bits(text: str) -> int:
@@ -147,6 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: command line without the program's name; ``sys.argv`` if None.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [trained.NAME]:  # it trains nothing, and has a command line of its own
+        print(f"written: {trained.main(arguments[1:], RESULTS)}")
+        return
     parser = _parser()
     given = parser.parse_args(arguments)
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
@@ -175,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"argument --device: {device}: there is no CUDA device here")
     if given.each_forward and given.micro_batches == 1:
         parser.error("argument --each-forward: changes nothing with one forward pass per step; give --micro-batches")
+    if given.arms and given.experiment != "fine-tune":
+        parser.error("argument --arms: is for fine-tune")
     if given.weights is not None and not given.weights.is_file():
         parser.error(f"argument --weights: {given.weights}: there is no such file")
     if given.entry is not None and given.weights is None:
@@ -183,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = f"{weights}, entry {given.entry}" if given.entry is not None else weights
     options = Options(
         data=data, size=given.size, model=given.model, weights=weights, seeds=given.seeds,
-        backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size,
+        backbone_epochs=given.backbone_epochs, arm_epochs=given.arm_epochs, batch_size=given.batch_size, lr=given.lr,
+        limit=given.limit, arms=given.arms,
         bf16=given.bf16, each_forward=given.each_forward, in_validation=given.in_validation,
         micro_batches=given.micro_batches, quick=given.quick,
         corruptions=OWN if given.experiment == "report"
@@ -193,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.experiment == "report":
             report.write(out)
             if out == RESULTS:
-                readme = RESULTS.parents[2] / "README.md"
+                readme = RESULTS.parent / "README.md"
                 readme.write_text(forward_page.updated(readme.read_text(), forward_page.readme_section(out)))
         elif given.experiment == forward_only.NAME:
             forward_only.run_stage(given.stage, options, where, given.from_scratch, given.like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from inmerge_fast.demo.data import require
 
 LEVEL = 0.95
 FEWEST = 3  # pairs for an interval
+# How a run was evaluated: as trained, or with batch-norm statistics recomputed for its final weights.
+TRAINED, RECOMPUTED = "metrics", "recomputed"
+NO_NORM = ("vit_small", "mamba_small")  # networks without batch norm, of runs that do not say how many they have
 # Column title and place in a result file of what is compared, all in [0, 1] and shown in percent.
 METRICS: dict[str, tuple[str, ...]] = {
     "acc": ("clean", "acc"),
@@ -24,6 +28,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "noise AUC": ("noise", "auc"),
     "FGSM 8/255 acc": ("attacked", "fgsm 8/255"),
     "PGD 2/255 acc": ("attacked", "pgd 2/255"),
+    "ECE": ("clean", "ece"),
+    "corrupted ECE": ("corrupted", "ece"),
 }
 
 
@@ -63,19 +69,45 @@ def paired(differences: Sequence[float]) -> Paired:
         return Paired(mean, sd, math.nan, math.nan, math.nan, n)
     t = require("scipy.stats", "scikit-learn").t
     error = sd / math.sqrt(n)
-    half = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * error
+    share = 0.5 + LEVEL / 2
+    quantile = float(t.ppf(share, n - 1))
+    # One step of Newton's method: SciPy 1.11's quantile is off by 3e-10, which a limit near 0 shows in digit 6.
+    quantile -= float((t.cdf(quantile, n - 1) - share) / t.pdf(quantile, n - 1))
+    half = quantile * error
     return Paired(mean, sd, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, n - 1)), n)
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given; NaN stays NaN and does not count."""
+def holm(values: Sequence[float], of: int | None = None) -> list[float]:
+    """Holm's adjusted p values, in the order given; NaN stays NaN.
+
+    Args:
+        values: p values.
+        of: how many comparisons they belong to, if some of them have not been made; those that are not NaN if None.
+    """
     out = [math.nan] * len(values)
     order = sorted((index for index, p in enumerate(values) if not math.isnan(p)), key=lambda index: values[index])
-    highest = 0.0
+    highest, count = 0.0, len(order) if of is None else of
     for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * values[index]))
+        highest = max(highest, min(1.0, (count - place) * values[index]))
         out[index] = highest
     return out
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an arm came to, evaluated in one way.
+
+    Attributes:
+        n: seeds in it.
+        mean: of each metric, in percent.
+        sd: of each metric, NaN with one seed.
+        difference: to the baseline of the same seed, evaluated in the same way; empty for the baseline.
+    """
+
+    n: int
+    mean: dict[str, float]
+    sd: dict[str, float]
+    difference: dict[str, Paired]
 
 
 @dataclass(frozen=True)
@@ -85,30 +117,38 @@ class Row:
     Attributes:
         label: the arm.
         kind: "baseline", "reseeded", "backbone" or "setting".
-        n: seeds, without those that diverged, which are in none of the numbers that follow.
+        trained: as trained, without the seeds that diverged, which are in none of the numbers that follow.
+        recomputed: with batch-norm statistics recomputed for the final weights, of the seeds that have been measured in
+            this way; the same as ``trained`` for networks without batch norm.
         diverged: seeds whose training diverged.
-        mean: of each metric, in percent.
-        sd: of each metric, NaN with one seed.
-        difference: to the baseline of the same seed, empty for the baseline.
         per_step: filters merged per step; NaN for arms that do not merge.
         rank: mean effective rank before and after, as shares of the highest.
         collapsed: seeds whose filters collapsed.
         identical: seeds whose weights are the baseline's, bit for bit.
         merging: the arm's setting, or None.
+        has_norm: whether the network has batch norm.
     """
 
     label: str
     kind: str
-    n: int
+    trained: Evaluation
+    recomputed: Evaluation
     diverged: int
-    mean: dict[str, float]
-    sd: dict[str, float]
-    difference: dict[str, Paired]
     per_step: float
     rank: tuple[float, float]
     collapsed: int
     identical: int
     merging: dict[str, Any] | None
+    has_norm: bool
+
+    @property
+    def n(self) -> int:
+        """Seeds that did not diverge."""
+        return self.trained.n
+
+    def judged(self, metric: str) -> Paired:
+        """The difference that counts: with recomputed statistics, where every seed has been measured so."""
+        return (self.recomputed if self.recomputed.n == self.n else self.trained).difference[metric]
 
     @property
     def title(self) -> str:
@@ -129,10 +169,28 @@ def has_diverged(result: Mapping[str, Any]) -> bool:
     return any(value is None or not math.isfinite(value) for value in last)
 
 
-def value_of(result: Mapping[str, Any], metric: str) -> float:
-    """A metric of one result, in percent; NaN where it could not be measured."""
+def has_norm(result: Mapping[str, Any]) -> bool:
+    """Whether a run's network has batch norm, so that there is something to recompute."""
+    known = result.get("batch_norms")
+    return result["recipe"].get("model") not in NO_NORM if known is None else known > 0
+
+
+def is_controlled(result: Mapping[str, Any]) -> bool:
+    """Whether a run was evaluated with statistics that fit its final weights: without batch norm all are."""
+    return result.get(RECOMPUTED) is not None or not has_norm(result)
+
+
+def value_of(result: Mapping[str, Any], metric: str, evaluation: str = TRAINED) -> float:
+    """A metric of one result, in percent; NaN where it could not be measured or was not.
+
+    Args:
+        result: from a result file.
+        metric: of :data:`METRICS`.
+        evaluation: :data:`TRAINED` or :data:`RECOMPUTED`, which is the same without batch norm.
+    """
     group, key = METRICS[metric]
-    value = result["metrics"][group][key]
+    found = result.get(evaluation) or (None if has_norm(result) else result[TRAINED])
+    value = None if found is None else found[group].get(key)
     return math.nan if value is None else 100 * value
 
 
@@ -152,11 +210,14 @@ def compare(arms: Sequence[Sequence[Mapping[str, Any]]]) -> list[Row]:
         if results:
             rows.append(_row(results, base, is_base=results is arms[0]))
     for metric in METRICS:
-        chosen = [row for row in rows if row.kind == "setting"]
-        adjusted = holm([row.difference[metric].p for row in chosen])
-        for row, p in zip(chosen, adjusted, strict=True):
-            one = row.difference[metric]
-            row.difference[metric] = Paired(one.mean, one.sd, one.low, one.high, one.p, one.n, p)
+        for kind in ("trained", "recomputed"):
+            chosen = [getattr(row, kind).difference for row in rows if row.kind == "setting"]
+            # Of settings whose statistics were not recomputed, too: to have looked at few of them again is no gain.
+            of = max(sum(not math.isnan(row.trained.difference[metric].p) for row in rows if row.kind == "setting"),
+                     sum(not math.isnan(difference[metric].p) for difference in chosen))  # fmt: skip
+            adjusted = holm([difference[metric].p for difference in chosen], of)
+            for difference, p in zip(chosen, adjusted, strict=True):
+                difference[metric] = dataclasses.replace(difference[metric], p_holm=p)
     return rows
 
 
@@ -164,45 +225,68 @@ def _row(results: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, A
     arm = results[0]["arm"]
     treated = arm["merging"] or arm.get("dropout") or arm.get("dropconnect")
     kind = "backbone" if arm["stop"] else "reseeded" if arm["reseed"] else "setting" if treated else "baseline"
-    measured = [result for result in results if not has_diverged(result)]
-    values = {metric: [value_of(result, metric) for result in measured] for metric in METRICS}
-    differences: dict[str, list[float]] = {metric: [] for metric in METRICS}
-    identical = 0
     for result in results:
-        partner = base.get(result["seed"])
-        if partner is None:
-            raise ValueError(f"{arm['label']}: seed {result['seed']} has no baseline")
-        for what, one, other in (
-            ("backbone", result["digests"]["backbone"], partner["digests"]["backbone"]),
-            ("data", result["data"], partner["data"]),
-            ("recipe", result["recipe"], partner["recipe"]),
-            ("source of corruptions", result["corruptions"], partner["corruptions"]),
-        ):
-            if one != other:
-                raise ValueError(f"{arm['label']}, seed {result['seed']}: another {what} than the baseline's")
-        if has_diverged(result) or has_diverged(partner):
-            continue
-        identical += result["digests"]["weights"] == partner["digests"]["weights"]
-        for metric in METRICS:
-            differences[metric].append(value_of(result, metric) - value_of(partner, metric))
+        _check_pair(result, base)
+    measured = [result for result in results if not has_diverged(result)]
+    pairs = [(result, base[result["seed"]]) for result in measured if not has_diverged(base[result["seed"]])]
     merging = [result["merging"] for result in measured if result["merging"] is not None]
     return Row(
         label=arm["label"],
         kind=kind,
-        n=len(measured),
+        trained=_evaluated(measured, pairs, TRAINED, is_base),
+        recomputed=_evaluated(
+            [result for result in measured if is_controlled(result)],
+            [pair for pair in pairs if all(map(is_controlled, pair))],
+            RECOMPUTED,
+            is_base,
+        ),
         diverged=len(results) - len(measured),
-        mean={metric: _mean(each) for metric, each in values.items()},
-        sd={metric: float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for metric, each in values.items()},
-        difference={} if is_base else {metric: paired(each) for metric, each in differences.items()},
         per_step=_mean([one["per_step"] for one in merging]),
         rank=(
             _mean([result["filters"]["rank_before"] for result in measured]),
             _mean([result["filters"]["rank"] for result in measured]),
         ),
         collapsed=sum(result["filters"]["collapsed"] for result in measured),
-        identical=identical,
+        identical=sum(one["digests"]["weights"] == other["digests"]["weights"] for one, other in pairs),
         merging=arm["merging"],
+        has_norm=has_norm(results[0]),
     )
+
+
+def _check_pair(result: Mapping[str, Any], base: Mapping[int, Mapping[str, Any]]) -> None:
+    label, partner = result["arm"]["label"], base.get(result["seed"])
+    if partner is None:
+        raise ValueError(f"{label}: seed {result['seed']} has no baseline")
+    for what, one, other in (
+        ("backbone", result["digests"]["backbone"], partner["digests"]["backbone"]),
+        ("data", result["data"], partner["data"]),
+        ("recipe", result["recipe"], partner["recipe"]),
+        ("source of corruptions", result["corruptions"], partner["corruptions"]),
+    ):
+        if one != other:
+            raise ValueError(f"{label}, seed {result['seed']}: another {what} than the baseline's")
+
+
+def _evaluated(
+    measured: Sequence[Mapping[str, Any]],
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    evaluation: str,
+    is_base: bool,
+) -> Evaluation:
+    values = {metric: [value_of(result, metric, evaluation) for result in measured] for metric in METRICS}
+    differences = {
+        metric: [value_of(one, metric, evaluation) - value_of(other, metric, evaluation) for one, other in pairs]
+        for metric in METRICS
+    }
+    return Evaluation(
+        n=len(measured),
+        mean={metric: _mean(each) for metric, each in values.items()},
+        sd={metric: float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for metric, each in values.items()},
+        # Not measured in every seed, as in runs from before there was a calibration error, is not measured.
+        difference={} if is_base else {
+            metric: paired([] if any(map(math.isnan, each)) else each) for metric, each in differences.items()
+        },
+    )  # fmt: skip
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,6 +8,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from inmerge_fast import NoiseThreshold, QuantileThreshold, RankBudget
+from inmerge_fast.thresholds import Threshold
+
 OWN = "own"
 
 
@@ -67,10 +70,12 @@ class Merging:
     Attributes:
         alpha: share of itself that a merged filter keeps.
         prob: probability that a filter looks at a partner.
-        threshold: fixed similarity threshold, ignored with ``z``.
+        threshold: fixed similarity threshold, ignored with ``z``, ``quantile`` or ``budget``.
         z: threshold of z / sqrt(D) in each layer, D its fan-in; None for the fixed one.
+        quantile: share of the sampled filters that shall pass (``QuantileThreshold``), or None.
+        budget: share of its rank that merging may cost a layer over the arm (``RankBudget``, recommended), or None.
         partner: "random", "similar" or "nearest".
-        skip_first: first layers left out, as in ``merge_``.
+        skip_first: first layers left out, as in ``merge_``: a share, or a number of them (the paper: 10).
         include_linear: whether ``Linear`` layers take part.
         start: share of the arm's steps before merging starts.
         decay: whether ``prob`` falls to 0 (cosine) over the arm.
@@ -93,16 +98,28 @@ class Merging:
     in_validation: bool = False
     lasting: bool = True
     as_noise: bool = False
+    quantile: float | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(one is not None for one in (self.z, self.quantile, self.budget)) > 1:
+            raise ValueError(f"z, quantile and budget are three kinds of threshold: give one, got {self}")
+        if self.budget is not None and (self.in_validation or not self.lasting):
+            raise ValueError(f"budget is for merging that lasts, and in training alone, got {self}")
+
+    def limit(self) -> Threshold:
+        """The threshold, as the library takes it."""
+        if self.budget is not None:
+            return RankBudget(self.budget)
+        if self.quantile is not None:
+            return QuantileThreshold(self.quantile)
+        return self.threshold if self.z is None else NoiseThreshold(self.z)
 
     def label(self) -> str:
         """The setting in a few words, without what is at its default and usually so."""
         if not self.lasting:
             return self._forward_label()
-        words = [
-            f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}",
-            f"alpha {self.alpha:g}",
-            f"p {self.prob:g}",
-        ]
+        words = [self._threshold_label(), f"alpha {self.alpha:g}", f"p {self.prob:g}"]
         if self.partner != "random":
             words.append(self.partner)
         if self.skip_first != Merging.skip_first:
@@ -113,17 +130,25 @@ class Merging:
             words.append(f"from {100 * self.start:g} % on")
         return ", ".join(words)
 
+    def _threshold_label(self) -> str:
+        if self.budget is not None:
+            return f"RankBudget {self.budget:g}"
+        if self.quantile is not None:
+            return f"quantile {self.quantile:g}"
+        return f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}"
+
     def _forward_label(self) -> str:
         words = ["noise like forward-only merging" if self.as_noise else "forward-only merging"]
         words += [f"alpha {self.alpha:g}", f"p {self.prob:g}"]
-        if self.z is not None or self.threshold > -1:
-            words.append(f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}")
+        if (self.z, self.quantile) != (None, None) or self.threshold > -1:
+            words.append(self._threshold_label())
         words += [self.partner] * (self.partner != "random") + ["Linear"] * self.include_linear
         words += [f"skip {self.skip_first:g}"] * (self.skip_first > 0)
         return ", ".join(words) + (f", from {100 * self.start:g} % on" if self.start else "")
 
 
 PAPER = Merging()
+RECOMMENDED = Merging(budget=RankBudget.loss)
 FORWARD = Merging(alpha=0.5, prob=0.5, threshold=-1.0, skip_first=0.0, lasting=False)  # the library's defaults
 
 

@@ -16,7 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from .compare import Paired, Row, compare, has_diverged, holm, paired, two_level_bootstrap, value_of
+from .compare import (
+    RECOMPUTED,
+    TRAINED,
+    Paired,
+    Row,
+    compare,
+    has_diverged,
+    holm,
+    is_controlled,
+    paired,
+    two_level_bootstrap,
+    value_of,
+)
 from .config import BASELINE, Arm, Merging, Recipe, Run
 from .experiments import Experiment, Options, arms_of, recipes
 from .grid import Where, execute, is_leader, scores_path
@@ -87,8 +99,8 @@ def plan(options: Options, where: Where) -> None:
         )
     rows = compare(_results(experiment, where.out))[1:]
     sound = [pair for pair in zip(rows, CANDIDATES, strict=True) if not (pair[0].diverged or pair[0].collapsed)]
-    ranked = sorted(sound, key=lambda pair: -pair[0].difference[METRIC].mean)
-    chosen = [setting for row, setting in ranked if row.difference[METRIC].mean > 0][:MOST_CONFIRMED]
+    ranked = sorted(sound, key=lambda pair: -pair[0].judged(METRIC).mean)
+    chosen = [setting for row, setting in ranked if row.judged(METRIC).mean > 0][:MOST_CONFIRMED]
     first, count = FIRST_FRESH_SEED, 3 if options.quick else CONFIRM_SEEDS
     content = {
         "recipe": dataclasses.asdict(experiment.groups[0][0]),
@@ -104,7 +116,7 @@ def plan(options: Options, where: Where) -> None:
     print(f"{len(rows)} settings against no merging, difference in {METRIC} on validation images, in points:")
     for row in rows:
         fate = "diverged" if row.diverged else "filters collapsed" if row.collapsed else ""
-        print(f"  {row.difference[METRIC].mean:+.2f}  {row.label}{f' ({fate})' if fate else ''}")
+        print(f"  {row.judged(METRIC).mean:+.2f}  {row.label}{f' ({fate})' if fate else ''}")
     if chosen:
         labels = "; ".join(setting.label() for setting in chosen)
         print(f"To be tried on the test images, with {count} seeds that nobody has seen: {labels}.")
@@ -114,7 +126,7 @@ def plan(options: Options, where: Where) -> None:
 
 
 def _searched(row: Row) -> dict[str, Any]:
-    mean = row.difference[METRIC].mean
+    mean = row.judged(METRIC).mean
     found = {"d_mean": None if math.isnan(mean) else mean, "collapsed": row.collapsed}
     return found | ({"diverged": row.diverged} if row.diverged else {})
 
@@ -195,7 +207,9 @@ def verdict(experiment: Experiment, out: Path) -> dict[str, Any]:
     for arm in arms[1:]:
         both = list(zip(results[arms[0]], results[arm], scores[arms[0]], scores[arm], strict=True))
         sound = [four for four in both if not (has_diverged(four[0]) or has_diverged(four[1]))]
-        difference = paired([value_of(b, METRIC) - value_of(a, METRIC) for a, b, _, _ in sound])
+        controlled = all(is_controlled(one) for a, b, *_ in sound for one in (a, b))
+        how = RECOMPUTED if controlled else TRAINED
+        difference = paired([value_of(b, METRIC, how) - value_of(a, METRIC, how) for a, b, _, _ in sound])
         pairs = [([a[name] for name in names], [b[name] for name in names]) for _, _, a, b in sound]
         interval = two_level_bootstrap(labels, pairs, auc, repeats=BOOTSTRAP_REPEATS) if pairs else (math.nan,) * 3
         tested.append((arm, difference, interval))

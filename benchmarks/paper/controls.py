@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from inmerge_fast import MergePlan, NoiseThreshold, merged
+from inmerge_fast import MergePlan, merged
 
 from .config import Merging
 
@@ -61,8 +62,9 @@ def noise_like_merging(plan: MergePlan, setting: Merging, seed: int) -> Change:
 
     def change(weights: Sequence[torch.Tensor], step: int) -> list[torch.Tensor]:
         before = [weight.detach().clone() for weight in weights]
-        threshold = setting.threshold if setting.z is None else NoiseThreshold(setting.z)
-        arguments = {"alpha": setting.alpha, "prob": setting.prob, "threshold": threshold, "partner": setting.partner}
+        arguments: dict[str, Any] = {
+            "alpha": setting.alpha, "prob": setting.prob, "threshold": setting.limit(), "partner": setting.partner
+        }  # fmt: skip
         with merged(plan, **arguments, seed=seed, step=step):
             moved = [(weight - old).flatten(1).norm(dim=1) for weight, old in zip(weights, before, strict=True)]
         draws, out = generator(seed, step), []

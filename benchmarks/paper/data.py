@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from inmerge_fast.demo.data import DIGITS_TRAIN, read_digits
 from inmerge_fast.demo.npz import is_volumes, read_npz
 
 from .dataset import AS_IT_IS, SPLITS, DataSet, Reading, Split
+from .own import is_own, own_data
 
 SIZES = {2: (28, 64, 128, 224), 3: (28, 64)}  # MedMNIST's, by the dimensions of its images
 DIGITS_VAL = 297  # of the 797 digits that the demo tests with; the remaining 500 are the test set here
@@ -31,8 +33,11 @@ def load(spec: str, *, size: int | None = None, root: str | Path | None = None, 
 
     Args:
         spec: ``digits``; a MedMNIST name such as ``pneumoniamnist``; the path of an ``.npz`` file in MedMNIST's layout;
-            the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``. Paths may be relative to ``root``.
-        size: side of the images, for MedMNIST (28, 64, 128, 224; volumes 28, 64) and ChestX-ray14 (any; 224 if None).
+            the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``; ``nih:``, ``chexpert:`` or
+            ``chexpert-zeros:`` and a folder that torchxrayvision reads; ``package.module:function``, see
+            :func:`benchmarks.paper.own.own_data`. Paths may be relative to ``root``.
+        size: side of the images, for MedMNIST (28, 64, 128, 224; volumes 28, 64: a file for each) and ChestX-ray14
+            (any; 224 if None). The images of an ``.npz`` file or of one's own are resized to any.
         root: folder of the data; the environment variable ``INMERGE_DATA``, else ``~/.medmnist``, if None.
         reading: what image files and splits leave open, for ChestX-ray14.
 
@@ -62,6 +67,7 @@ def is_leader() -> bool:
 
 def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading) -> DataSet:
     from .chestxray import load_chestxray14  # needs Pillow, the others do not
+    from .xrays import is_xrays, load_xrays
 
     folder = Path(root or os.environ.get("INMERGE_DATA") or "~/.medmnist").expanduser()
     if spec == "digits":
@@ -69,14 +75,43 @@ def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading
             raise ValueError(f"size must be 8 or left out for digits, got {size}")
         return _digits()
     if spec.endswith(".npz"):
-        if size is not None:
-            raise ValueError(f"size must be left out for a file ({spec}): its images have the size they have")
         path = Path(spec) if Path(spec).exists() else folder / spec
-        return _from_npz(path, path.stem)
+        return resized(_from_npz(path, path.stem), size)
+    if is_xrays(spec):
+        return load_xrays(spec, size=size or 224, root=folder, reading=reading)
+    if is_own(spec):
+        return resized(own_data(spec), size)
     for path in (Path(spec), folder / spec):
         if spec == "chestxray14" or path.is_dir():
             return load_chestxray14(path if path.is_dir() else folder / spec, size=size or 224, reading=reading)
     return _medmnist(spec, size or 28, folder)
+
+
+def resized(data: DataSet, size: int | None) -> DataSet:
+    """A data set with images of another size: bilinear, and averaged where they become smaller.
+
+    Raises:
+        ValueError: the size is not above 0, or the images are not square.
+    """
+    shape = tuple(data.train.images.shape[2:])
+    if size is None or shape == (size,) * data.dims:
+        return data
+    if size < 1 or len(set(shape)) > 1:
+        raise ValueError(f"size must be above 0, and of square images, got {size} for {data.name} with {shape}")
+    train, val, test = (_resized(data.split(name), size) for name in SPLITS)
+    source = f"{data.source}, resized from {shape[0]} to {size} px"
+    return dataclasses.replace(data, train=train, val=val, test=test, source=source)
+
+
+def _resized(part: Split, size: int) -> Split:
+    flat = part.images.ndim == 4
+    out = [
+        functional.interpolate(
+            chunk.float(), size=(size,) * (chunk.ndim - 2), mode="bilinear" if flat else "trilinear", antialias=flat
+        )
+        for chunk in part.images.split(512)  # float copies of a large set would not fit in memory
+    ]
+    return Split(torch.cat([chunk.round().clamp(0, 255).byte() for chunk in out]), part.labels)
 
 
 def without_size(name: str) -> str:

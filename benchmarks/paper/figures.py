@@ -43,7 +43,7 @@ def _settings(rows: Sequence[Row]) -> list[Row]:
 
 
 def _point(axis: Any, place: float, row: Row, metric: str, colour: str, vertical: bool = False) -> None:
-    one = row.difference[metric]
+    one = row.judged(metric)
     error = None if math.isnan(one.low) else [[one.mean - one.low], [one.high - one.mean]]
     hollow = {} if row.collapsed == 0 else {"markerfacecolor": "white"}
     if vertical:
@@ -110,8 +110,8 @@ def _line(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
     for offset, (metric, colour) in enumerate(zip(SHOWN, COLOURS, strict=True)):
         for index, row in enumerate(shown):
             _point(top, index - 0.1 + 0.2 * offset, row, metric, colour)
-    if floor is not None and not math.isnan(floor.difference[SHOWN[1]].low):
-        one = floor.difference[SHOWN[1]]
+    if floor is not None and not math.isnan(floor.judged(SHOWN[1]).low):
+        one = floor.judged(SHOWN[1])
         top.axhspan(one.low, one.high, color=FLOOR, alpha=0.25, linewidth=0, label=f"{SHOWN[1]} of another data order")
     top.axhline(0, color="black", linewidth=0.8)
     top.set_ylabel("difference to the\nbaseline, points")
@@ -149,7 +149,7 @@ def _heat(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
     alphas, probs = (sorted({key[place] for key in cells}) for place in (0, 1))
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(4.9 * len(SHOWN), 4.2), layout="constrained")
     for axis, metric in zip(axes, SHOWN, strict=True):
-        values = [[cells[a, p].difference[metric] if (a, p) in cells else None for p in probs] for a in alphas]
+        values = [[cells[a, p].judged(metric) if (a, p) in cells else None for p in probs] for a in alphas]
         means = [[math.nan if one is None else one.mean for one in line] for line in values]
         # Half a point at least: less is within the noise of another data order.
         top = max(0.5, *(abs(mean) for line in means for mean in line if not math.isnan(mean)))

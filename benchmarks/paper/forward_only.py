@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import has_diverged, paired
+from .compare import RECOMPUTED, TRAINED, has_diverged, paired
 from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
 from .experiments import Options, recipes
 from .grid import Where, execute, is_leader
@@ -54,7 +54,6 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "noise AUC": ("noise", "auc"),
 }
 METRIC = "corrupted AUC"
-TRAINED, RECOMPUTED = "metrics", "recomputed"
 SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 3, 20, 600
 RULE = (
     f"of every family the setting with the largest mean {METRIC} on validation images, statistics recomputed, among "
@@ -80,7 +79,8 @@ def recipe_of(options: Options, from_scratch: bool = False) -> Recipe:
         values |= {"backbone_epochs": options.backbone_epochs or 6, "arm_epochs": options.arm_epochs or 3, "bf16": True}
     if usual.model == "efficientnet_lite0" and not options.quick:  # has been trained before
         epochs = options.backbone_epochs or 2, options.arm_epochs or 2
-        values |= {"backbone_epochs": epochs[0], "arm_epochs": epochs[1], "high": 0.02, "limit": 800}
+        values |= {"backbone_epochs": epochs[0], "arm_epochs": epochs[1], "limit": options.limit or 800,
+                   "high": options.lr or 0.02}  # fmt: skip
     out = dataclasses.replace(usual, **values)
     if from_scratch:
         epochs = out.backbone_epochs if options.arm_epochs is None else options.arm_epochs
@@ -88,6 +88,12 @@ def recipe_of(options: Options, from_scratch: bool = False) -> Recipe:
             out, name=f"{out.name}-scratch", backbone_epochs=0, arm_epochs=epochs, middle=out.high
         )
     return out
+
+
+def named(recipe: dict[str, Any], seeds: int) -> str:
+    """What a plan's recipe is, for the first column of a table."""
+    start = "" if recipe["backbone_epochs"] else ", from scratch"
+    return f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}{start}, {seeds} seeds"
 
 
 def plan_path(recipe: Recipe, out: Path) -> Path:

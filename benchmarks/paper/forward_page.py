@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import markers
 
-from .compare import FEWEST, has_diverged, holm, paired
+from .compare import FEWEST, RECOMPUTED, TRAINED, has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
     BOTH,
@@ -26,11 +26,10 @@ from .forward_only import (
     METRIC,
     NAME,
     NOISE,
-    RECOMPUTED,
     RULE,
-    TRAINED,
     confirmed_results,
     differences,
+    named,
     value_of,
 )
 from .tables import difference_text, table
@@ -81,12 +80,12 @@ def write(out: Path) -> Path | None:
 
 
 def readme_section(out: Path) -> str:
-    """The README's table: what was chosen and its controls, of every plan that has enough seeds."""
+    """The table of README.md beside it: what was chosen and its controls, of every plan that has enough seeds."""
     body = []
     for path in sorted(out.glob(f"{NAME}.*.plan.json"), key=_order):
         arms, found = confirmed_results(path)
         recipe = json.loads(path.read_text())["recipe"]
-        where = f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}, {len(found[''])} seeds"
+        where = named(recipe, len(found[""]))
         for family in README_ARMS if len(found[""]) >= FEWEST else ():
             if family in arms:
                 values = (paired(differences(found[family], found[""], column)) for column in SAID)
@@ -96,7 +95,7 @@ def readme_section(out: Path) -> str:
 
 
 def updated(readme: str, section: str) -> str:
-    """The README with another section between this command's markers, see :func:`benchmarks.markers.updated`."""
+    """That page with another section between this command's markers, see :func:`benchmarks.markers.updated`."""
     return markers.updated(readme, BEGIN, END, section)
 
 

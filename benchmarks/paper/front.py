@@ -11,7 +11,7 @@ import numpy as np
 
 from inmerge_fast.demo.data import require
 
-from . import forward_only
+from . import controls_page, forward_only, trained, trained_page
 from .compare import FEWEST, Paired, Row, paired
 from .config import PAPER, Arm
 from .figures import COLOURS, STYLE
@@ -40,21 +40,25 @@ def settings_of(manifests: Sequence[Path]) -> list[Setting]:
         for recipe, rows in rows_of(path):
             for row in rows:
                 here = found.get((recipe, row.label))  # several experiments share the paper's own setting
-                if row.kind == "setting" and row.n >= FEWEST and (here is None or row.n > here.row.n):
+                lasts = row.merging is not None and row.merging.get("lasting", True)
+                if lasts and row.n >= FEWEST and (here is None or row.n > here.row.n):
                     found[recipe, row.label] = Setting(path.stem, recipe, row)
     return list(found.values())
 
 
-def answer(settings: Sequence[Setting], out: Path) -> str:
+def answer(settings: Sequence[Setting], manifests: Sequence[Path], out: Path) -> str:
     """The answer in a few lines, each number counted from the result files."""
-    lines = [_lasting(settings), _published(settings), _collapse(settings)] if settings else []
+    lines = [_lasting(settings), f"{_published(settings)} {_collapse(settings)}"] if settings else []
+    networks = trained.read(out)
+    lines += [trained_page.answer(networks, out.name)] if networks else []
+    lines += controls_page.fine_tuned(manifests)
     plans = [forward_only.confirmed_results(path)[1] for path in _plans(out)]
     lines += [_forward(found) for found in plans if len(found[""]) >= FEWEST]
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 def _lasting(settings: Sequence[Setting]) -> str:
-    each = [(one, metric, one.row.difference[metric]) for one in settings for metric in SHOWN]
+    each = [(one, metric, one.row.judged(metric)) for one in settings for metric in SHOWN]
     gains = [(one, metric, value) for one, metric, value in each if value.p_holm < 0.05 and value.mean > 0]
     losses = [value for _, _, value in each if value.p_holm < 0.05 and value.mean < 0]
     recipes = len({one.recipe for one in settings})
@@ -68,6 +72,19 @@ def _lasting(settings: Sequence[Setting]) -> str:
     if gains:
         without = "none of them" if not bare else f"{len(bare)} of them"
         text += f" The gains: {named}; {without} without collapsed filters."
+    checked = sum(one.row.recomputed.n == one.row.n for one in settings)
+    gone = [
+        f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})"
+        for one in settings
+        for metric, value in one.row.trained.difference.items()
+        if metric in SHOWN and value.p_holm < 0.05 and value.mean > 0
+        and not (one.row.judged(metric).p_holm < 0.05 and one.row.judged(metric).mean > 0)
+    ]  # fmt: skip
+    text += (
+        f" {checked} of the settings have no batch norm or were measured with recomputed batch-norm statistics, which "
+        f"then count; the others are from before that and as trained only. Gains as trained that recomputed statistics "
+        f"do not confirm: {', '.join(gone) or 'none'}."
+    )
     return text
 
 
@@ -110,8 +127,8 @@ def _forward(found: dict[str, dict[int, dict[str, object]]]) -> str:
     recipe = base["recipe"]
     assert isinstance(recipe, dict)
     return (
-        f"**Forward-only merging** on {recipe['data'].removesuffix('.npz')} ({recipe['model']}, {len(found[''])} fresh "
-        f"seeds, batch-norm statistics recomputed in every arm), d {METRIC}: {said}."
+        f"**Forward-only merging** ({forward_only.named(recipe, len(found['']))}, fresh; statistics recomputed in all "
+        f"arms), d {METRIC}: {said}."
     )
 
 
@@ -131,10 +148,17 @@ def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
     matplotlib.use("agg")
     plt = require("matplotlib.pyplot", "matplotlib")
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+        networks = trained.read(out)
+        figure, axes = plt.subplots(
+            1, 1 + bool(networks), figsize=(7.2 * (1 + bool(networks)), 4.8), squeeze=False, layout="constrained"
+        )
+        axis = axes[0, 0]
+        if networks:
+            trained_page.draw(axes[0, 1], networks)
+            axes[0, 1].set_title("Trained networks: what merging alone does to their filters", fontsize=10)
         for one in settings:
             filled = {"markerfacecolor": "white"} if one.row.collapsed else {}
-            _point(axis, one.row.per_step, one.row.difference[METRIC], "o", COLOURS[0], **filled)
+            _point(axis, one.row.per_step, one.row.judged(METRIC), "o", COLOURS[0], **filled)
         for path in _plans(out):
             _, found = forward_only.confirmed_results(path)
             results = found.get(forward_only.MERGING, {})
@@ -153,7 +177,7 @@ def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
         axis.set_xlim(-0.002, 1.5 * axis.get_xlim()[1])
         axis.set_xlabel("filters merged per step")
         axis.set_ylabel(f"difference in {METRIC}, points")
-        axis.set_title("Every setting against no merging, test images, 95 % intervals", fontsize=10)
+        axis.set_title("Small networks: every setting against no merging, 95 % intervals", fontsize=10)
         axis.legend(fontsize=8, loc="lower left", frameon=False)
         target = out / FIGURE
         figure.savefig(target, metadata={"Date": None, "Creator": None})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import inmerge_fast
-from inmerge_fast import InMerge, MergePlan, MergeStats, NoiseThreshold
+from inmerge_fast import InMerge, MergePlan, MergeStats
 
 from .config import Arm, Merging
 from .controls import OtherWeights, dropconnect, dropout2d, noise_like_merging
@@ -94,11 +94,12 @@ class Merger(Treatment):
             net,
             alpha=setting.alpha,
             prob=inmerge_fast.cosine(prob, 0.0, begin=first, end=first + steps) if setting.decay else prob,
-            threshold=setting.threshold if setting.z is None else NoiseThreshold(setting.z),
+            threshold=setting.limit(),
             partner=setting.partner,
             skip_first=setting.skip_first,
             include_linear=setting.include_linear,
             start=first + round(setting.start * steps),
+            stop=None if setting.budget is None else first + steps,
             seed=seed,
             guard=None,  # an arm that collapses is a finding; every result counts it
             lasting=setting.lasting,

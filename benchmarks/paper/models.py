@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks import nets
 from inmerge_fast.checkpoints.into_model import head_of, load_into
 from inmerge_fast.demo.train import build_net
-from tests import nets
 
 from .dataset import DataSet
 from .imagenet import efficientnet_lite0
+from .own import is_own, own_model
 from .sequence_models import mamba_small, vit_small
 
 # As torchvision names and registers them, so that its ImageNet weights fit. They take three channels.
@@ -68,7 +69,8 @@ def build(name: str, data: DataSet, seed: int, weights: Weights | str | Path | N
 
     Args:
         name: a key of :data:`PUBLISHED`, one of :data:`SMALL`, ``efficientnet_lite0``, which comes with ImageNet
-            weights, or ``timm:`` and a name that timm knows.
+            weights, ``timm:`` and a name that timm knows, or ``package.module:function``, see
+            :func:`benchmarks.paper.own.own_model`.
         data: gives the number of classes, the channels and the size.
         seed: seed of the random weights.
         weights: pre-trained ones, for example torchvision's of ImageNet; the last layer is left out if it is of another
@@ -79,8 +81,8 @@ def build(name: str, data: DataSet, seed: int, weights: Weights | str | Path | N
     """
     torch.manual_seed(seed)
     classes, side = len(data.labels), data.train.images.shape[-1]
-    if data.dims == 3 and name != "vgg8":
-        raise ValueError(f"model of volumes ({data.name}) must be vgg8, got {name!r}")
+    if data.dims == 3 and name != "vgg8" and not is_own(name):
+        raise ValueError(f"model of volumes ({data.name}) must be vgg8 or one of your own, got {name!r}")
     if name in PUBLISHED:
         model = Model(PUBLISHED[name](classes), 3, max(side, PUBLISHED_SIDE))
     elif name == "vgg8":
@@ -96,13 +98,39 @@ def build(name: str, data: DataSet, seed: int, weights: Weights | str | Path | N
         model = Model(efficientnet_lite0(classes, seed), 3, max(side, LITE_SIDE))
     elif name.startswith("timm:"):
         model = Model(_from_timm(name.removeprefix("timm:"), classes), 3, max(side, PUBLISHED_SIDE))
+    elif is_own(name):
+        net, channels = own_model(name, classes, data.channels, data.dims, side)
+        model = Model(net, channels, side)
     else:
-        raise ValueError(f"model must be one of {', '.join([*PUBLISHED, *SMALL, LITE])} or timm:NAME, got {name!r}")
+        raise ValueError(
+            f"model must be one of {', '.join([*PUBLISHED, *SMALL, LITE])}, timm:NAME or package.module:function, got "
+            f"{name!r}"
+        )
     if weights is None:
         return model
     weights = weights if isinstance(weights, Weights) else Weights(Path(weights))
-    loaded = load_into(model.net, weights.path, head=head_of(model.net, classes), entry=weights.entry)
-    return Model(model.net, model.channels, model.side, IMAGENET if model.channels == 3 else None, loaded.text)
+    loaded = _load(model.net, weights, classes)
+    return Model(model.net, model.channels, model.side, IMAGENET if model.channels == 3 else None, loaded)
+
+
+def _load(net: nn.Module, weights: Weights, classes: int) -> str:
+    """Load a file into a network, or into what it holds beside its head; gives a line on what became of it."""
+    head = head_of(net, classes)
+    try:
+        return load_into(net, weights.path, head=head, entry=weights.entry).text
+    except ValueError:
+        body = [key for key in net.state_dict() if not key.startswith(tuple(f"{name}." for name in head))]
+        inner = {key.partition(".")[0] for key in body}
+        if len(inner) > 1 or not head:
+            raise
+        name = inner.pop()
+        try:
+            loaded = load_into(net.get_submodule(name), weights.path, entry=weights.entry)
+        except ValueError:
+            loaded = None
+        if loaded is None:
+            raise  # what does not fit the whole network says more
+        return f"{loaded.text}, into {name}; the head starts at random"
 
 
 def _from_timm(name: str, classes: int) -> nn.Module:

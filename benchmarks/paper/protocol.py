@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -24,12 +25,12 @@ from . import medmnist_c
 from .bench import Bench
 from .config import OWN, Recipe, Run
 from .dataset import SPLITS
+from .feed import Feed, parts_of
 from .measure import autocast, batch_norms, logits_of, measure, recompute_statistics
 from .merging import Merger, treatment
 from .metrics import filter_state
 from .models import Model, build
 
-DEVICE_BYTES = 2 * 2**30
 RESEED = 1_000_003  # added to the seed of the data order
 State = dict[str, torch.Tensor]
 
@@ -74,7 +75,7 @@ def run_arm(
     Returns:
         The result, ready for JSON, and the scores of every evaluation by name with the labels. ``metrics`` are of the
         network as trained, ``recomputed`` of the same with batch-norm statistics recomputed for its final weights
-        (None for a network without batch norm).
+        (None for a network without batch norm), and the scores are of that one.
     """
     recipe, merging = run.recipe, run.arm.merging
     start = time.perf_counter()
@@ -99,7 +100,7 @@ def run_arm(
     metrics, scores = measure(model, recipe, bench, run.split)
     recomputed = None
     if recompute_statistics(model, recipe, bench):
-        recomputed = measure(model, dataclasses.replace(recipe, attack=False), bench, run.split)[0]
+        recomputed, scores = measure(model, recipe, bench, run.split)
     result = {
         "recipe": dataclasses.asdict(recipe),
         "arm": {"label": run.arm.label(), **dataclasses.asdict(run.arm)},
@@ -181,32 +182,31 @@ def _train(
     optimizer = _optimizer(recipe, net)
     if merger is not None:
         merger.attach(optimizer)
-    # On the device if they fit: 2 GiB are 40,000 grey images of 224x224.
-    images = train.images.to(bench.device) if train.images.numel() <= DEVICE_BYTES else train.images
-    labels = train.labels.to(bench.device)
+    feed, labels = Feed(train.images, bench.device, bench.room), train.labels.to(bench.device)
 
     def loss_at(indices: torch.Tensor, step: int) -> torch.Tensor:
-        mine = indices[rank::ranks]
-        unit = images[mine.to(images.device)].to(bench.device).float() / 255
+        mine = indices[rank::ranks]  # on the host, and copied without waiting for the step before
+        unit = feed(mine).float() / 255
         if recipe.flip:
             # Decided by image, not by place: ranks and parts of a batch do not change who is flipped.
             coins = np.random.default_rng([schedule.seed, step, 1]).random(len(train)) < 0.5
-            chosen = torch.from_numpy(coins[mine.cpu().numpy()]).to(bench.device)
+            chosen = torch.from_numpy(coins[mine.numpy()]).to(bench.device, non_blocking=True)
             unit = torch.where(chosen.view(-1, *[1] * (unit.ndim - 1)), unit.flip(-1), unit)
         with autocast(recipe, bench.device):
             logits = whole(bench.prepare(model, unit))
-        return bench.loss(logits, labels[mine])
+        return bench.loss(logits, labels[mine.to(bench.device, non_blocking=True)])
 
     losses: list[float] = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.closing(feed):
         warnings.simplefilter("ignore", NoEffectWarning)  # every result counts its merges
         for epoch in range(schedule.epochs):
             net.train()
+            feed.begin(list(parts_of(schedule, epoch, len(train), recipe.micro_batches, rank, ranks)))
             torch.manual_seed(schedule.seed * 1000 + schedule.first_epoch + epoch)  # dropout
             total = [
                 step.loss
                 for step in epoch_steps(
-                    schedule, epoch, len(train), optimizer, loss_at, merger, device=bench.device,
+                    schedule, epoch, len(train), optimizer, loss_at, merger, device=torch.device("cpu"),
                     micro_batches=recipe.micro_batches,
                     merge_each_forward=merger is not None and merger.each_forward,
                 )

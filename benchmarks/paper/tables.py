@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .chestxray import LABELS
-from .compare import METRICS, Paired, Row, compare, has_diverged
+from .compare import METRICS, Evaluation, Paired, Row, compare, has_diverged
 from .config import OWN, Run
 from .data import without_size
 from .experiments import Experiment
@@ -23,13 +23,20 @@ from .published import CHESTXRAY14, CHESTXRAY14_COLUMNS, MEDMNIST
 from .storage import is_stored, load_result
 
 SHOWN = ("acc", "AUC", "corrupted acc", "corrupted AUC", "noise AUC", "PGD 2/255 acc")
+CALIBRATION = ("ECE", "corrupted ECE")  # lower is better, so not counted as gains or losses
+COLUMNS = (*SHOWN, *CALIBRATION)
 NOTE = (
-    "In percent, mean ± sd over the seeds; d is the paired difference to the baseline of the same seed, backbone and "
-    "number of epochs, in percentage points, with its 95 % interval (Student's t; none for fewer than three seeds). "
-    "\\* p < 0.05; \\*\\* p < 0.05 after Holm's correction over the settings of this table. *merges* are filters "
-    "merged per step, *rank* is the effective rank of the filters before → after the arm as a share of the highest "
-    "possible, *collapsed* counts the seeds where a layer lost half of it or its filters became alike, *identical* "
-    "those whose weights equal the baseline's, bit for bit."
+    "In percent, mean ± sd over the seeds; d is the paired difference to the baseline of the same seed, backbone "
+    "and number of epochs, *as trained* to *as trained* and *recomputed* to *recomputed*, in percentage points, "
+    "with its 95 % interval (Student's t; none for fewer than three seeds). *recomputed*: with batch-norm "
+    "statistics computed anew for the final weights by one pass over the training images; what merging in training "
+    "does to running variances imitates robustness, so a gain counts only if it is there, too. *as trained only*: "
+    "from before this was measured, and the networks were not kept. *no batch norm*: nothing to recompute. ECE: "
+    "expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599), lower is "
+    "better; – where it was not measured. \\* p < 0.05; \\*\\* p < 0.05 after Holm's correction over the settings "
+    "of this table. *merges* are filters merged per step, *rank* is the effective rank of the filters before → "
+    "after the arm as a share of the highest possible, *collapsed* counts the seeds where a layer lost half of it "
+    "or its filters became alike, *identical* those whose weights equal the baseline's, bit for bit."
 )
 
 
@@ -157,21 +164,34 @@ def difference_text(one: Paired) -> str:
     return f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}]{stars}"
 
 
+def _evaluations(row: Row) -> list[tuple[str, Evaluation]]:
+    """How a row was evaluated, in words, and what came out."""
+    if not row.has_norm:
+        return [("no batch norm", row.trained)]
+    if not row.recomputed.n:
+        return [("as trained only", row.trained)]
+    return [("as trained", row.trained), ("recomputed", row.recomputed)]
+
+
 def _absolute(rows: Sequence[Row]) -> str:
-    head = ["arm", "seeds", "merges", "rank", "collapsed", *SHOWN]
+    head = ["arm", "statistics", "seeds", "merges", "rank", "collapsed", *COLUMNS]
     body = [
-        [row.title, str(row.n), *_counts(row), *(_number(row.mean[key], row.sd[key]) for key in SHOWN)] for row in rows
+        [row.title, word, str(one.n), *_counts(row), *(_number(one.mean[key], one.sd[key]) for key in COLUMNS)]
+        for row in rows
+        for word, one in _evaluations(row)
     ]
     return table(head, body)
 
 
 def _differences(rows: Sequence[Row]) -> str:
-    head = ["arm", "merges", "rank", "collapsed", "identical", *(f"d {metric}" for metric in SHOWN)]
+    head = ["arm", "statistics", "merges", "rank", "collapsed", "identical", *(f"d {metric}" for metric in COLUMNS)]
     body = [
-        [row.title, *_counts(row), f"{row.identical}/{row.n}", *(difference_text(row.difference[key]) for key in SHOWN)]
+        [row.title, word, *_counts(row), f"{row.identical}/{row.n}", *(difference_text(one.difference[key])
+         for key in COLUMNS)]
         for row in rows
-        if row.difference
-    ]
+        for word, one in _evaluations(row)
+        if one.difference
+    ]  # fmt: skip
     return table(head, body)
 
 
@@ -179,8 +199,8 @@ def csv_of(manifests: Sequence[Path]) -> str:
     """All numbers of all tables."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["experiment", "recipe", "arm", "metric", "seeds", "mean", "sd", "d_mean", "d_sd", "d_low",
-                     "d_high", "p", "p_holm", "merges_per_step", "rank_before", "rank_after", "collapsed",
+    writer.writerow(["experiment", "recipe", "arm", "statistics", "metric", "seeds", "mean", "sd", "d_mean", "d_sd",
+                     "d_low", "d_high", "p", "p_holm", "merges_per_step", "rank_before", "rank_after", "collapsed",
                      "identical"])  # fmt: skip
     for path in manifests:
         for recipe, rows in rows_of(path):
@@ -193,13 +213,17 @@ def _numbers(row: Row) -> list[list[Any]]:
     def text(value: float) -> str:
         return "" if math.isnan(value) else f"{value:.6g}"
 
+    counts = [text(row.per_step), *map(text, row.rank), row.collapsed, row.identical]
     lines = []
-    for metric in METRICS:
-        one = row.difference.get(metric)
-        names = ("mean", "sd", "low", "high", "p", "p_holm")
-        pair = [text(getattr(one, name)) for name in names] if one else [""] * len(names)
-        counts = [text(row.per_step), *map(text, row.rank), row.collapsed, row.identical]
-        lines.append([row.title, metric, row.n, text(row.mean[metric]), text(row.sd[metric]), *pair, *counts])
+    for word, found in _evaluations(row):
+        for metric in METRICS:
+            if math.isnan(found.mean[metric]) and not row.diverged:
+                continue  # not measured
+            one = found.difference.get(metric)
+            names = ("mean", "sd", "low", "high", "p", "p_holm")
+            pair = [text(getattr(one, name)) for name in names] if one else [""] * len(names)
+            values = text(found.mean[metric]), text(found.sd[metric])
+            lines.append([row.title, word, metric, found.n, *values, *pair, *counts])
     return lines
 
 

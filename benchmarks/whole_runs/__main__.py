@@ -2,13 +2,14 @@
 
 What merging does to a layer shows at the end of a run, beside the same run without merging: the same network, batches
 and schedules. Every run is a line of ``runs.jsonl``, written when it is done, so that a killed command goes on where it
-was; ``report`` writes the table ``RESULTS.md`` from them.
+was; ``report`` writes the table ``RESULTS.md`` and the short one of ``docs/thresholds.md`` from them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from pathlib import Path
@@ -21,13 +22,14 @@ import inmerge_fast
 from benchmarks.helps import parser_with
 from benchmarks.paper.protocol import environment
 from inmerge_fast import InMerge, NoiseThreshold, QuantileThreshold, RankBudget
-from inmerge_fast.rank_cost import RankCost
+from inmerge_fast.rank_cost import RankCost, Snapshot
 
 from .recipes import RECIPES, RESEED, Images, Recipe
-from .table import BASELINE, RESEEDED, write_table
+from .table import BASELINE, RESEEDED, guide_section, updated, write_table
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs.jsonl"
+GUIDE = HERE.parents[1] / "docs" / "thresholds.md"
 # Arguments of InMerge; guard None where the collapse is to be seen.
 SETTINGS: dict[str, dict[str, Any] | None] = {
     BASELINE: None,
@@ -68,7 +70,7 @@ def run(recipe: Recipe, setting: str, seed: int, data: str | None) -> dict[str, 
             merger.step()
             seconds += time.process_time() - before
     layers = zip(plan.layers, plan.weights(), strict=True)
-    ranks = {layer.name: RankCost(weight, layer.layout, 0).rank for layer, weight in layers}
+    ranks = {layer.name: RankCost(Snapshot(weight, layer.layout), 0).rank for layer, weight in layers}
     found: dict[str, Any] = {
         "recipe": recipe.name, "setting": setting, "seed": seed, "steps": recipe.steps,
         "merging_steps": recipe.steps - recipe.start, "accuracy": _plain(images.accuracy(net)),
@@ -112,12 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
                 found = run(RECIPES[name], setting, seed, options.data)
                 with options.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())  # a run takes minutes: what ends the machine after it cannot take it back
                 right = "diverged" if found["accuracy"] is None else f"accuracy {100 * found['accuracy']:.2f} %"
                 merged = sum(layer["merged"] for layer in found.get("layers", {}).values())
                 print(f"{name:9} seed {seed} {setting:34} {found['cpu_seconds']:6.0f} s of CPU, {right}, "
                       f"{merged} merges", flush=True)  # fmt: skip
     if options.command == "report":
         print("written:", write_table(options.out))
+        if options.out == RUNS:
+            GUIDE.write_text(updated(GUIDE.read_text(encoding="utf-8"), guide_section(RUNS)), encoding="utf-8")
 
 
 if __name__ == "__main__":

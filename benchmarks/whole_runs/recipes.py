@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import nets
 from benchmarks.paper.data import load
 from benchmarks.paper.dataset import DataSet, Split
 from benchmarks.paper.imagenet import efficientnet_lite0
 from inmerge_fast.demo.train import build_net
-from tests import nets
 
 RESEED = 1_000_003  # added to the seed of the data order
 EVAL_BATCH = 128

@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markers
+
 from .recipes import RECIPES
 
 Line = Mapping[str, Any]
 BASELINE, RESEEDED = "without merging", "without merging, reseeded"
+BEGIN, END = "<!-- settings: begin (python -m benchmarks.whole_runs report) -->", "<!-- settings: end -->"
+GUIDE_COLUMNS = (0, 1, 2, 4, 8)  # of the table: threshold, seeds, merges per step, lowest rank kept, accuracy
 HEADER = """# What thresholds do over whole runs
 
 Written by `python -m benchmarks.whole_runs report` from [runs.jsonl](runs.jsonl), one line a run. Every run is beside
@@ -41,6 +45,29 @@ def write_table(path: Path) -> Path:
     out = path.with_name("RESULTS.md")
     out.write_text("\n".join(text))
     return out
+
+
+def guide_section(path: Path) -> str:
+    """The table of docs/thresholds.md: a few columns of every recipe's table, one under another."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [
+        "| network | threshold | seeds | merges per step | rank kept, lowest | accuracy |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for name, recipe in RECIPES.items():
+        where = recipe.about.partition(",")[0] + ", " + recipe.about.rpartition(", ")[2]
+        for row in _table([line for line in lines if line["recipe"] == name])[2:]:
+            cells = row.strip("| ").split(" | ")
+            if len(cells) > max(GUIDE_COLUMNS):
+                kept = [cells[column].partition(" (")[0] for column in GUIDE_COLUMNS]
+                rows.append(f"| {where} | {' | '.join(kept)} |")
+                where = ""
+    return "\n".join(rows)
+
+
+def updated(page: str, section: str) -> str:
+    """A page with another section between this command's markers, see :func:`benchmarks.markers.updated`."""
+    return markers.updated(page, BEGIN, END, section)
 
 
 def _size(line: Line) -> str:

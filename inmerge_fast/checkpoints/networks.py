@@ -150,8 +150,9 @@ def _filters_first(value: Any) -> Any:
     """A kernel ``(*kernel, in, out)`` of TensorFlow or JAX as ``(out, in, *kernel)``; what is no kernel as it is."""
     if getattr(value, "ndim", 0) < 3:
         return value
-    move = np.moveaxis if isinstance(value, np.ndarray) else torch.moveaxis
-    return move(value, (-1, -2), (0, 1))
+    if isinstance(value, np.ndarray):
+        return np.moveaxis(value, (-1, -2), (0, 1))
+    return torch.moveaxis(value, (-1, -2), (0, 1))
 
 
 def _children(node: object) -> Iterator[tuple[str, object]]:

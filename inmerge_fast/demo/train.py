@@ -148,6 +148,10 @@ class Schedule:
         """Steps per epoch. A last batch that is not full is left out; the order is a new one in every epoch."""
         return max(1, images // self.batch_size)
 
+    def order(self, epoch: int, images: int) -> torch.Tensor:
+        """Indices of the images in one of its epochs, int64 ``(images,)`` on the host."""
+        return torch.from_numpy(np.random.default_rng([self.seed, self.first_epoch + epoch]).permutation(images))
+
 
 def build_net(channels: int, classes: int, seed: int, dims: int = 2) -> nn.Sequential:
     """A VGG-like net of eight 3x3 or, with three dimensions, 3x3x3 convolutions with batch norm."""
@@ -234,8 +238,7 @@ def epoch_steps(
         Each step, after it was made.
     """
     number, batches, size = schedule.first_epoch + epoch, schedule.batches(images), schedule.batch_size
-    order = np.random.default_rng([schedule.seed, number]).permutation(images)
-    shuffled = torch.from_numpy(order).to(device)
+    shuffled = schedule.order(epoch, images).to(device)
     for batch in range(batches):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate((epoch * batches + batch) / (schedule.epochs * batches))
@@ -266,8 +269,10 @@ def epoch_steps(
 def _run_epochs(
     net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSetting | None, label: str, history: History
 ) -> None:
-    device, functional = data.train_x.device, nn.functional
-    loss_of = functional.binary_cross_entropy_with_logits if data.multi_label else functional.cross_entropy
+    device = data.train_x.device
+    loss_of: Callable[..., torch.Tensor] = nn.functional.cross_entropy
+    if data.multi_label:
+        loss_of = nn.functional.binary_cross_entropy_with_logits
     optimizer = torch.optim.SGD(net.parameters(), lr=schedule.high, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     def loss_at(indices: torch.Tensor, _: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from ..checkpoints.kinds import first_line
 from ..checkpoints.networks import as_tensor, is_array
 from ..merge_plan import MergePlan
 from ..plan.candidates import (
+    ONE_PER_GROUP,
     Candidate,
     choose,
     describe_modules,
@@ -160,7 +161,7 @@ def laid_out(weight: torch.Tensor, name: str, groups: int, transposed: bool) -> 
         weight = weight.contiguous()
         layout = filter_layout(weight, name, groups=groups, transposed=transposed)
     if layout.group_size < 2:
-        return "has a single filter" if layout.filters == 1 else "one filter per group, nothing to pair it with"
+        return "has a single filter" if layout.filters == 1 else ONE_PER_GROUP
     return weight, layout
 
 
@@ -215,7 +216,7 @@ def looks_at(
 def _of_plan(plan: MergePlan) -> list[Look]:
     found = []
     for layer, weight in zip(plan.layers, plan.weights(), strict=True):
-        holder = layer.holder if isinstance(layer.holder, nn.Module) else weight
+        holder: nn.Module | torch.Tensor = layer.holder if isinstance(layer.holder, nn.Module) else weight
         groups = layer.layout.filters // layer.layout.group_size
         found.append(Look(layer.name, holder, groups, getattr(holder, "transposed", False)))
     return found
@@ -258,7 +259,9 @@ def _chosen(
     """The candidates that a selection keeps, and why the others are left out; ``resolve`` completes a pattern."""
     count, patterns = check_selection(selection.skip_first, selection.exclude)
     wanted = name_patterns("layers", selection.layers)
-    choice = choose(candidates, tied, count, [resolve(pattern) for pattern in patterns], include_frozen=True)
+    choice = choose(
+        candidates, tied, count, [resolve(pattern) for pattern in patterns], include_frozen=True, include_heads=True
+    )
     kept = choice.kept
     if wanted:
         wanted = tuple(resolve(pattern) for pattern in wanted)

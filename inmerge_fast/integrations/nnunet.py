@@ -117,7 +117,7 @@ class nnUNetTrainerInMerge(nnUNetTrainer):  # type: ignore[misc]  # noqa: N801, 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
         """nnU-Net's checkpoint, with the field if it has it."""
         super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = filename_or_checkpoint
+        checkpoint: Any = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False)
         self._saved = checkpoint.get(FIELD)

@@ -18,11 +18,13 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from .filters import FilterLayout, check_weight, filter_layout
+from .heads import HEAD, heads_of
 
 # What wrappers put into module names: torch.compile, activation checkpointing, FSDP1, Fabric. The names of a model, its
 # state dict and a saved InMerge must not depend on them.
 INSERTED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 FROZEN = "frozen (requires_grad is False)"
+ONE_PER_GROUP = "one filter per group, nothing to pair it with"  # depthwise layers
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Candidate:
     name: str
     layer_id: int
     holder: nn.Module | torch.Tensor
+    is_head: bool = False
 
     @property
     def weight(self) -> torch.Tensor | None:
@@ -98,11 +101,13 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
     That is what is tied, and weights with a kernel in what is no convolution of PyTorch. Convolutions are numbered
     first, so that asking for Linears does not renumber them.
     """
+    modules = list(model.named_modules())
+    heads = heads_of(modules)
     found: list[tuple[str, nn.Module]] = []
     foreign: list[tuple[str, str]] = []
     sharing = SharedWeights()
     names = {"": ""}  # by path, without what wrappers insert
-    for path, module in model.named_modules():
+    for path, module in modules:
         above, _, part = path.rpartition(".")
         inserted = part in INSERTED or (part == "module" and _is_wrapper(model.get_submodule(above)))
         around = names.get(above, above)
@@ -120,7 +125,7 @@ def module_candidates(model: nn.Module, include_linear: bool) -> tuple[list[Cand
     candidates = []
     for name, module in found:
         is_linear = isinstance(module, nn.Linear)
-        candidates.append(Candidate(name, next_id[is_linear], module))
+        candidates.append(Candidate(name, next_id[is_linear], module, id(module) in heads))
         next_id[is_linear] += 1
     return candidates, [*sharing.tied, *foreign]
 
@@ -212,6 +217,7 @@ def choose(
     skip_first: float,
     exclude: Sequence[str],
     include_frozen: bool,
+    include_heads: bool,
 ) -> Choice:
     """Choose among the candidates of a model, in module order.
 
@@ -232,6 +238,9 @@ def choose(
     is_frozen = [not include_frozen and _is_frozen(candidate) for candidate in candidates]
     is_share = not isinstance(skip_first, numbers.Integral)
     shallow = count_to_skip(skip_first, is_frozen.count(False) if is_share else len(candidates))
+    if is_share and not include_heads:  # nor does a share leave out all but heads
+        counted = [c.is_head for c, frozen in zip(candidates, is_frozen, strict=True) if not frozen]
+        shallow = min(shallow, max((place for place, is_head in enumerate(counted) if not is_head), default=shallow))
     choice = Choice([], [], [], [])
     before = 0  # candidates before this one that count
     for candidate, frozen in zip(candidates, is_frozen, strict=True):
@@ -241,6 +250,8 @@ def choose(
             choice.left_out.append((candidate.name, f"among the first {shallow} (skip_first={skip_first})"))
         elif excluded_by is not None:
             choice.left_out.append((candidate.name, f"excluded by {excluded_by!r}"))
+        elif candidate.is_head and not include_heads:
+            choice.left_out.append((candidate.name, HEAD))
         elif frozen:
             choice.frozen.append(candidate)
             choice.left_out.append((candidate.name, FROZEN))
@@ -248,7 +259,8 @@ def choose(
             choice.kept.append(candidate)
         before += not (frozen and is_share)
         counts = is_share and skip_first > 0
-        matters = not include_frozen and (counts or not (is_shallow or excluded_by is not None))
+        is_out = is_shallow or excluded_by is not None or (candidate.is_head and not include_heads)
+        matters = not include_frozen and (counts or not is_out)
         choice.trained.append(not frozen if matters and candidate.weight is not None else None)
     return choice
 
@@ -275,7 +287,7 @@ def examine(candidates: Iterable[Candidate]) -> tuple[list[MergeLayer], list[tup
             continue
         weight, layout = _weight_and_layout(candidate)
         if layout.group_size < 2:
-            reason = "one filter per group, nothing to pair it with" if layout.filters > 1 else "has a single filter"
+            reason = ONE_PER_GROUP if layout.filters > 1 else "has a single filter"
             left_out.append((candidate.name, reason))
             continue
         layer = MergeLayer(candidate, weight, layout)

@@ -28,6 +28,7 @@ from .candidates import (
     unwrap_compiled,
 )
 from .filters import check_outside_transforms
+from .heads import HEAD
 from .rows import Rows
 from .structure import Storage, Structure
 
@@ -45,6 +46,7 @@ class LayerPlan:
         exclude: see :func:`inmerge_fast.merge_`; models only.
         include_linear: see :func:`inmerge_fast.merge_`; models only.
         include_frozen: whether weights that require no gradient take part, too; what is not a model is meant anyway.
+        include_heads: see :func:`inmerge_fast.merge_`; models only.
         layer: layer id of a single layer in the draw; 0 for models and iterables, which number their layers.
         may_wait: whether there may be no layer for now, because all of them are frozen.
 
@@ -53,6 +55,7 @@ class LayerPlan:
         skipped: ``(name, reason)`` of every other candidate, in module order where it came from a model.
         candidates: names of all, merged or not, without those that share a weight with one of them.
         frozen: names of those that would be merged if their weights required a gradient.
+        heads: names of those that are heads, merged or not.
         rows: the filters of all layers, one after the other.
         names: name of each layer.
         filters: number of filters of each layer.
@@ -70,6 +73,7 @@ class LayerPlan:
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = False,
+        include_heads: bool = False,
         layer: int = 0,
         may_wait: bool = False,
     ) -> None:
@@ -83,7 +87,7 @@ class LayerPlan:
                 raise ValueError(f"layer is for single layers; a model numbers its own, got layer={layer}")
             roots = [target]
             candidates, tied = module_candidates(target, include_linear)
-            choice = choose(candidates, tied, skip_first, patterns, include_frozen)
+            choice = choose(candidates, tied, skip_first, patterns, include_frozen, include_heads)
         else:
             if skip_first not in (DEFAULT_SKIP_FIRST, 0) or patterns:
                 raise ValueError(
@@ -139,6 +143,7 @@ class LayerPlan:
         self.skipped = tuple(sorted([*choice.left_out, *unpaired], key=lambda item: place[item[0]])) + tuple(tied)
         self.candidates = tuple(place)
         self.frozen = tuple(candidate.name for candidate in choice.frozen)
+        self.heads = tuple(candidate.name for candidate in candidates if candidate.is_head)
         self._frozen_holders = [weakref.ref(candidate.holder) for candidate in choice.frozen]
         devices = [c.weight.device for c in (*choice.kept, *choice.frozen) if c.weight is not None]
         self._device = devices[0] if devices else torch.device("cpu")
@@ -152,6 +157,8 @@ class LayerPlan:
         if candidates:
             found = "; ".join(describe_skipped(self.skipped))
             cure = "; include_frozen=True merges frozen layers, too" if self.frozen else ""
+            if any(reason == HEAD for _, reason in self.skipped):
+                cure += "; include_heads=True merges heads, too"
             return f"no layer of this {type(target).__name__} can be merged: {found}{cure}"
         if isinstance(target, nn.Module):
             has_linear = any(isinstance(module, nn.Linear) for module in target.modules())

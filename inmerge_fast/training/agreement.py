@@ -84,5 +84,6 @@ class Comparison:
         if is_check(occasion):
             digest = hashlib.blake2b(repr(described()).encode(), digest_size=8).digest()
             own = [int.from_bytes(digest, "little") >> 1, step]
-            there = torch.tensor(own, dtype=torch.int64, device=device)
+            # A tensor made of the list would be copied there, and the host would wait for it.
+            there = torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in own])
             self._sent = (occasion + DELAY, own, OnItsWay(first_ranks_numbers(there, self._group)))

@@ -13,7 +13,7 @@ from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..thresholds import check_count
 from .guard import CollapseGuard
 from .monitor import Logger
-from .recipe import Recipe, Threshold, in_steps, selection
+from .recipe import SELECTION, Recipe, Threshold, in_steps, selection
 from .schedules import Schedule
 
 
@@ -32,6 +32,7 @@ class InMergeArguments(TypedDict, total=False):
     exclude: str | Sequence[str]
     include_linear: bool
     include_frozen: bool
+    include_heads: bool
     start: float
     stop: float | None
     every: int
@@ -84,8 +85,7 @@ def checked(given: Mapping[str, Any]) -> Checked:
     names = ("alpha", "prob", "threshold", "partner", "every", "seed", "lasting")
     recipe = Recipe(start=first, stop=last, **{name: given[name] for name in names})
     check_count("observe_every", given["observe_every"])
-    for name in ("include_linear", "include_frozen"):
-        check_flag(name, given[name])
+    chosen = selection(**{name: given[name] for name in SELECTION})
     guard = given["guard"]
     if guard == "default":
         guard = CollapseGuard() if lasting else None  # what does not last collapses nothing
@@ -96,5 +96,4 @@ def checked(given: Mapping[str, Any]) -> Checked:
     for log in given["loggers"]:
         if not callable(log):
             raise TypeError(f"loggers must be callable, got {log!r}")
-    chosen = selection(*(given[name] for name in ("skip_first", "exclude", "include_linear", "include_frozen")))
     return Checked(recipe, chosen, guard, list(given["loggers"]), int(given["observe_every"]))

@@ -20,7 +20,7 @@ from ..merge_plan import MergePlan
 from ..paths.choice import Paths
 from ..paths.eager import EagerPairs, EagerPath
 from ..paths.path import Call, Outcome, Path
-from ..plan.candidates import Candidate, choose, is_mergeable_module, module_candidates
+from ..plan.candidates import ONE_PER_GROUP, Candidate, choose, is_mergeable_module, module_candidates
 from ..plan.filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
 from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..plan.rows import Rows
@@ -102,6 +102,7 @@ class ShardedPlan(MergePlan):
         exclude: name patterns to leave out.
         include_linear: whether Linears take part.
         include_frozen: whether frozen weights take part.
+        include_heads: whether heads take part.
         may_wait: whether there may be no layer for now, because all of them are frozen.
 
     Raises:
@@ -117,15 +118,16 @@ class ShardedPlan(MergePlan):
         exclude: Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = False,
+        include_heads: bool = False,
         may_wait: bool = False,
     ) -> None:
         candidates, tied = module_candidates(model, include_linear)
-        choice = choose(candidates, tied, skip_first, exclude, include_frozen)
+        choice = choose(candidates, tied, skip_first, exclude, include_frozen, include_heads)
         layers, unpaired = [], []
         for candidate in choice.kept:
             layer = _sharded_layer(candidate)
             if layer.layout.group_size < 2:
-                unpaired.append((layer.name, "one filter per group, nothing to pair it with"))
+                unpaired.append((layer.name, ONE_PER_GROUP))
             else:
                 layers.append(layer)
         self._set_layers(layers, choice, unpaired, candidates, tied)  # type: ignore[arg-type]

@@ -59,9 +59,8 @@ class InMerge:
             dict of one for each layer by name (:meth:`inmerge_fast.Similarity.threshold_for_rate`), or what follows the
             layer: :class:`inmerge_fast.RankBudget`, which is the one to recommend, :class:`inmerge_fast.NoiseThreshold`
             or :class:`inmerge_fast.QuantileThreshold`.
-        partner: the partner rule, see :func:`inmerge_fast.merge_`.
+        partner: the partner rule, see :func:`inmerge_fast.merge_`; likewise exclude and include_heads.
         skip_first: see :func:`inmerge_fast.merge_`; or name patterns of the layers to leave out, and no others.
-        exclude: name patterns of layers to leave out as well, see :func:`inmerge_fast.merge_`.
         include_linear: whether ``Linear`` layers take part too.
         include_frozen: whether weights that require no gradient take part too. Without it frozen layers wait until they
             are trained, also where all of them are frozen for a while; layers that are given one by one are meant.
@@ -102,6 +101,7 @@ class InMerge:
         exclude: str | Sequence[str] = (),
         include_linear: bool = False,
         include_frozen: bool = False,
+        include_heads: bool = False,
         start: float = 0,
         stop: float | None = None,
         every: int = 1,

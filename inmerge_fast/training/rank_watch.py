@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 
 from ..effect import OnItsWay
 from ..merge import several_ranks
-from ..rank_cost import NEVER, LayerLedger, RankCost
+from ..paths.match import PartnerRule
+from ..rank_cost import NEVER, LayerLedger, RankCost, Snapshot, in_background, may_defer
 from ..thresholds import MOST_SHARE, RankBudget
 from .agreement import CHECK_EVERY, DELAY, is_check
 from .distributed import broadcast_from_first, first_ranks_numbers, is_first
@@ -19,6 +22,7 @@ from .recipe import Recipe
 
 MEASUREMENTS = 32  # of a budget's run, about; at its beginning, when a network changes most, they are closer together
 LEAST_PRICE = 1e-7
+MEASURE_DELAY = 6  # merging steps that a measurement has on an accelerator before it is looked at
 
 
 def as_one(by_layer: Mapping[str, Any]) -> tuple[dict[str, Any]]:
@@ -64,6 +68,52 @@ class _Count:
         return {name: count for name, count in zip(self.names, merged, strict=True) if count >= 0}
 
 
+@dataclass
+class _Work:
+    """What a ledger is brought up to date from."""
+
+    old: LayerLedger | None
+    snapshot: Snapshot
+    key: int
+    filters: int
+    threshold: float
+
+
+@dataclass
+class _Measurement:
+    """What merging has cost some layers at some occasion, on its way; of the first rank alone there is work."""
+
+    due: int  # the occasion at which it is looked at
+    occasion: int
+    partner: PartnerRule
+    alpha: float
+    counted: OnItsWay | None = None
+    places: dict[str, int] = field(default_factory=dict)  # of the layers in what is counted
+    work: dict[str, _Work] = field(default_factory=dict)
+    found: Future[dict[str, LayerLedger]] | None = None
+
+    def go_on(self) -> None:
+        """Begin to work, as soon as all is on the host."""
+        arriving = [self.counted, *(work.snapshot for work in self.work.values())]
+        if self.found is None and self.counted is not None and all(one.has_arrived() for one in arriving if one):
+            self.found = in_background(functools.partial(self._ledgers, self.counted.read()[:, 1].tolist()))
+
+    def ledgers(self) -> dict[str, LayerLedger]:
+        """What was found; waits for it."""
+        if self.found is None and self.counted is not None:
+            self.found = in_background(functools.partial(self._ledgers, self.counted.read()[:, 1].tolist()))
+        return {} if self.found is None else self.found.result()
+
+    def _ledgers(self, merged: list[int]) -> dict[str, LayerLedger]:
+        return {
+            name: _charged(
+                work.old, RankCost(work.snapshot, work.key), work.filters, self.occasion, merged[self.places[name]],
+                work.threshold, self.partner, self.alpha,
+            )
+            for name, work in self.work.items()
+        }  # fmt: skip
+
+
 class RankWatch:
     """Keeps a ledger for each layer, and a budget's thresholds.
 
@@ -71,6 +121,9 @@ class RankWatch:
     merges that the first rank has counted, never on what only one rank knows, its plan least of all: with several ranks
     it is what the first one has told with its latest count. The first rank measures, and the others take what it has
     found.
+
+    On an accelerator nobody waits for a measurement: it is looked at six merging steps later, worked out by a thread in
+    the meantime. A budget's is waited for, since the thresholds of the same step come from it.
 
     Args:
         budget: the budget that sets the thresholds; None where they come from elsewhere.
@@ -86,6 +139,7 @@ class RankWatch:
         self._budget, self._group = budget, group
         self._occasion = -1  # the latest
         self._count: _Count | None = None
+        self._measuring: _Measurement | None = None
         self._agreed = list(names) if several_ranks(group) else None  # the layers that the first rank merges
 
     def advance(self, run: Watched, step: int, names: list[str], thresholds: Sequence[float] | None) -> list[str]:
@@ -110,9 +164,10 @@ class RankWatch:
             self._count = None
             self._agreed = None if self._agreed is None else list(merged)
         candidates = names if self._agreed is None else self._agreed
+        found = self._take_in(occasion)
         known = [name for name in candidates if name in self.ledgers]
         due: set[str] = set()
-        if not known or counted:
+        if self._measuring is None and (not known or counted):
             # A layer that has come since waits: when to measure must not depend on the plan of one rank.
             due.update(set(candidates).difference(known))
             due.update(name for name in known if name in merged and self.ledgers[name].is_due(merged[name]))
@@ -122,11 +177,15 @@ class RankWatch:
         measured = [name for name in candidates if name in due]
         if measured:
             in_force = None if thresholds is None else dict(zip(names, thresholds, strict=True))
-            self._measure(run, step, names, measured, in_force)
+            if in_force is not None and may_defer(run.counted().device):
+                self._begin(run, step, names, measured, in_force)
+                measured = []
+            else:
+                self._measure(run, step, names, measured, in_force)
         if is_check(occasion):
             every, counts = run.census()
             self._count = _Count(occasion + DELAY, every, OnItsWay(first_ranks_numbers(counts, self._group)))
-        return [name for name in measured if name in self.ledgers]
+        return [name for name in (*found, *measured) if name in self.ledgers]
 
     def thresholds(self, recipe: Recipe, names: Iterable[str]) -> list[float]:
         """The thresholds that the budget has set; ``NEVER`` for layers that were not measured yet, and at the end."""
@@ -159,10 +218,40 @@ class RankWatch:
                 continue  # all ranks must have gathered the weight
             if not counted:
                 counted = dict(zip(names, run.counted()[:, 1].tolist(), strict=True))
-            cost = RankCost(weight, layer.layout, 1_000_003 * self._occasion + layer.layer_id)
+            cost = RankCost(Snapshot(weight, layer.layout), 1_000_003 * self._occasion + layer.layer_id)
             threshold = None if thresholds is None else thresholds[name]
             found[name] = self.measured(run.recipe, step, name, cost, layer.layout.filters, counted[name], threshold)
         self.ledgers |= broadcast_from_first(found, self._group)
+
+    def _begin(
+        self, run: Watched, step: int, names: list[str], wanted: list[str], thresholds: Mapping[str, float]
+    ) -> None:
+        """Begin to measure."""
+        recipe, occasion = run.recipe, self._occasion
+        self._measuring = measuring = _Measurement(
+            occasion + MEASURE_DELAY, occasion, recipe.partner, recipe.alpha_at(step)
+        )
+        for name, weight, layer in run.layers(wanted):
+            if not is_first(self._group):
+                continue  # all ranks must have gathered the weight
+            snapshot, key = Snapshot(weight, layer.layout), 1_000_003 * occasion + layer.layer_id
+            filters, old = layer.layout.filters, self.ledgers.get(name)
+            measuring.work[name] = _Work(old, snapshot, key, filters, thresholds[name])
+        if measuring.work:
+            measuring.counted = OnItsWay(run.counted())
+            measuring.places = {name: place for place, name in enumerate(names)}
+
+    def _take_in(self, occasion: int) -> list[str]:
+        """Take in what has been measured, when that is due; returns the names of the layers."""
+        if self._measuring is None:
+            return []
+        if occasion < self._measuring.due:
+            self._measuring.go_on()
+            return []
+        measuring, self._measuring = self._measuring, None
+        found = broadcast_from_first(measuring.ledgers(), self._group)
+        self.ledgers |= found
+        return list(found)
 
     def measured(
         self,
@@ -187,14 +276,7 @@ class RankWatch:
         """
         occasion, alpha = recipe.occasion(step), recipe.alpha_at(step)
         old = self.ledgers.get(name)
-        if old is None:
-            ledger = LayerLedger(filters, cost.rank, cost.rank, occasion, merged)
-            if threshold is not None:  # afterwards the first merges may have left nothing to lose
-                ledger.price = cost.price(threshold, recipe.partner, alpha)
-        else:
-            ledger = LayerLedger(**vars(old))
-            ledger.charge(cost, merged, old.threshold if threshold is None else threshold, recipe.partner, alpha)
-            ledger.occasion = occasion
+        ledger = _charged(old, cost, filters, occasion, merged, threshold, recipe.partner, alpha)
         if self._budget is not None:
             window = self.window(recipe, occasion)
             prob = recipe.highest_prob(step, step + window * recipe.every)
@@ -204,24 +286,53 @@ class RankWatch:
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered, as plain data; waits for counts that are on their way."""
-        count = self._count
+        """All that is remembered, as plain data; waits for what is on its way."""
+        count, measuring = self._count, self._measuring
         return {
             "ledgers": as_one({name: vars(ledger).copy() for name, ledger in self.ledgers.items()}),
             "occasion": self._occasion,
             "count": None if count is None else [count.due, count.names, count.numbers.read().tolist()],
             "agreed": None if self._agreed is None else list(self._agreed),
-        }
+            "measuring": None if measuring is None else [
+                measuring.due, as_one({name: vars(ledger).copy() for name, ledger in measuring.ledgers().items()})
+            ],
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.ledgers = {name: LayerLedger(**ledger) for name, ledger in from_one(state["ledgers"]).items()}
+        self.ledgers = _ledgers(state["ledgers"])
         self._occasion, self._count = state["occasion"], None
+        self._measuring = None
+        if state.get("measuring") is not None:
+            due, found = state["measuring"]
+            done: Future[dict[str, LayerLedger]] = Future()
+            done.set_result(_ledgers(found))
+            self._measuring = _Measurement(due, self._occasion, "random", 0.0, found=done)
         if self._agreed is not None and state.get("agreed") is not None:
             self._agreed = list(state["agreed"])
         if state["count"] is not None:
             due, names, numbers = state["count"]
             self._count = _Count(due, list(names), OnItsWay(torch.from_numpy(np.array(numbers, np.int64))))
+
+
+def _ledgers(saved: Any) -> dict[str, LayerLedger]:
+    return {name: LayerLedger(**ledger) for name, ledger in from_one(saved).items()}
+
+
+def _charged(
+    old: LayerLedger | None, cost: RankCost, filters: int, occasion: int, merged: int, threshold: float | None,
+    partner: PartnerRule, alpha: float,
+) -> LayerLedger:  # fmt: skip
+    """A new ledger, or a copy of the old one with what has been merged since; see :meth:`RankWatch.measured`."""
+    if old is None:
+        ledger = LayerLedger(filters, cost.rank, cost.rank, occasion, merged)
+        if threshold is not None:  # afterwards the first merges may have left nothing to lose
+            ledger.price = cost.price(threshold, partner, alpha)
+        return ledger
+    ledger = LayerLedger(**vars(old))
+    ledger.charge(cost, merged, old.threshold if threshold is None else threshold, partner, alpha)
+    ledger.occasion = occasion
+    return ledger
 
 
 def _set_threshold(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ..draw import MAX_SEED, MAX_STEP, check_word
+from ..draw import MAX_SEED, MAX_STEP, check_flag, check_word
 from ..effect import callers_level
 from ..paths.match import PartnerRule, check_partner_rule
 from ..plan.plan import check_selection
@@ -19,6 +19,7 @@ from ..thresholds import FOLLOWING, NoiseThreshold, QuantileThreshold, RankBudge
 from .schedules import Schedule, check_schedule, from_plain, highest_value, to_plain, value_at
 
 Threshold: TypeAlias = "Schedule | Mapping[str, float] | NoiseThreshold | QuantileThreshold | RankBudget"
+SELECTION = ("skip_first", "exclude", "include_linear", "include_frozen", "include_heads")
 BY_LAYER = "by layer"  # kind of a dict of thresholds in a checkpoint
 
 
@@ -222,17 +223,14 @@ def in_steps(start: float, stop: float | None, steps_per_epoch: int | None) -> t
     return first, last
 
 
-def selection(skip_first: Any, exclude: Any, include_linear: bool, include_frozen: bool) -> dict[str, Any]:
+def selection(skip_first: Any, exclude: Any, **flags: bool) -> dict[str, Any]:
     """Arguments that choose layers, checked, as a plan takes them.
 
     Raises:
         TypeError: wrong types.
         ValueError: ``skip_first`` is negative or a fraction outside [0, 1).
     """
+    for name, flag in flags.items():
+        check_flag(name, flag)
     first, patterns = check_selection(skip_first, exclude)
-    return {
-        "skip_first": first,
-        "exclude": patterns,
-        "include_linear": include_linear,
-        "include_frozen": include_frozen,
-    }
+    return {"skip_first": first, "exclude": patterns, **flags}

@@ -77,6 +77,7 @@ class MergeRun:
         self._earlier: dict[str, tuple[int, int]] = {}  # sampled and merged by plans before this one
         self._before: torch.Tensor | None = None  # the same where the plan's counts are, in its order
         budget = recipe.threshold if isinstance(recipe.threshold, RankBudget) else None
+        self._places: tuple[MergePlan, torch.Tensor] | None = None  # of its layers among all candidates
         self._waited = 0  # steps that would have merged, had not all layers been frozen
         self.untrained: Untrained | None = None
         self.plan = self._new_plan()
@@ -207,10 +208,12 @@ class MergeRun:
         So many and in this order whatever is frozen, that ranks can compare them.
         """
         every, counted = list(self.plan.candidates), self.counted()
-        places = {name: place for place, name in enumerate(every)}
-        own = torch.tensor([places[name] for name in self.plan.names], dtype=torch.int64, device=counted.device)
+        if self._places is None or self._places[0] is not self.plan or self._places[1].device != counted.device:
+            places = {name: place for place, name in enumerate(every)}
+            own = torch.tensor([places[name] for name in self.plan.names], dtype=torch.int64, device=counted.device)
+            self._places = self.plan, own  # once for a plan: the host waits for this copy
         found = counted.new_full((len(every), 2), -1)
-        return every, found.index_copy_(0, own, counted)
+        return every, found.index_copy_(0, self._places[1], counted)
 
     def _count_from(self, earlier: dict[str, tuple[int, int]]) -> None:
         """Count on from what earlier plans have counted by layer."""
@@ -328,11 +331,14 @@ class MergeRun:
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state has version {state.get('version')!r}, expected {STATE_VERSION}")
         # The same layers, or the same choice of them, which are others while some are frozen.
-        if state["layers"] != self.plan.names and state.get("choice") != self._choice():
+        choice, saved = self._choice(), state.get("choice")
+        if saved is not None:  # states from before there was the switch are of runs that merged heads
+            saved = {"include_heads": choice["include_heads"] or bool(self.plan.heads)} | saved
+        if state["layers"] != self.plan.names and saved != choice:
             other = sorted(set(state["layers"]) ^ set(self.plan.names)) or "their order"
             raise ValueError(
                 f"state was saved for other layers, the difference is {other}; construct with the same model and the "
-                "same skip_first, exclude, include_linear and include_frozen"
+                "same skip_first, exclude, include_linear, include_frozen and include_heads"
             )
         check_word("step_count", state["step_count"], MAX_STEP)
         restored = self.recipe.restored(state["recipe"], keep)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..effect import has_no_effect
 from ..layer_similarity import summarise_layer
-from ..rank_cost import NEVER, LayerLedger, RankCost
+from ..rank_cost import NEVER, LayerLedger, RankCost, Snapshot
 from ..stats import describe_skipped
 from .guard import CollapseGuard
 from .run import MergeRun
@@ -126,7 +126,7 @@ def summarise(run: MergeRun) -> RunSummary:
     layers = []
     for name, weight, layer in run.layers():
         sampled, merged = counted[name]
-        cost = RankCost(weight, layer.layout, layer.layer_id)
+        cost = RankCost(Snapshot(weight, layer.layout), layer.layer_id)
         start = lost = math.nan
         if name in ledgers:
             ledger = LayerLedger(**vars(ledgers[name]))  # charged up to now in a copy: a look must not change the run
@@ -236,7 +236,7 @@ def preview(run: MergeRun) -> Preview:
     for name, weight, layer in run.layers():
         filters = layer.layout.filters
         summary = summarise_layer(name, weight, layer.layout, False)
-        cost = RankCost(weight, layer.layout, layer.layer_id)
+        cost = RankCost(Snapshot(weight, layer.layout), layer.layer_id)
         if thresholds is None:
             assert watch is not None
             threshold = watch.measured(recipe, step, name, cost, filters, counted[name][1], None).threshold

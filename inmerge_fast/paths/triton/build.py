@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,12 +14,13 @@ from triton.runtime.driver import driver
 BUILDS_BY_SIGNATURE = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
+@functools.cache
 def why_unlaunchable() -> str:
     """Why Triton cannot launch kernels on this machine, in a few words; empty if it can.
 
     It launches them through a module in C, built at first use and kept in its cache: a machine needs a compiler once.
     Triton 3.6 builds another one for each kernel's types, some of them late in a run, when a partner rule is first
-    used; so there the compiler itself is tried, which takes 0.1 s.
+    used; so there the compiler itself is tried, once in a process, which takes 0.1 s.
     """
     if triton.knobs.runtime.interpret:
         return ""

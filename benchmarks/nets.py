@@ -279,4 +279,5 @@ def mixed_net() -> nn.Sequential:
         nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)),
         nn.Conv2d(4, 4, 3, groups=4),
         nn.ConvTranspose2d(4, 6, 3, groups=2),
+        nn.BatchNorm2d(6),  # what nothing reads is taken for a head
     )
