@@ -9,6 +9,7 @@ package of that name on ``sys.path`` would shadow Hugging Face's ``kernels`` (te
 The CPU kernel is optional: where it cannot be built, the plain PyTorch path runs.
 """
 
+import re
 import sys
 import sysconfig
 from glob import glob
@@ -25,6 +26,13 @@ if sys.platform == "win32":
     COMPILE = ["/O2", "/fp:precise", "/std:c11"]
 elif sys.platform == "linux":  # the libgomp that torch has loaded is the one that is used
     COMPILE, LINK = [*COMPILE, "-fopenmp"], ["-fopenmp"]
+
+
+def page_for_an_index():
+    """README.md for an index of packages, which has no other file: without pictures and links into the repository."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^]]*\]\((?!https:)[^)]*\)\n\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]*)\]\((?!https:)[^)]*\)", r"\1", text)
 
 
 class SourceDistribution(sdist):
@@ -81,6 +89,8 @@ cpu_kernel = Extension(
 )
 
 setup(
+    long_description=page_for_an_index(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["inmerge_fast", "inmerge_fast.*"]), "inmerge_fast.kernels"],
     package_dir={"inmerge_fast.kernels": "kernels"},
     package_data={"inmerge_fast": ["py.typed"], "inmerge_fast.kernels": ["cpu/*.c", "cpu/*.h"]},

@@ -26,6 +26,7 @@ from torch import nn
 import inmerge_fast
 from benchmarks.command import print_row
 from benchmarks.environment import environment
+from benchmarks.helps import TIMED, parser_with
 from benchmarks.result_files import RESULTS, ResultFile
 from benchmarks.timing import quantiles
 from benchmarks.work import NETS, SKIP_FIRST
@@ -119,7 +120,10 @@ def run_over_stub(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Time all targets and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_with(
+        __doc__, f"{TIMED}; without a GPU gcc", "python -m benchmarks.bench_host --quick --out quick-results",
+        "python -m benchmarks.bench_host",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=200, help=f"samples of {PER_SAMPLE} calls each")
     parser.add_argument("--quick", action="store_true", help="10 samples of three targets")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,18 +12,28 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.helps import TIMED, parser_with
 from benchmarks.result_files import RESULTS, ResultFile
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """Options of every benchmark."""
-    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    module = re.search(r"python -m (benchmarks\.\w+)", description or "")
+    name = module[1] if module else "benchmarks"
+    parser = parser_with(description, TIMED, f"python -m {name} --quick --out quick-results", f"python -m {name}")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to merge (default: %(default)s)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--repeats", type=int, default=40, help="samples of each provider")
-    parser.add_argument("--seconds", type=float, default=3.0, help="slow providers get fewer samples, to take so long")
+    parser.add_argument(
+        "--repeats", type=int, default=40, help="samples of each provider, which is a way of merging (default: 40)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="slow providers get fewer samples, to take so long (default: 3)"
+    )
     parser.add_argument("--quick", action="store_true", help="few samples of little work, to see that all of it runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="FOLDER", help="where results go (default: benchmarks/results)"
+    )
     return parser
 
 

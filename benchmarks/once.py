@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 
 import inmerge_fast
+from benchmarks.helps import TIMED, parser_with
 from benchmarks.timing import cold_cache, synchronize
 from benchmarks.work import NETS, REGIMES, SEED, net_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Merge."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_with(__doc__, TIMED, "python -m benchmarks.once --help", "nsys profile python -m benchmarks.once")
     parser.add_argument("--net", choices=NETS, default="VGG19")
     parser.add_argument("--calls", type=int, default=4)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -7,12 +7,13 @@ measured is reported like all else. With ``--check`` it writes nothing and fails
 
 from __future__ import annotations
 
-import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import markers
+from benchmarks.helps import parser_with
 from benchmarks.result_files import RESULTS, ROOT, Results, by_device, joined, load, slug
 from benchmarks.tables import (
     FRONT_NETS,
@@ -55,7 +56,8 @@ def machine(passes: Sequence[Results]) -> str:
     parts += [f"copies at {about['copy_bandwidth_gb_s']:g} GB/s", f"commit {about['commit']}"]
     runs = []
     for results in passes:
-        run = f"`{results.environment['command']}`; [{results.path.name}]({link(results.path)})"
+        command = re.sub(r" --out \S+", "", results.environment["command"])  # where somebody kept the file
+        run = f"`{command}`; [{results.path.name}]({link(results.path)})"
         commit = results.environment["commit"]
         run += f" at commit {commit}" if commit != about["commit"] else ""
         runs.append(run + ("" if results.complete else ", **interrupted**"))
@@ -155,7 +157,8 @@ def updated(page: str, section: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the sections and the plots, or check the sections."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_with(__doc__, "pip install -c constraints.txt -e '.[plots]'",
+                         "python -m benchmarks.report", "python -m benchmarks.report --check")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of step")
     options = parser.parse_args(arguments)
     found = load()

@@ -17,7 +17,6 @@ machine without a GPU it is a rehearsal: GPU tests skip themselves and benchmark
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -31,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.gpu_parts import FIRST, MERCY, NO_GPU, PARTS, PYTHON, RESULTS, Step, every_step, listing
+from benchmarks.helps import parser_with
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 15  # lines of a step that did not pass, on the terminal
@@ -150,7 +150,10 @@ def _interrupted(number: int, _frame: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is named."""
-    parser = argparse.ArgumentParser(prog="bash benchmarks/run_gpu.sh", description=(__doc__ or "").split("\n")[0])
+    parser = parser_with(
+        __doc__, "PyTorch, Triton and pytest; a GPU, but for --list", "bash benchmarks/run_gpu.sh --list",
+        "bash benchmarks/run_gpu.sh gpu-results correct", program="bash benchmarks/run_gpu.sh",
+    )  # fmt: skip
     parser.add_argument("named", nargs="*", metavar="FOLDER or PART or STEP", help="default: all parts")
     parser.add_argument("--list", action="store_true", help="print all parts and steps, and run nothing")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: benchmarks with few samples of little work")

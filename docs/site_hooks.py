@@ -21,15 +21,18 @@ MATH = re.compile(r":math:`([^`]*)`")
 ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
 
 
+OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/**/*.md", "benchmarks/**/*.svg"]
+
+
 def repository_path(page: str) -> str:
     """Where the source of a page of the site lies in the repository."""
-    return page if page.startswith("benchmarks/") else f"docs/{page}"
+    return f"docs/{page}" if (ROOT / "docs" / page).exists() else page
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages and pictures that lie beside the benchmarks."""
-    for path in sorted((ROOT / "benchmarks").rglob("*")):
-        if path.suffix in (".md", ".svg", ".png"):
+    """Add the pages and pictures that lie outside docs/."""
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 

@@ -48,9 +48,21 @@ def _parser() -> argparse.ArgumentParser:
     count = _within(int, 1, 10_000, "an integer from 1 to 10000")
     parser = argparse.ArgumentParser(
         prog=_program(),
-        description="Train a small CNN on real images without in-model merging, with the paper's setting, and with a "
-        "threshold read off the network's own similarities, and show what merging does and what it costs.",
-        epilog="python -m inmerge_fast inspect FILE looks at the filters of a saved model.",
+        description="""\
+Train a small CNN on real images without in-model merging and with it, and show what merging does and what it costs.
+Four arms, which is what trainings that are compared are called, go on from one trained network:
+  a  no merging
+  b  merging that stays in the weights, with the paper's setting
+  c  the same, with a threshold read off the network's own similarities (or --threshold)
+  d  forward-only merging, undone before each update""",
+        epilog=f"""\
+needs: pip install 'inmerge_fast[demo]'. Half a minute with --quick, about two without; a GPU is not needed.
+
+examples:
+  {_program()} --quick                      # scikit-learn's digits, no download
+  {_program()} --data FILE.npz              # images of your own
+  {_program()} inspect CHECKPOINT           # look at the filters of a saved model instead; has its own --help""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"inmerge_fast {__version__}, torch {torch.__version__}")
     parser.add_argument("--data", metavar="FILE.npz", help="a file in MedMNIST format: images or volumes, with one or "

@@ -10,12 +10,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from pages import BLOCK, PAGES, ROOT, name_of, text_of
 
 import inmerge_fast
+from inmerge_fast import effect
+from inmerge_fast.layer_similarity import RESOLUTION
+from inmerge_fast.training.agreement import CHECK_EVERY
 
 MOST_LINES, MOST_WORDS = 130, 900
-FURTHER = ["benchmarks/README.md", "benchmarks/paper/README.md"]
+FURTHER = ["benchmarks/README.md", "benchmarks/paper/README.md", "examples/README.md"]
 EVERYWHERE = [*map(name_of, PAGES), *FURTHER]
 LINK = re.compile(r"\[(?:[^][]|\[[^]]*\])*\]\(([^)\s]+)\)")
 ORDER = [
@@ -99,6 +103,72 @@ def test_the_map_of_the_source_is_of_this_source():
     for room in (ROOT / "inmerge_fast").iterdir():
         if room.is_dir() and room.name not in ("kernels", "__pycache__"):
             assert f"inmerge_fast/{room.name}/" in named, room
+
+
+def default(function, name):
+    return inspect.signature(function).parameters[name].default
+
+
+def percent(value):
+    return f"{100 * value:g} %"
+
+
+def claims():
+    """Numbers of the prose beside what they are of: the page, a sentence with a gap, what belongs there."""
+    from inmerge_fast.paths.triton.launch import SCRATCH_SHARE
+    from inmerge_fast.paths.triton.layer_table import MAX_BYTES
+
+    budget, guard = inmerge_fast.RankBudget().loss, inmerge_fast.CollapseGuard().loss
+    merge_, merged, run = inmerge_fast.merge_, inmerge_fast.merged, inmerge_fast.InMerge
+    [tests] = re.findall(r"All of `correct` ran, (\d+) tests", text_of("benchmarks/NOTES.md"))
+    return [
+        ("README.md", "spends at most {} of each layer's", percent(budget)),
+        ("README.md", "GPUs: {} tests on one NVIDIA H200", tests),
+        ("docs/design.md", "ran on one NVIDIA H200 in 2026: {} tests", tests),
+        ("docs/thresholds.md", "may cost each layer {} of its", percent(budget)),
+        ("docs/thresholds.md", "cost it more than {} of its rank", percent(guard)),
+        ("docs/thresholds.md", "after {} calls in which", f"{effect.NO_EFFECT_CALLS}"),
+        ("docs/thresholds.md", "less than one of {} sampled pairs", f"{1 / effect.NO_EFFECT_RATE:,.0f}"),
+        ("docs/thresholds.md", "the paper's τ = {} is", f"{default(merge_, 'threshold'):g}"),
+        ("docs/thresholds.md", "is {} standard deviations away", f"{0.3 * 4608**0.5:.0f}"),
+        ("docs/thresholds.md", "histograms with bins of {}.", f"{RESOLUTION:.0e}".replace("e-0", "e-")),
+        ("docs/training.md", "merge the same layers every {} steps", f"{CHECK_EVERY}"),
+        ("docs/training.md", "half of their filters, any partner, α = {}.", f"{default(merged, 'alpha')}"),
+        ("docs/index.md", "a merged filter keeps, {} unless", f"{default(merge_, 'alpha')}"),
+        ("docs/index.md", "is chosen in a step, {} unless", f"{default(merge_, 'prob')}"),
+        ("docs/layers.md", "the first {} left out", percent(default(merge_, "skip_first"))),
+        ("docs/layers.md", "more than {} GiB of weights", f"{MAX_BYTES >> 30}"),
+        ("docs/layers.md", "On a GPU {} of the merged layers' bytes", percent(SCRATCH_SHARE)),
+        ("benchmarks/README.md", "on a GPU {} of the merged layers' bytes", percent(SCRATCH_SHARE)),
+        ("docs/training.md", "of every {} step, without making", {10: "tenth"}[default(run, "observe_every")]),
+    ]  # fmt: skip
+
+
+def test_numbers_of_the_prose_are_those_of_the_code():
+    pytest.importorskip("triton")
+    assert default(inmerge_fast.merged, "prob") == 0.5, "half of their filters"
+    for page, sentence, number in claims():
+        assert sentence.format(number) in " ".join(text_of(page).split()), f"{page}: {sentence.format(number)}"
+
+
+@pytest.mark.interpreted
+def test_a_gpu_keeps_as_many_bytes_per_filter_as_the_pages_say(monkeypatch):
+    pytest.importorskip("triton")
+    from interpreter import apply_fixes
+    from test_kernels import launcher_of, tensors_of
+
+    apply_fixes()
+    monkeypatch.setenv("INMERGE_INTERPRET", "1")
+    kept = []
+    for count in (1000, 9000):
+        weights = [torch.randn(count, 4)]
+        launcher = launcher_of(weights)
+        for step in range(2):
+            launcher.run(0, step, prob=0.001, alpha=0.8, threshold=0.3, dry_run=False)
+        kept.append(sum(tensor.nbytes for name, tensor in tensors_of(launcher, []).items() if name != "scratch"))
+    for page in ("docs/layers.md", "benchmarks/README.md"):
+        [said] = re.findall(r"plus (\d+) bytes per filter", " ".join(text_of(page).split()))
+        assert int(said) == pytest.approx((kept[1] - kept[0]) / 8000, rel=0.02)
 
 
 def test_the_api_page_has_every_public_name_and_its_first_line():

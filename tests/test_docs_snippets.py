@@ -13,16 +13,17 @@ import sys
 import types
 import warnings
 
-import nets
 import pytest
 import torch
 from pages import BLOCK, PAGES, ROOT, name_of, snippet, snippets, text_of
 
 import inmerge_fast
+from benchmarks import nets
 from inmerge_fast.lease import lease_of
 from inmerge_fast.paths.match import PARTNER_RULES
 
 HELD_TO_ITS_OUTPUT = "README.md"
+RECIPES = "docs/frameworks.md"  # which test_recipes.py runs, in both forms of merging
 ALL = [each for page in PAGES for each in snippets(name_of(page))]
 PROCESSES = "init_process_group"  # a block that several processes run, as it says
 GPU = "torch.cuda.CUDAGraph"  # a block that says that it needs one
@@ -35,7 +36,7 @@ TORCHVISION = {
 
 
 def needs_more(each):
-    return each.page == HELD_TO_ITS_OUTPUT or PROCESSES in each.code or GPU in each.code
+    return each.page in (HELD_TO_ITS_OUTPUT, RECIPES) or PROCESSES in each.code or GPU in each.code
 
 
 def third_party(code):
@@ -152,7 +153,7 @@ def test_every_check_belongs_to_one_block():
 @pytest.mark.parametrize("each", [each for each in ALL if PROCESSES in each.code], ids=str)
 def test_it_runs_in_two_processes(each, tmp_path):
     script = tmp_path / "script.py"
-    shim = "import sys, types, nets\nmodule = types.ModuleType('torchvision.models')\n"
+    shim = "import sys, types\nfrom benchmarks import nets\nmodule = types.ModuleType('torchvision.models')\n"
     shim += "module.resnet18 = lambda num_classes: nets.resnet18(num_classes)\n"
     shim += "sys.modules.setdefault('torchvision', types.ModuleType('torchvision'))\n"
     shim += "sys.modules['torchvision.models'] = module\n"

@@ -217,6 +217,12 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == inmerge_fast.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    description = metadata.get_payload()
+    assert description.startswith("# inmerge_fast\n")
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert links, "what leads somewhere from anywhere stays"
+    assert all(link.startswith("https://") for link in links), "an index of packages has no file of this repository"
     assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
 
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from paper_fixtures import TINY
 
+from benchmarks.paper import bench as benches
 from benchmarks.paper import feed as feeds
 from benchmarks.paper import protocol, rate
 from benchmarks.paper.bench import Bench
@@ -151,3 +152,37 @@ def test_a_rate_is_that_of_the_images_that_were_timed(monkeypatch):
     monkeypatch.setattr(rate.time, "perf_counter", lambda: clock[0])
     recipe = dataclasses.replace(TINY, batch_size=8)
     assert rate.training(recipe, Bench(load("digits"), CPU, 20), None) == pytest.approx(800)
+
+
+def test_copies_of_large_sets_are_made_once(tmp_path, monkeypatch, capsys):
+    """They are the same from the file, of other images others, and a damaged file is made again."""
+    monkeypatch.setattr(benches, "CACHE_BYTES", 1000)
+    data = load("digits")
+    usual = Bench(data, CPU, 96).copies("test", "own", "gaussian_blur", 3)
+    made = []
+    corrupt = benches.robustness.corrupt
+    monkeypatch.setattr(benches.robustness, "corrupt", lambda *given: made.append(given[1]) or corrupt(*given))
+
+    def copies(limit=96, kind="gaussian_blur", level=3, split="test"):
+        return Bench(data, CPU, limit, cache=tmp_path / "cache").copies(split, "own", kind, level)
+
+    assert torch.equal(copies(), usual)
+    assert torch.equal(copies(), usual)
+    assert made == ["gaussian_blur"]
+    for changed in ({"limit": 95}, {"kind": "gamma"}, {"level": 4}, {"split": "val"}):
+        found = copies(**changed)
+        assert found.shape != usual.shape or not torch.equal(found, usual), changed
+    assert len(made) == 5
+    noisy = Bench(data, CPU, 96, cache=tmp_path / "cache").copies("test", "own", "noise", 0.1)
+    assert torch.equal(noisy, benches.robustness.add_noise(Bench(data, CPU, 96).data.test.images, 0.1))
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:200]), lambda path: np.save(path, np.zeros(3))):
+        for path in (tmp_path / "cache").glob("copies-gaussian_blur-*.npy"):
+            damage(path)
+        count = len(made)
+        assert torch.equal(copies(), usual)
+        assert made[count:] == ["gaussian_blur"]
+    (tmp_path / "file").write_text("")
+    full = Bench(data, CPU, 96, cache=tmp_path / "file" / "cache")
+    assert torch.equal(full.copies("test", "own", "gaussian_blur", 3), usual)
+    assert "these copies are made again for every run" in capsys.readouterr().err
+    assert not full._copies

@@ -230,6 +230,16 @@ def test_holm_is_the_textbook_step_down():
     assert found[0] == pytest.approx(0.04)
     assert math.isnan(found[1])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([0.01, math.nan, 0.02], of=5) == pytest.approx([0.05, math.nan, 0.08], nan_ok=True)
+
+
+def test_settings_that_were_not_measured_again_count_in_the_correction():
+    """One of three settings was: its p is multiplied by three, or a gain would come from looking at one alone."""
+    base = [controlled(seed, 0.5, 0.5) for seed in range(4)]
+    again = [controlled(seed, 0.6 + 0.01 * seed, 0.6 + 0.01 * seed, "again", alpha=0.8) for seed in range(4)]
+    others = [[result(seed, name, 0.55 + 0.01 * seed, alpha=0.8) for seed in range(4)] for name in ("b", "c")]
+    one = compare([base, again, *others])[1].recomputed.difference["acc"]
+    assert one.p_holm == pytest.approx(3 * one.p)
 
 
 def test_two_level_bootstrap_covers_images_and_seeds():

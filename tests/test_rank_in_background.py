@@ -1,6 +1,6 @@
 """What merging costs, on an accelerator: measured without a wait, and looked at at a step that the run alone decides.
 
-Without a GPU a CPU tensor stands in whose copy takes a few questions to arrive. That shows who asks when; that no call
+Without a GPU a CPU tensor stands in whose copy takes a while to arrive. That shows who asks when; that no call
 waits for a device, only one shows: the tests marked ``gpu``.
 """
 
@@ -24,15 +24,14 @@ from inmerge_fast.training.rank_watch import MEASURE_DELAY
 
 @pytest.fixture
 def late(monkeypatch):
-    """CPU weights are measured as those of an accelerator are; each snapshot arrives when asked for the third time."""
+    """CPU weights are measured as those of an accelerator are; each snapshot arrives 2 ms after it was asked for."""
     monkeypatch.setattr(history, "may_defer", lambda device: True)
     monkeypatch.setattr(rank_watch, "may_defer", lambda device: True)
     threads, asked = [], {}
     original = RankCost.__init__
 
     def has_arrived(self):
-        asked[id(self)] = asked.get(id(self), 0) + 1
-        return asked[id(self)] > 2
+        return time.monotonic() > asked.setdefault(id(self), time.monotonic()) + 0.002
 
     def made(self, *args):
         threads.append(threading.current_thread().name)
@@ -43,13 +42,13 @@ def late(monkeypatch):
     return threads
 
 
-def warned(call, wanted):
+def warned(call, wanted, pause=0.002):
     """What ``call(step)`` warns of, over as many steps as are wanted."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in wanted:
             call(step)
-            time.sleep(0.002)  # a training step, in which the thread may work
+            time.sleep(pause)  # a training step, in which the thread may work
     return [str(warning.message) for warning in caught if warning.category is CollapseWarning]
 
 
@@ -93,7 +92,7 @@ def costs_of(model):
 
 
 def test_the_guard_stops_what_collapses_at_the_same_step_however_long_the_thread_takes(late, monkeypatch):
-    def run():
+    def run(pause):
         merger, steps = InMerge(deep(), threshold=-1.0, skip_first=0, guard=CollapseGuard(0.2)), {}
 
         def step(number):
@@ -101,13 +100,13 @@ def test_the_guard_stops_what_collapses_at_the_same_step_however_long_the_thread
             for name in merger.stopped:
                 steps.setdefault(name, number)
 
-        assert len(warned(step, range(60))) == 3
+        assert len(warned(step, range(60), pause)) == 3
         return steps, merger.effective_rank()
 
-    found = run()
+    found = run(pause=0.02)  # the thread has long been done
     original = RankCost.price
     monkeypatch.setattr(RankCost, "price", lambda self, *args: time.sleep(0.02) or original(self, *args))
-    assert run() == found
+    assert run(pause=0.0) == found
     assert len(found[0]) == 3
 
 

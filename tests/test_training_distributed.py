@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 def net():
     return nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.Conv2d(4, 7, 3), nn.Conv2d(7, 6, 1), nn.Conv2d(6, 8, 1, groups=2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
     )  # fmt: skip
 
 
@@ -54,9 +54,13 @@ def _replicas_stay_bit_equal(rank, world):
     assert all(state == states[0] for state in states)
 
 
-def _what_one_rank_alone_sees_decides_nothing(rank):
-    """Unlike machines may measure and count differently: the others take what the first rank has found."""
-    original = rank_watch.RankCost.price, rank_watch.LayerLedger.is_due, MergePlan.totals
+def _what_one_rank_alone_sees_decides_nothing(rank, deferred=False):
+    """Unlike machines may measure and count differently: the others take what the first rank has found.
+
+    With ``deferred`` it is measured as on an accelerator, in the background; the CPU weights stand in for its.
+    """
+    original = rank_watch.RankCost.price, rank_watch.may_defer, MergePlan.totals
+    rank_watch.may_defer = lambda device: deferred
     if rank > 0:
         rank_watch.RankCost.price = lambda self, *a: 100.0
         MergePlan.totals = lambda self: original[2](self) + 1000 * rank
@@ -79,7 +83,7 @@ def _what_one_rank_alone_sees_decides_nothing(rank):
             assert all(other == seen[0] for other in seen)
             assert merger.stopped or "stop" in settings, "the guard must have acted, or this tests nothing"
     finally:
-        rank_watch.RankCost.price, rank_watch.LayerLedger.is_due, MergePlan.totals = original
+        rank_watch.RankCost.price, rank_watch.may_defer, MergePlan.totals = original
 
 
 def _ranks_that_disagree_raise(rank):
@@ -282,6 +286,7 @@ def _all(rank, world, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     _replicas_stay_bit_equal(rank, world)
     _what_one_rank_alone_sees_decides_nothing(rank)
+    _what_one_rank_alone_sees_decides_nothing(rank, deferred=True)
     _the_mode_of_one_rank_decides_nothing(rank)
     _a_layer_that_is_frozen_on_all_ranks_waits_on_all(rank)
     _what_one_rank_alone_freezes_is_an_error_there(rank)

@@ -20,9 +20,10 @@ NO_GUARD = CollapseGuard(loss=0.999, action="warn")  # keeps account, and never 
 def deep(seed=1):
     """Layers whose filters have something in common: pairs of many similarities."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 48, 1, groups=2))
+    convs = [nn.Conv2d(8, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 48, 1, groups=2)]
+    model = nn.Sequential(*convs, nn.Linear(48, 2))  # reads the last one, which would be a head without it
     with torch.no_grad():
-        for conv in model:
+        for conv in convs:
             conv.weight += 0.3 * conv.weight[:1].clone() * torch.randn(len(conv.weight), 1, 1, 1)
     return model
 

@@ -240,7 +240,7 @@ def test_a_short_run_without_effect_has_its_word_when_it_is_flushed():
 
 def test_forward_only_merging_says_that_nothing_stays():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3), torch.nn.GroupNorm(4, 16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     merger = InMerge(model, lasting=False).attach(optimizer)
     preview = merger.preview()

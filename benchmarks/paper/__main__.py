@@ -6,12 +6,13 @@ import argparse
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import confirm, forward_only, forward_page, medmnist_c, report
+from . import confirm, forward_only, forward_page, medmnist_c, report, trained
 from .config import OWN
 from .data import load, md5_of
 from .dataset import MissingDataError, Reading
@@ -28,11 +29,20 @@ QUICK_RESULTS = Path("paper-quick")  # ignored by git: tiny runs say nothing
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
-        description="The InMerge paper's experiments with paired seeds, equal epochs and a noise floor. Runs that have "
-        "a result are not repeated, so that a killed command goes on where it was.",
+        description="The InMerge paper's experiments: arms, which are trainings that are compared, go on from one\n"
+        "trained network with the same images in the same order, for several seeds. Runs that have a result are\n"
+        "not repeated, so that a killed command goes on where it was.",
+        epilog="needs: pip install -c constraints.txt -e '.[paper]'. Seconds with --quick, else hours on two cores.\n\n"
+        "examples:\n"
+        "  python -m benchmarks.paper table-medmnist --quick\n"
+        "  python -m benchmarks.paper sweep-threshold --data pneumoniamnist.npz --seeds 4\n"
+        "  python -m benchmarks.paper report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, "report"],
-                        help="what to run; report writes tables, figures, RESULTS.md and FORWARD_ONLY.md")  # fmt: skip
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, forward_only.NAME, *confirm.STAGES, trained.NAME,
+                        "report"], help="what to run; report writes tables, figures, RESULTS.md, FORWARD_ONLY.md "
+                        "and PAPER_TABLES.md; "
+                        f"{trained.NAME} has options of its own, see {trained.NAME} --help")  # fmt: skip
     parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
                         "validation images and write the plan, or do it")  # fmt: skip
     parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
@@ -166,6 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: command line without the program's name; ``sys.argv`` if None.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [trained.NAME]:  # it trains nothing, and has a command line of its own
+        print(f"written: {trained.main(arguments[1:], RESULTS)}")
+        return
     parser = _parser()
     given = parser.parse_args(arguments)
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)

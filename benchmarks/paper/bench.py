@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from . import medmnist_c, robustness
 from .config import OWN, Recipe
 from .dataset import SPLITS, DataSet, Split
+from .image_cache import replacing
 from .models import Model, Weights, build
 
+COPIES = 1  # raised whenever the same corruption gives other pixels
 CACHE_BYTES = 64 * 2**20  # corrupted copies of small sets are kept, since every run looks at them
 
 
@@ -23,6 +29,8 @@ class Bench:
         device: where the networks are.
         limit: use this many images of every part, evenly spaced; None for all.
         weights: file with pre-trained weights of the network, or None.
+        cache: folder for corrupted copies of large sets, which take longer to make than to measure, so that every run
+            reads them there; None to make them for every run anew.
         room: bytes that training images may take on the device, see :class:`benchmarks.paper.feed.Feed`.
     """
 
@@ -33,11 +41,12 @@ class Bench:
         limit: int | None = None,
         weights: Weights | None = None,
         room: int | None = None,
+        cache: Path | None = None,
     ) -> None:
         if limit is not None:
             train, val, test = (_thinned(data.split(name), limit) for name in SPLITS)
             data = dataclasses.replace(data, train=train, val=val, test=test)
-        self.data, self.device, self.weights, self.room = data, device, weights, room
+        self.data, self.device, self.weights, self.room, self.cache = data, device, weights, room, cache
         self._constants: dict[object, torch.Tensor] = {}
         self._copies: dict[tuple[str, str, str, float], torch.Tensor] = {}
         sample = data.train.images[:: max(1, len(data.train) // 5000)].float() / 255
@@ -89,15 +98,31 @@ class Bench:
         if key in self._copies:
             return self._copies[key]
         images = self.data.split(split).images
-        if kind == "noise":
-            out = robustness.add_noise(images, level)
-        elif source == OWN:
-            out = robustness.corrupt(images, kind, int(level))
-        else:
-            out = medmnist_c.corrupt(images, self.data.name, kind, int(level))
-        if out.numel() <= CACHE_BYTES:
+        large = images.numel() > CACHE_BYTES
+        place = self._place(key, images) if large and self.cache is not None else None
+        out = None if place is None else _mapped(place, images)
+        if out is None:
+            if kind == "noise":
+                out = robustness.add_noise(images, level)
+            elif source == OWN:
+                out = robustness.corrupt(images, kind, int(level))
+            else:
+                out = medmnist_c.corrupt(images, self.data.name, kind, int(level))
+            if place is not None:
+                _keep(out, place)
+        if not large:
             self._copies[key] = out
         return out
+
+    def _place(self, key: tuple[str, str, str, float], images: torch.Tensor) -> Path:
+        """The file of large copies: another one for other images, and for other code that makes them."""
+        _, source, kind, level = key
+        code = medmnist_c.version() if source != OWN and kind != "noise" else str(COPIES)
+        total = hashlib.sha256(f"{code} {self.data.source} {tuple(images.shape)} {kind} {level:g}".encode())
+        for one in (images[0], images[len(images) // 2], images[-1]):
+            total.update(one.numpy().tobytes())
+        assert self.cache is not None
+        return self.cache / f"copies-{kind}-{total.hexdigest()[:16]}.npy"
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean loss: binary cross-entropy of the labels, or cross-entropy of the classes."""
@@ -113,3 +138,24 @@ class Bench:
 def _thinned(part: Split, limit: int) -> Split:
     kept = torch.arange(limit) * len(part) // limit if limit < len(part) else torch.arange(len(part))
     return Split(part.images[kept], part.labels[kept])
+
+
+def _keep(copies: torch.Tensor, place: Path) -> None:
+    """Write copies to a file, whole or not at all; where there is no room they are made again for every run."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as file:
+            np.save(file, copies.numpy())
+    except OSError as error:
+        print(f"{place}: cannot be written ({error}); these copies are made again for every run", file=sys.stderr)
+
+
+def _mapped(place: Path, like: torch.Tensor) -> torch.Tensor | None:
+    """Copies from a file; None if there is none, or it does not hold them."""
+    if not place.exists():
+        return None
+    try:
+        found = np.load(place, mmap_mode="c", allow_pickle=False)
+    except Exception:  # of a header that is damaged NumPy raises errors of many types
+        return None
+    return torch.from_numpy(found) if found.dtype == np.uint8 and found.shape == tuple(like.shape) else None

@@ -77,13 +77,18 @@ def paired(differences: Sequence[float]) -> Paired:
     return Paired(mean, sd, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, n - 1)), n)
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given; NaN stays NaN and does not count."""
+def holm(values: Sequence[float], of: int | None = None) -> list[float]:
+    """Holm's adjusted p values, in the order given; NaN stays NaN.
+
+    Args:
+        values: p values.
+        of: how many comparisons they belong to, if some of them have not been made; those that are not NaN if None.
+    """
     out = [math.nan] * len(values)
     order = sorted((index for index, p in enumerate(values) if not math.isnan(p)), key=lambda index: values[index])
-    highest = 0.0
+    highest, count = 0.0, len(order) if of is None else of
     for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * values[index]))
+        highest = max(highest, min(1.0, (count - place) * values[index]))
         out[index] = highest
     return out
 
@@ -207,7 +212,10 @@ def compare(arms: Sequence[Sequence[Mapping[str, Any]]]) -> list[Row]:
     for metric in METRICS:
         for kind in ("trained", "recomputed"):
             chosen = [getattr(row, kind).difference for row in rows if row.kind == "setting"]
-            adjusted = holm([difference[metric].p for difference in chosen])
+            # Of settings whose statistics were not recomputed, too: to have looked at few of them again is no gain.
+            of = max(sum(not math.isnan(row.trained.difference[metric].p) for row in rows if row.kind == "setting"),
+                     sum(not math.isnan(difference[metric].p) for difference in chosen))  # fmt: skip
+            adjusted = holm([difference[metric].p for difference in chosen], of)
             for difference, p in zip(chosen, adjusted, strict=True):
                 difference[metric] = dataclasses.replace(difference[metric], p_holm=p)
     return rows

@@ -33,7 +33,8 @@ def load(spec: str, *, size: int | None = None, root: str | Path | None = None, 
 
     Args:
         spec: ``digits``; a MedMNIST name such as ``pneumoniamnist``; the path of an ``.npz`` file in MedMNIST's layout;
-            the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``; ``package.module:function``, see
+            the path of a folder that holds NIH ChestX-ray14, or ``chestxray14``; ``nih:``, ``chexpert:`` or
+            ``chexpert-zeros:`` and a folder that torchxrayvision reads; ``package.module:function``, see
             :func:`benchmarks.paper.own.own_data`. Paths may be relative to ``root``.
         size: side of the images, for MedMNIST (28, 64, 128, 224; volumes 28, 64: a file for each) and ChestX-ray14
             (any; 224 if None). The images of an ``.npz`` file or of one's own are resized to any.
@@ -66,6 +67,7 @@ def is_leader() -> bool:
 
 def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading) -> DataSet:
     from .chestxray import load_chestxray14  # needs Pillow, the others do not
+    from .xrays import is_xrays, load_xrays
 
     folder = Path(root or os.environ.get("INMERGE_DATA") or "~/.medmnist").expanduser()
     if spec == "digits":
@@ -75,6 +77,8 @@ def _load(spec: str, size: int | None, root: str | Path | None, reading: Reading
     if spec.endswith(".npz"):
         path = Path(spec) if Path(spec).exists() else folder / spec
         return resized(_from_npz(path, path.stem), size)
+    if is_xrays(spec):
+        return load_xrays(spec, size=size or 224, root=folder, reading=reading)
     if is_own(spec):
         return resized(own_data(spec), size)
     for path in (Path(spec), folder / spec):

@@ -10,7 +10,7 @@ import torch
 
 from inmerge_fast.demo.train import Schedule
 
-CPU_BYTES = 2 * 2**30  # images in host memory stay as they are, mapped ones are read into it below this
+CPU_BYTES = 2 * 2**30  # on a CPU: up to here images are taken from memory, or the mapped file, when they are needed
 SHARE = 0.5  # of a GPU's free memory that images may take; uint8, 224 px in colour: 150 KB each
 AHEAD = 4  # batches that are read before they are needed
 

@@ -90,6 +90,12 @@ def recipe_of(options: Options, from_scratch: bool = False) -> Recipe:
     return out
 
 
+def named(recipe: dict[str, Any], seeds: int) -> str:
+    """What a plan's recipe is, for the first column of a table."""
+    start = "" if recipe["backbone_epochs"] else ", from scratch"
+    return f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}{start}, {seeds} seeds"
+
+
 def plan_path(recipe: Recipe, out: Path) -> Path:
     """Where a recipe's plan is."""
     return out / f"{recipe.name}.plan.json"

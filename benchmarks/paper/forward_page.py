@@ -29,6 +29,7 @@ from .forward_only import (
     RULE,
     confirmed_results,
     differences,
+    named,
     value_of,
 )
 from .tables import difference_text, table
@@ -84,7 +85,7 @@ def readme_section(out: Path) -> str:
     for path in sorted(out.glob(f"{NAME}.*.plan.json"), key=_order):
         arms, found = confirmed_results(path)
         recipe = json.loads(path.read_text())["recipe"]
-        where = f"{recipe['data'].removesuffix('.npz')}, {recipe['model']}, {len(found[''])} seeds"
+        where = named(recipe, len(found[""]))
         for family in README_ARMS if len(found[""]) >= FEWEST else ():
             if family in arms:
                 values = (paired(differences(found[family], found[""], column)) for column in SAID)

@@ -11,7 +11,7 @@ import numpy as np
 
 from inmerge_fast.demo.data import require
 
-from . import forward_only
+from . import controls_page, forward_only, trained, trained_page
 from .compare import FEWEST, Paired, Row, paired
 from .config import PAPER, Arm
 from .figures import COLOURS, STYLE
@@ -40,14 +40,18 @@ def settings_of(manifests: Sequence[Path]) -> list[Setting]:
         for recipe, rows in rows_of(path):
             for row in rows:
                 here = found.get((recipe, row.label))  # several experiments share the paper's own setting
-                if row.kind == "setting" and row.n >= FEWEST and (here is None or row.n > here.row.n):
+                lasts = row.merging is not None and row.merging.get("lasting", True)
+                if lasts and row.n >= FEWEST and (here is None or row.n > here.row.n):
                     found[recipe, row.label] = Setting(path.stem, recipe, row)
     return list(found.values())
 
 
-def answer(settings: Sequence[Setting], out: Path) -> str:
+def answer(settings: Sequence[Setting], manifests: Sequence[Path], out: Path) -> str:
     """The answer in a few lines, each number counted from the result files."""
-    lines = [_lasting(settings), _published(settings), _collapse(settings)] if settings else []
+    lines = [_lasting(settings), f"{_published(settings)} {_collapse(settings)}"] if settings else []
+    networks = trained.read(out)
+    lines += [trained_page.answer(networks, out.name)] if networks else []
+    lines += controls_page.fine_tuned(manifests)
     plans = [forward_only.confirmed_results(path)[1] for path in _plans(out)]
     lines += [_forward(found) for found in plans if len(found[""]) >= FEWEST]
     return "\n".join(f"- {line}" for line in lines) + "\n"
@@ -123,8 +127,8 @@ def _forward(found: dict[str, dict[int, dict[str, object]]]) -> str:
     recipe = base["recipe"]
     assert isinstance(recipe, dict)
     return (
-        f"**Forward-only merging** on {recipe['data'].removesuffix('.npz')} ({recipe['model']}, {len(found[''])} fresh "
-        f"seeds, batch-norm statistics recomputed in every arm), d {METRIC}: {said}."
+        f"**Forward-only merging** ({forward_only.named(recipe, len(found['']))}, fresh; statistics recomputed in all "
+        f"arms), d {METRIC}: {said}."
     )
 
 
@@ -144,7 +148,14 @@ def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
     matplotlib.use("agg")
     plt = require("matplotlib.pyplot", "matplotlib")
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+        networks = trained.read(out)
+        figure, axes = plt.subplots(
+            1, 1 + bool(networks), figsize=(7.2 * (1 + bool(networks)), 4.8), squeeze=False, layout="constrained"
+        )
+        axis = axes[0, 0]
+        if networks:
+            trained_page.draw(axes[0, 1], networks)
+            axes[0, 1].set_title("Trained networks: what merging alone does to their filters", fontsize=10)
         for one in settings:
             filled = {"markerfacecolor": "white"} if one.row.collapsed else {}
             _point(axis, one.row.per_step, one.row.judged(METRIC), "o", COLOURS[0], **filled)
@@ -166,7 +177,7 @@ def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
         axis.set_xlim(-0.002, 1.5 * axis.get_xlim()[1])
         axis.set_xlabel("filters merged per step")
         axis.set_ylabel(f"difference in {METRIC}, points")
-        axis.set_title("Every setting against no merging, test images, 95 % intervals", fontsize=10)
+        axis.set_title("Small networks: every setting against no merging, 95 % intervals", fontsize=10)
         axis.legend(fontsize=8, loc="lower left", frameon=False)
         target = out / FIGURE
         figure.savefig(target, metadata={"Date": None, "Creator": None})

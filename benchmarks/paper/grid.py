@@ -21,6 +21,7 @@ from . import protocol
 from .config import Recipe, Run, digest
 from .data import is_leader, load
 from .dataset import AS_IT_IS, Reading
+from .image_cache import default_folder
 from .models import Weights
 from .storage import append, is_stored, load_result, mend
 
@@ -60,7 +61,9 @@ def bench_for(recipe: Recipe, where: Where) -> protocol.Bench:
         data = load(recipe.data, size=recipe.size, root=where.root, reading=where.reading)
         if is_leader() and multiprocessing.parent_process() is None:  # once, not from every process of the pool
             print(f"data: {data.describe()}", flush=True)
-        _benches[key] = protocol.Bench(data, torch.device(where.device), recipe.limit, where.weights)
+        _benches[key] = protocol.Bench(
+            data, torch.device(where.device), recipe.limit, where.weights, cache=default_folder()
+        )
     return _benches[key]
 
 

@@ -97,7 +97,7 @@ def _read(target: Path, digests: Path, count: int, size: int) -> tuple[npt.NDArr
 
 
 def _write(target: Path, digests: Path, paths: Sequence[Path], read: Callable[[Path], npt.NDArray[np.uint8]]) -> None:
-    with _replacing(target) as file, ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
+    with replacing(target) as file, ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
         lines = []
         bar = require("tqdm", "tqdm").tqdm(
             pool.map(read, paths), total=len(paths), desc="decoding", unit=" images", disable=None
@@ -112,12 +112,12 @@ def _write(target: Path, digests: Path, paths: Sequence[Path], read: Callable[[P
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or the other 100,000 would be decoded first
             raise
-        with _replacing(digests) as beside:
+        with replacing(digests) as beside:
             beside.write("\n".join(lines).encode())
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[IO[bytes]]:
+def replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes its name once it is whole, so that no other process ever reads half of it."""
     handle, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)
     try:

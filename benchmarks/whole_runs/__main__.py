@@ -7,7 +7,6 @@ was; ``report`` writes the table ``RESULTS.md`` and the short one of ``docs/thre
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import torch
 from torch.nn import functional
 
 import inmerge_fast
+from benchmarks.helps import parser_with
 from benchmarks.paper.protocol import environment
 from inmerge_fast import InMerge, NoiseThreshold, QuantileThreshold, RankBudget
 from inmerge_fast.rank_cost import RankCost, Snapshot
@@ -90,7 +90,10 @@ def _plain(value: Any) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what has no line yet, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_with(
+        __doc__, "pip install -c constraints.txt -e '.[paper]', and pneumoniamnist.npz for its recipes",
+        "python -m benchmarks.whole_runs run --seeds 0", "python -m benchmarks.whole_runs report",
+    )  # fmt: skip
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS)[:3])

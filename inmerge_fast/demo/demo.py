@@ -1,4 +1,4 @@
-"""The demo: one small CNN, trained on from one state without merging and with it, at two thresholds."""
+"""The demo: one small CNN, trained on from one state without merging, and with both forms of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import nn
 
 from .. import MergePlan, __version__
 from ..checkpoints.into_model import load_into
+from ..forward_only import ALPHA, PROB, THRESHOLD
+from .corruptions import corruptions_of
 from .data import ImageSet, load_digits, load_npz, require
 from .report import TEXT_WIDTH, Arm, Outcome, print_paragraph, report
 from .train import (
@@ -32,6 +34,16 @@ from .train import (
 )
 
 PAPER = MergeSetting(alpha=0.8, prob=0.3, threshold=0.3)
+FORWARD_ONLY = MergeSetting(ALPHA, PROB, THRESHOLD, lasting=False)
+NEXT_STEPS = (
+    ("the same with images of your own, in MedMNIST format", "python -m inmerge_fast --data FILE.npz"),
+    ("would merging act on a network of yours?", "python -m inmerge_fast inspect CHECKPOINT"),
+    ("arm d, forward-only merging, in a training loop", "InMerge(model, lasting=False, seed=0).attach(optimizer)"),
+    (
+        "merging that lasts, with a threshold that it chooses itself",
+        "InMerge(model, threshold=RankBudget(), stop=steps_of_the_run, seed=0).attach(optimizer)",
+    ),
+)
 # SGD's learning rate: the backbone ends where the arms start.
 HIGH, MIDDLE, LOW = 0.05, 0.005, 0.0005
 
@@ -83,7 +95,7 @@ def load_data(options: Options) -> ImageSet:
 
 
 def run(options: Options, data: ImageSet) -> None:
-    """Train the backbone and the three arms, and print what happened."""
+    """Train the backbone and the four arms, and print what happened."""
     device = torch.device(options.device)
     data = dataclasses.replace(
         data, **{key: getattr(data, key).to(device) for key in ("train_x", "train_y", "test_x", "test_y")}
@@ -112,22 +124,35 @@ def run(options: Options, data: ImageSet) -> None:
         Arm("a", "no merging", None),
         Arm("b", "paper's setting", PAPER),
         Arm("c", "read-off threshold" if options.threshold is None else "--threshold", own),
+        Arm("d", "forward-only merging", FORWARD_ONLY),
     ]
-    print(f"\nThree arms go on from this backbone, each with the same data in the same order; epochs: {arm_epochs}")
+    print()
+    print_paragraph(
+        "Four arms, which is what trainings that are compared are called, go on from this backbone, each with the same "
+        f"data in the same order; epochs: {arm_epochs}"
+    )
     for arm in arms:
-        print(f"  {arm.key}  {arm.title + (f': merge_ at every step with {arm.setting}' if arm.setting else '')}")
+        print(f"  {arm.key}  {arm.title}{'' if arm.setting is None else _what_it_does(arm.setting)}")
     print(flush=True)
+    corruptions = corruptions_of(data)
     outcomes = []
     for arm in arms:
         net = copy.deepcopy(backbone)
         history = train(net, data, after, arm.setting, f"arm {arm.key}")
-        outcomes.append(Outcome(arm, net, history, measure_similarities(net, options.seed)))
-    report(outcomes, data)
+        corrupted = {name: evaluate(net, images) for name, images in corruptions.items()}
+        outcomes.append(Outcome(arm, net, history, measure_similarities(net, options.seed), corrupted))
+    report(outcomes, data, NEXT_STEPS)
     if options.save is not None:
-        torch.save(outcomes[-1].net.state_dict(), options.save)
+        torch.save(outcomes[2].net.state_dict(), options.save)
         print(
             f"\nThe network of arm c is in {options.save}; to look at it: python -m inmerge_fast inspect {options.save}"
         )
+
+
+def _what_it_does(setting: MergeSetting) -> str:
+    if setting.lasting:
+        return f": merge_ at every step, for good, with {setting}"
+    return f": merged() around the passes of every step, undone then, with {setting}"
 
 
 def _resume(net: nn.Module, path: str, data: ImageSet) -> None:
@@ -155,7 +180,7 @@ def _print_setup(options: Options, data: ImageSet, net: nn.Module, before: Sched
     parameters, kernel = sum(p.numel() for p in net.parameters()), "x".join("3" * data.dims)
     print(
         "In-model merging while a small CNN trains: before every training step, filters of a convolution that are\n"
-        "similar to a randomly chosen partner move towards it (arXiv 2502.20516).\n"
+        "similar to a randomly chosen partner move towards it, for good (arXiv 2502.20516) or for that step only.\n"
     )
     rows = [
         ("data", f"{data.name}: {data.details}"),
@@ -182,8 +207,8 @@ def _choose_threshold(options: Options, similarities: Similarities) -> float:
     above it come at a rate of about log 2 per draw, hence with probability p at p log 2 per step: some in every epoch.
     """
     print(
-        f"\nSimilarities in the backbone: the largest one found by each of {DRY_RUNS} dry runs of merge_, in which\n"
-        "every filter looks at one partner:\n"
+        f"\nSimilarities in the backbone: the largest one found by each of {DRY_RUNS} dry runs of merge_, which write\n"
+        "nothing, and in which every filter looks at one partner:\n"
     )
     print("               lowest   median  highest")
     tops = [max(run) for run in zip(*similarities.largest.values(), strict=True)]

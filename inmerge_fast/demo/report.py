@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import nn
@@ -28,21 +30,30 @@ class Arm:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An arm after its training, with the similarities in the trained net."""
+    """An arm after its training, with the similarities in the trained net.
+
+    Attributes:
+        corrupted: by corruption, how many labels of each test image are judged right, int64 ``(test images,)``.
+    """
 
     arm: Arm
     net: nn.Module
     history: History
     similarities: Similarities
+    corrupted: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def report(outcomes: list[Outcome], data: ImageSet) -> None:
-    """Print the tables and the summary; the first outcome is that without merging."""
+def report(outcomes: list[Outcome], data: ImageSet, next_steps: Sequence[tuple[str, str]] = ()) -> None:
+    """Print the tables, the summary, and what to do next; the first outcome is that without merging."""
     _print_epochs(outcomes, data)
     _print_notices(outcomes)
     _print_layers(outcomes)
     _print_totals(outcomes, data)
     _print_summary(outcomes, data)
+    if next_steps:
+        print("\nWhat to do next:")
+        for what, how in next_steps:
+            print(f"  {what}:\n      {how}")
 
 
 def _print_epochs(outcomes: list[Outcome], data: ImageSet) -> None:
@@ -82,31 +93,48 @@ def _print_layers(outcomes: list[Outcome]) -> None:
     merging = [outcome for outcome in outcomes if outcome.arm.setting]
     print("\nPairs sampled, filters merged and the largest similarity sampled, by layer:\n")
     print(f"  {'layer':8}  filters" + "".join(f"   {o.arm.key}: sampled  merged  max sim." for o in merging))
-    for name, first in merging[0].history.layers.items():
-        row = f"  {name:8}  {first.filters:7d}"
+    filters = {name: count.filters for outcome in merging for name, count in outcome.history.layers.items()}
+    for name in sorted(filters):
+        row = f"  {name:8}  {filters[name]:7d}"
         for outcome in merging:
-            count = outcome.history.layers[name]
+            count = outcome.history.layers.get(name)
+            if count is None:
+                row += f"   {'left out':>10}  {'':>6}  {'':>8}"
+                continue
             largest = f"{count.max_similarity:8.4f}" if count.sampled else f"{'-':>8}"
             row += f"   {count.sampled:10d}  {count.merged:6d}  {largest}"
-        print(row)
+        print(row.rstrip())
 
 
 def _print_totals(outcomes: list[Outcome], data: ImageSet) -> None:
-    column = "labels %" if data.multi_label else "test %"
-    print(
-        "\nTotals; similarities are those in the trained net, measured by dry runs as above; times are medians over\n"
-        "the training steps:\n"
-    )
-    print(f"  arm                      sampled  merged  mean sim.  max sim.  {column:>8}   merge_     step   share")
+    rest = sorted(time for outcome in outcomes for time in outcome.history.rest_ms)
+    typical, quarters = median(rest), (rest[len(rest) // 4], rest[3 * len(rest) // 4])
+    column, kinds = "labels %" if data.multi_label else "test %", list(outcomes[0].corrupted)
+    print(f"\nTotals, with {data.measure} on test {data.noun} as they are, {' and '.join(kinds) or 'unchanged'}:\n")
+    head = f"  arm                        merged  mean sim.  max sim.  {column:>8}"
+    print(head + "".join(f"  {f'{kind} %':>9}" for kind in kinds) + "  merging   share")
     for outcome in outcomes:
         history, arm = outcome.history, outcome.arm
-        sampled = sum(layer.sampled for layer in history.layers.values())
         top = max(map(max, outcome.similarities.largest.values()))
-        row = f"  {arm.key}  {arm.title:20}  {sampled:7d}  {sum(history.merged):6d}  {outcome.similarities.mean:9.4f}"
-        row += f"  {top:8.4f}  " + ("diverged" if history.diverged else f"  {100 * history.accuracy[-1]:6.2f}")
-        times = f"{history.merge_ms:4.2f} ms" if arm.setting else "-"
-        share = f"{100 * history.merge_ms / history.step_ms:.1f} %" if arm.setting else "-"
-        print(f"{row}  {times:>7} {history.step_ms:5.1f} ms  {share:>6}")
+        row = f"  {arm.key}  {arm.title:22}  {sum(history.merged):6d}  {outcome.similarities.mean:9.4f}  {top:8.4f}"
+        row += "  diverged" if history.diverged else f"  {100 * history.accuracy[-1]:8.2f}"
+        for right in outcome.corrupted.values():
+            finite = bool((right >= 0).all())
+            row += f"  {100 * right.float().mean().item() / data.labels_each:9.2f}" if finite else f"  {'diverged':>9}"
+        share = 100 * history.merge_ms / (history.merge_ms + typical)
+        print(row + (f"  {history.merge_ms:4.2f} ms  {share:4.1f} %" if arm.setting else f"  {'-':>7}  {'-':>6}"))
+    text = (
+        "mean and max sim.: similarities in the trained net, measured as above. merging: median time that merging "
+        f"takes at a step. share: its share of a step that takes {typical:.1f} ms without it, the median of all arms. "
+        f"Half of those steps took {quarters[0]:.1f} to {quarters[1]:.1f} ms"
+    )
+    if quarters[1] - quarters[0] > max(o.history.merge_ms for o in outcomes if o.arm.setting):
+        text += (
+            ": what else this machine does makes them differ by more than merging takes, so that the time of whole "
+            "steps says nothing about an arm"
+        )
+    print()
+    print_paragraph(f"{text}.", "  ")
 
 
 def _print_summary(outcomes: list[Outcome], data: ImageSet) -> None:
@@ -116,8 +144,9 @@ def _print_summary(outcomes: list[Outcome], data: ImageSet) -> None:
         print_paragraph(f"- {_verdict(base, outcome, data)}", "  ")
     print_paragraph(
         "- One run with one seed proves nothing about accuracy, for or against merging: another seed or data order "
-        "moves it too. Merging is not expected to raise accuracy on small sets like this one. The demo shows what "
-        "merge_ does, what it costs, and how to see whether it acts.",
+        "moves it too, and of several comparisons some look like more than noise. Merging is not expected to raise "
+        "accuracy on small sets like this one. The demo shows what merging does, what it costs, and how to see whether "
+        "it acts; what it did over many seeds is in the README.",
         "  ",
     )
 
@@ -132,11 +161,16 @@ def _verdict(base: Outcome, other: Outcome, data: ImageSet) -> str:
         if _same_weights(base.net, other.net):
             return f"{text}Its weights are those of arm {base.arm.key}, bit for bit."
     else:
-        text = f"{name} merged {merged} filter{'s' if merged > 1 else ''}. "
+        text = f"{name} merged {merged:,} filter{'s' if merged > 1 else ''}"
+        text += ". " if other.arm.setting.lasting else ", each for the passes of one step. "
     gone = [outcome.arm.key for outcome in (base, other) if outcome.history.diverged]
     if gone:
         return f"{text}The training of arm {' and of arm '.join(gone)} has diverged, so that nothing is compared."
     text += _comparison(base, other, data)
+    if other.corrupted:
+        before, after = (sum(one.corrupted.values(), torch.zeros_like(base.history.right)) for one in (base, other))
+        noun, each = f"{' and '.join(other.corrupted)} {data.noun}", len(other.corrupted) * data.labels_each
+        text += f" {_compared(base.arm.key, before, after, noun, data.measure, each)}"
     if other.similarities.mean > COLLAPSED:
         text += (
             f" The mean similarity of its filters is {other.similarities.mean:.2f}: they have collapsed onto each "
@@ -146,23 +180,29 @@ def _verdict(base: Outcome, other: Outcome, data: ImageSet) -> str:
 
 
 def _comparison(base: Outcome, other: Outcome, data: ImageSet) -> str:
-    # Labels of one image are not independent, so the test counts images: those with more and with fewer labels right.
-    difference = other.history.right - base.history.right
+    before, after = base.history.right, other.history.right
+    return _compared(base.arm.key, before, after, f"test {data.noun}", data.measure, data.labels_each)
+
+
+def _compared(key: str, base: torch.Tensor, other: torch.Tensor, noun: str, measure: str, each: int) -> str:
+    """A comparison image by image, of which ``each`` judgements are made."""
+    # Judgements of one image are not independent, so the test counts images: those with more and with fewer right.
+    difference, short = other - base, noun.split()[-1]
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     if gained == lost == 0:
-        same = f"as many labels of each of the test {data.noun}" if data.multi_label else f"the same test {data.noun}"
-        return f"It judges {same} right as arm {base.arm.key}."
+        same = f"as many labels of each of the {noun}" if each > 1 else f"the same {noun}"
+        return f"It judges {same} right as arm {key}."
     total, p = int(difference.sum()), sign_test(gained, lost)
-    won, fewer = ("with more labels right", "with fewer") if data.multi_label else ("won", "lost")
+    won, fewer = ("with more right", "with fewer") if each > 1 else ("won", "lost")
     text = (
-        f"Test {data.measure} against arm {base.arm.key}: {100 * total / (len(difference) * data.labels_each):+.2f} "
-        f"percentage points ({gained} of {len(difference)} {data.noun} {won}, {lost} {fewer}; sign test p = {p:.2g}). "
+        f"{measure.capitalize()} on {noun} against arm {key}: {100 * total / (len(difference) * each):+.2f} percentage "
+        f"points ({gained} of {len(difference)} {short} {won}, {lost} {fewer}; sign test p = {p:.2g}). "
     )
     if p >= 0.05:
-        return f"{text}That is within the noise of the test {data.noun}: no difference is shown."
-    text += f"That is more than the noise of the test {data.noun}"
+        return f"{text}That is within the noise of the {noun}: no difference is shown."
+    text += f"That is more than the noise of the {noun}"
     if (gained - lost) * total <= 0:  # a few with many labels won or lost outweigh the rest
-        return f"{text}, but their number and the {data.measure} do not agree: neither harm nor gain is shown."
+        return f"{text}, but their number and the {measure} do not agree: neither harm nor gain is shown."
     return text + (": merging did harm here." if gained < lost else ", but no evidence of a gain (see below).")
 
 

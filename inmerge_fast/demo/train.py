@@ -1,4 +1,4 @@
-"""The demo's net and its training loop, with merging before the forward pass of every training step."""
+"""The demo's net and its training loop, with merging before, or during, the passes of every training step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
-from .. import CollapseWarning, MergeStats, NoEffectWarning, merge_
+from .. import CollapseWarning, MergeStats, NoEffectWarning, merge_, merged
 from .data import ImageSet, require
 
 WIDTHS = (16, 16, 32, 32, 64, 64, 128, 128)
@@ -34,11 +36,12 @@ NOTICES = (NoEffectWarning, CollapseWarning)  # what merge_ says of the settings
 
 @dataclass(frozen=True)
 class MergeSetting:
-    """Arguments of ``merge_`` that an arm uses at every step."""
+    """Arguments of ``merge_`` that an arm uses at every step; of ``merged`` if merging does not last."""
 
     alpha: float
     prob: float
     threshold: float
+    lasting: bool = True
 
     def __str__(self) -> str:
         return f"alpha={self.alpha:g}, prob={self.prob:g}, threshold={self.threshold:.4g}"
@@ -64,9 +67,9 @@ class History:
             if an output of the net was not finite.
         merged: filters merged in each epoch.
         layers: counts by layer, empty without merging.
-        merge_ms: median time of a ``merge_`` call, NaN without merging.
-        step_ms: median time of a training step, merging included.
-        calls: ``merge_`` calls made.
+        merge_ms: median time that merging takes at a step, NaN without merging.
+        rest_ms: time that each training step takes beside that.
+        calls: merging steps made.
         notices: what ``merge_`` warned of: no effect, or a layer that collapses.
         right: int64 ``(test images,)``, how many labels of each image were judged right at the end.
     """
@@ -76,7 +79,7 @@ class History:
     merged: list[int] = field(default_factory=list)
     layers: dict[str, LayerCount] = field(default_factory=dict)
     merge_ms: float = math.nan
-    step_ms: float = math.nan
+    rest_ms: list[float] = field(default_factory=list)
     calls: int = 0
     notices: list[Warning] = field(default_factory=list)
     right: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
@@ -168,7 +171,10 @@ def build_net(channels: int, classes: int, seed: int, dims: int = 2) -> nn.Seque
 
 
 def train(net: nn.Module, data: ImageSet, schedule: Schedule, setting: MergeSetting | None, label: str) -> History:
-    """Train ``net`` in place, merging at every step if there is a setting, and test it after every epoch."""
+    """Train ``net`` in place, merging at every step if there is a setting, and test it after every epoch.
+
+    Before each test batch norm's statistics are computed anew, in every arm.
+    """
     history = History()
     with warnings.catch_warnings(record=True) as caught:
         for category in NOTICES:
@@ -188,8 +194,8 @@ class Step:
 
     Attributes:
         loss: mean loss of its images, a scalar on the device.
-        merged: what each call of ``merge`` in it returned.
-        merge_seconds: time of the first of them.
+        merged: what each call of ``merge`` in it returned, or ``lend``.
+        merge_seconds: time of the first of them; of ``lend`` to merge and to restore.
         seconds: time of the whole step.
     """
 
@@ -210,6 +216,7 @@ def epoch_steps(
     device: torch.device,
     micro_batches: int = 1,
     merge_each_forward: bool = False,
+    lend: Callable[[int], AbstractContextManager[MergeStats]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Step]:
     """Train through one epoch of a schedule, merging before the forward pass.
@@ -224,6 +231,7 @@ def epoch_steps(
         device: device of the indices.
         micro_batches: parts of a batch whose gradients are accumulated before the step.
         merge_each_forward: merge before the forward pass of every part, not once per step.
+        lend: gives a block of merged weights for the passes of the step of that number.
         clock: gives the time in seconds.
 
     Yields:
@@ -235,19 +243,27 @@ def epoch_steps(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate((epoch * batches + batch) / (schedule.epochs * batches))
         step, start = number * batches + batch, clock()
-        merged, merge_seconds, losses = [], math.nan, []
+        counted: list[MergeStats] = []
+        merge_seconds, losses = math.nan, []
         chosen = shuffled[batch * size : (batch + 1) * size]
         optimizer.zero_grad()
-        for part, indices in enumerate(chosen.tensor_split(micro_batches)):
-            if merge is not None and (part == 0 or merge_each_forward):
-                stats = merge(step * micro_batches + part if merge_each_forward else step)
-                merged += [stats] if stats is not None else []
-                merge_seconds = clock() - start if part == 0 else merge_seconds
-            loss = loss_at(indices, step) * (len(indices) / len(chosen))
-            loss.backward()
-            losses.append(loss.detach())
+        with ExitStack() as lease:
+            if lend is not None:
+                counted.append(lease.enter_context(lend(step)))
+                merge_seconds = clock() - start
+            for part, indices in enumerate(chosen.tensor_split(micro_batches)):
+                if merge is not None and (part == 0 or merge_each_forward):
+                    stats = merge(step * micro_batches + part if merge_each_forward else step)
+                    counted += [stats] if stats is not None else []
+                    merge_seconds = clock() - start if part == 0 else merge_seconds
+                loss = loss_at(indices, step) * (len(indices) / len(chosen))
+                loss.backward()
+                losses.append(loss.detach())
+            passed = clock()
+        if lend is not None:
+            merge_seconds += clock() - passed
         optimizer.step()
-        yield Step(sum(losses[1:], losses[0]), merged, merge_seconds, clock() - start)
+        yield Step(sum(losses[1:], losses[0]), counted, merge_seconds, clock() - start)
 
 
 def _run_epochs(
@@ -262,13 +278,16 @@ def _run_epochs(
     def loss_at(indices: torch.Tensor, _: int) -> torch.Tensor:
         return loss_of(net(data.train_x[indices]), data.train_y[indices])
 
-    def merge(step: int) -> MergeStats:
-        assert setting is not None
-        return merge_(
-            net, alpha=setting.alpha, prob=setting.prob, threshold=setting.threshold, seed=schedule.seed, step=step
-        )
+    numbers = {name: getattr(setting, name) for name in ("alpha", "prob", "threshold")} if setting is not None else {}
 
-    merge_times, step_times = [], []
+    def merge(step: int) -> MergeStats:
+        return merge_(net, **numbers, seed=schedule.seed, step=step)
+
+    def lend(step: int) -> AbstractContextManager[MergeStats]:
+        return merged(net, **numbers, seed=schedule.seed, step=step)
+
+    lasting, lent = setting is not None and setting.lasting, setting is not None and not setting.lasting
+    merge_times = []
     images = len(data.train_x)
     # A log file gets a line every 10 seconds instead of ten a second.
     interval = 0.1 if sys.stderr.isatty() else 10.0
@@ -279,23 +298,23 @@ def _run_epochs(
             losses = []
             net.train()
             for step in epoch_steps(
-                schedule, epoch, images, optimizer, loss_at, merge if setting is not None else None,
-                device=device, clock=lambda: _now(device),
+                schedule, epoch, images, optimizer, loss_at, merge if lasting else None,
+                device=device, lend=lend if lent else None, clock=lambda: _now(device),
             ):  # fmt: skip
-                step_times.append(step.seconds)
+                history.rest_ms.append(1000 * (step.seconds - (step.merge_seconds if setting is not None else 0.0)))
                 losses.append(step.loss.item())
                 for stats in step.merged:
                     merge_times.append(step.merge_seconds)
                     history.count(stats)
                 bar.update()
+            # Those of all images, by the weights as they are: forward-only merging leaves those of the merged net.
+            update_bn(data.train_x.split(EVAL_BATCH), net)
             history.right = evaluate(net, data)
             history.loss.append(sum(losses) / len(losses))
             judged = bool((history.right >= 0).all())
             history.accuracy.append(history.right.float().mean().item() / data.labels_each if judged else math.nan)
             bar.set_postfix_str(f"loss {history.loss[-1]:.4f}, test {100 * history.accuracy[-1]:.2f} %", refresh=False)
-    # Medians: the first call of an arm finds the layers and, on a GPU, compiles.
-    history.step_ms = 1000 * median(step_times)
-    if merge_times:
+    if merge_times:  # the median: the first call of an arm finds the layers and, on a GPU, compiles
         history.merge_ms = 1000 * median(merge_times)
 
 

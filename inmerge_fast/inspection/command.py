@@ -87,8 +87,16 @@ def _title(checkpoint: Checkpoint, network: Network) -> str:
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Compare the filters of each convolution of a saved model with each other: a table, the threshold "
-        "for some merge rates, what merging would do, and pictures.",
+        description="Compare the filters of each convolution of a saved model with each other: a table, the threshold\n"
+        "for some merge rates, what merging would do, and pictures. Nothing in the file is executed or changed.",
+        epilog=f"""\
+needs: for pictures pip install 'inmerge_fast[plots]', for names of models timm.
+
+examples:
+  {program} net.pt --no-pictures
+  {program} trained.ckpt --entry ema --skip-first 10 --csv table.csv
+  {program} resnet18                        # a pretrained model of timm""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source",

@@ -17,6 +17,7 @@ from ..checkpoints.kinds import first_line
 from ..checkpoints.networks import as_tensor, is_array
 from ..merge_plan import MergePlan
 from ..plan.candidates import (
+    ONE_PER_GROUP,
     Candidate,
     choose,
     describe_modules,
@@ -160,7 +161,7 @@ def laid_out(weight: torch.Tensor, name: str, groups: int, transposed: bool) -> 
         weight = weight.contiguous()
         layout = filter_layout(weight, name, groups=groups, transposed=transposed)
     if layout.group_size < 2:
-        return "has a single filter" if layout.filters == 1 else "one filter per group, nothing to pair it with"
+        return "has a single filter" if layout.filters == 1 else ONE_PER_GROUP
     return weight, layout
 
 

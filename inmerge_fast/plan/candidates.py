@@ -24,6 +24,7 @@ from .heads import HEAD, heads_of
 # state dict and a saved InMerge must not depend on them.
 INSERTED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 FROZEN = "frozen (requires_grad is False)"
+ONE_PER_GROUP = "one filter per group, nothing to pair it with"  # depthwise layers
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def examine(candidates: Iterable[Candidate]) -> tuple[list[MergeLayer], list[tup
             continue
         weight, layout = _weight_and_layout(candidate)
         if layout.group_size < 2:
-            reason = "one filter per group, nothing to pair it with" if layout.filters > 1 else "has a single filter"
+            reason = ONE_PER_GROUP if layout.filters > 1 else "has a single filter"
             left_out.append((candidate.name, reason))
             continue
         layer = MergeLayer(candidate, weight, layout)

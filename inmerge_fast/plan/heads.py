@@ -25,7 +25,7 @@ FLATTENED = 16  # fewest channels that a Linear which is registered before its c
 def heads_of(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
     """Ids of the heads among the convolutions of a model.
 
-    A head has a bias or is the last convolution, has several filters in a group, and reads what others have written.
+    A head has a bias, or nothing at all after it, has several filters in a group, and reads what others have written.
     None that could read it may be in the model: no layer of its width, which may be registered before it; no later
     layer whose width divides its own, as where outputs are split, or shuffled to pixels; no Linear that could flatten
     them; and no later layer that is wider than it and that no single layer before explains, as where outputs are
@@ -63,28 +63,32 @@ class _Widths:
         self._maps: list[tuple[int, int]] = []  # width and place of layers whose width no layer before them writes
         self._flat: list[tuple[int, int]] = []  # the same of Linears, which may flatten
         self._through: dict[int, set[int]] = {}  # what those write that read a width which a layer before them writes
+        self._norms: dict[int, int] = {}  # what other modules read that come next after a convolution, by its place
+        self._end, latest = -1, -1  # places of the last reader and of the last convolution or Linear so far
         conv_writes: set[int] = set()
         for place, (path, module) in enumerate(modules):
             if isinstance(module, _ConvNd):
                 self._pass(module.in_channels, module.out_channels, place, self._maps)
                 conv_writes.add(module.out_channels)
+                latest = place
             elif isinstance(module, nn.Linear):
-                read = module.in_features
+                read, latest = module.in_features, place
                 is_new = self._pass(read, module.out_features, place, self._flat)
                 if is_new and not any(read % width == 0 for width in conv_writes if width >= SPLIT):
                     self._maps.append((read, place))
             elif "parametrizations" not in path and not isinstance(
                 module, _Loss
-            ):  # which have vectors as wide as a head
+            ):  # their vectors are as wide as a head
                 unexplained = self._flat if isinstance(module, nn.RNNBase) else self._maps
                 for read in _read_by(module):
                     self._read(read, place, unexplained)
+                    self._norms.setdefault(latest, read)
         self._widths = sorted(self._through)
 
     def _read(self, width: int, place: int, unexplained: list[tuple[int, int]]) -> bool:
         """Note that the layer at ``place`` reads ``width``; whether no layer before it writes just that."""
         self.is_lazy |= width == 0
-        self._last_read[width] = place
+        self._last_read[width] = self._end = place
         is_new = width not in self._first_write
         if is_new:
             unexplained.append((width, place))
@@ -104,6 +108,10 @@ class _Widths:
     def may_read(self, conv: _ConvNd, place: int) -> bool:
         """Whether a layer may read the outputs of ``conv``, which is the module at ``place``."""
         own, read = conv.out_channels, conv.in_channels
+        if conv.bias is None and self._end > place:
+            return True
+        if self._norms.get(place, 0) > own:  # as after the last concatenation of a DenseNet, whose width others have
+            return True
         if own > read and own % ROUND == 0:
             return True
         last = self._last_read.get(own, -1)

@@ -20,7 +20,7 @@ from ..merge_plan import MergePlan
 from ..paths.choice import Paths
 from ..paths.eager import EagerPairs, EagerPath
 from ..paths.path import Call, Outcome, Path
-from ..plan.candidates import Candidate, choose, is_mergeable_module, module_candidates
+from ..plan.candidates import ONE_PER_GROUP, Candidate, choose, is_mergeable_module, module_candidates
 from ..plan.filters import MERGEABLE_DTYPES, FilterLayout, filter_layout
 from ..plan.plan import DEFAULT_SKIP_FIRST
 from ..plan.rows import Rows
@@ -127,7 +127,7 @@ class ShardedPlan(MergePlan):
         for candidate in choice.kept:
             layer = _sharded_layer(candidate)
             if layer.layout.group_size < 2:
-                unpaired.append((layer.name, "one filter per group, nothing to pair it with"))
+                unpaired.append((layer.name, ONE_PER_GROUP))
             else:
                 layers.append(layer)
         self._set_layers(layers, choice, unpaired, candidates, tied)  # type: ignore[arg-type]

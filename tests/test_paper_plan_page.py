@@ -1,0 +1,66 @@
+"""The plan for the paper's own tables: commands that parse, and costs that are counted from what they run."""
+
+import json
+import shlex
+
+import pytest
+import torch
+
+from benchmarks.paper import __main__, plan_page
+from benchmarks.paper.experiments import EXPERIMENTS
+
+
+@pytest.mark.parametrize("plan", plan_page.PLANS, ids=lambda plan: plan.data)
+def test_every_command_is_one_and_does_what_is_counted(plan, tmp_path, monkeypatch):
+    """The runs that the command makes, counted; nothing is trained."""
+    asked = []
+    monkeypatch.setattr(__main__, "execute", lambda runs, where: asked.extend(runs))
+    monkeypatch.setattr(__main__, "show", lambda experiment, out: None)
+    weights = tmp_path / plan_page.WEIGHTS
+    torch.save({}, weights)
+    (tmp_path / "nih").mkdir()
+    command = plan.command.replace("FOLDER", str(tmp_path / "nih")).replace(plan_page.WEIGHTS, str(weights))
+    __main__.main([*shlex.split(command)[3:], "--out", str(tmp_path / "out"), "--device", "cpu"])
+    one = [run for run in asked if run.seed == 0]
+    backbones = {run.recipe: run.recipe.backbone_epochs for run in one}
+    steps = {run.recipe: plan.images[0] // run.recipe.batch_size * run.recipe.batch_size for run in one}
+    trained = sum(steps[recipe] * epochs for recipe, epochs in backbones.items())
+    trained += sum(steps[run.recipe] * run.recipe.arm_epochs for run in one if not run.arm.stop)
+    assert plan_page.work(plan)[0] == trained
+    assert {run.recipe.backbone_epochs for run in one} == {30}
+    assert {run.recipe.arm_epochs for run in one} == {10}
+    assert all(run.recipe.bf16 and run.recipe.size in (224, None) and run.recipe.model == "vgg19" for run in one)
+    assert len({run.seed for run in asked}) == plan.seeds
+    assert len(asked) == plan.seeds * sum(len(arms) for _, arms in EXPERIMENTS[plan.experiment](
+        plan_page.Options(data=plan.data, model="vgg19")).groups)  # fmt: skip
+
+
+def test_work_is_counted():
+    forward, both = plan_page.gigaflops("vgg19", 1000)
+    assert forward == pytest.approx(2 * 19.63, rel=0.01)  # 19.6 G multiplications and additions, as published for it
+    assert both == pytest.approx(3 * forward, rel=0.01)
+
+
+def test_seeds_are_enough_for_the_gain():
+    assert plan_page.seeds_needed(1.0, 0.0, 0.0) == 3
+    # 2.8 standard errors, the standard error that of a mean of differences.
+    assert plan_page.seeds_needed(1.0, 0.6, 0.8) == 8 + 2
+    assert plan_page.seeds_needed(0.5, 0.6, 0.8) == 32 + 2
+
+
+def test_hours_come_from_a_measured_rate(tmp_path):
+    out = tmp_path / "results"
+    out.mkdir()
+    assert "Not measured on a GPU yet" in plan_page.write(out).read_text()
+    row = dict.fromkeys(plan_page.KINDS, 2000.0) | {"batch": 64, "peak_gib": 12.5}
+    found = {"training": {"vgg19": row}, "reading": {"on the device": 9e4, "read ahead": 3e4},
+             "environment": {"device": "Some GPU"}}  # fmt: skip
+    (out / "rate.Some-GPU.json").write_text(json.dumps(found))
+    text = plan_page.write(out).read_text()
+    plan = plan_page.PLANS[1]
+    trained, measured = plan_page.work(plan)
+    forward, both = plan_page.gigaflops("vgg19", 9)
+    hours = plan.seeds * (trained + measured * forward / both) / 2000 / 3600
+    assert next(line for line in text.splitlines() if line.startswith("| DermaMNIST | 80")).endswith(f"| {hours:.1f} |")
+    assert "12.5 GiB at most on Some GPU" in text
+    assert "| Some GPU | vgg19, batch 64 | 2,000 |" in text
