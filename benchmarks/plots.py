@@ -57,25 +57,32 @@ def draw_ratios(results: Results) -> Figure:
 
 
 def draw_floor(results: Results) -> Figure:
-    """Time against the bytes that must move, one point per network, dtype and regime, with the floor as a line."""
+    """Time against the bytes that must move: a panel for each regime, a column of points for each network and dtype."""
     column, what = ("device_us", "device time") if results.on_gpu else ("wall_us", "wall time")
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
     shown = [p for p in COLOURS if any(column in row for row in results.pick(provider=p))]
-    for provider in shown:
-        rows = [row for row in results.pick(provider=provider) if column in row]
-        megabytes = [row["floor_bytes"] / 1e6 for row in rows]
-        axis.scatter(
-            megabytes, [row[column] for row in rows], s=28, color=COLOURS[provider], label=provider, alpha=0.85
-        )
-    reach = np.array([min(r["floor_bytes"] for r in results.rows), max(r["floor_bytes"] for r in results.rows)]) / 1e6
     speed = results.environment["copy_bandwidth_gb_s"]
-    axis.plot(reach, reach / speed * 1e3, color="black", label=f"floor: a copy at {speed:g} GB/s")
-    _name_networks(axis, results, column)
-    axis.set(xlabel="bytes that the draw must move, MB", ylabel=f"{what}, µs")
-    axis.set_title(f"{what.capitalize()} against bytes, all dtypes and regimes; {results.device}")
-    figure.legend(ncols=len(shown) + 1, loc="outside lower center", fontsize=9)
-    _logarithmic(axis)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axis, regime in zip(panels, REGIMES, strict=True):
+        for provider in shown:
+            rows = [row for row in results.pick(provider=provider, regime=regime) if column in row]
+            for wide in (True, False):
+                points = [(r["floor_bytes"] / 1e6, r[column]) for r in rows if (r["dtype"] == "float32") == wide]
+                axis.scatter(
+                    [x for x, _ in points], [y for _, y in points], s=26, marker="o" if wide else "v", linewidths=1.2,
+                    edgecolors=COLOURS[provider], facecolors=COLOURS[provider] if wide else "none",
+                    label=provider if wide else None,
+                )  # fmt: skip
+        sizes = [row["floor_bytes"] / 1e6 for row in results.rows if row["regime"] == regime]
+        reach = np.array([min(sizes), max(sizes)]) if sizes else np.array([])
+        axis.plot(reach, reach / speed * 1e3, color="black", label=f"floor: a copy at {speed:g} GB/s")
+        axis.set_title(regime, pad=62)
+        axis.set_xlabel("bytes that the draw must move, MB")
+        _logarithmic(axis)
+        _name_networks(axis, results, regime)
+    panels[0].set_ylabel(f"{what}, µs")
+    figure.suptitle(f"{what.capitalize()} against bytes; filled: float32, hollow: 16 bits; {results.device}")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=len(shown) + 1, loc="outside lower center", fontsize=9)
     return figure
 
 
@@ -117,12 +124,13 @@ def _logarithmic(axis: Any) -> None:
         ticks.set_minor_formatter(NullFormatter())
 
 
-def _name_networks(axis: Any, results: Results, column: str) -> None:
-    for row in results.pick(provider="merge_", dtype="float32", regime="all pass"):
-        if column not in row:
-            continue
-        axis.annotate(row["net"], (row["floor_bytes"] / 1e6, row[column]), xytext=(4, -11), textcoords="offset points",
-                      fontsize=8, color=COLOURS["merge_"])  # fmt: skip
+def _name_networks(axis: Any, results: Results, regime: str) -> None:
+    """Names of the networks above their columns of float32."""
+    for row in results.pick(provider="merge_", dtype="float32", regime=regime):
+        x = row["floor_bytes"] / 1e6
+        axis.axvline(x, color="0.88", linewidth=0.8, zorder=0)
+        axis.annotate(row["net"], (x, 1), xycoords=axis.get_xaxis_transform(), xytext=(0, 3), fontsize=8,
+                      textcoords="offset points", rotation=45, rotation_mode="anchor")  # fmt: skip
 
 
 def _ratio(results: Results, rows: Sequence[Mapping[str, Any]]) -> float:

@@ -234,13 +234,16 @@ def test_pairs_are_drawn_divided_by_their_norms_a_tile_per_channel():
     found = similarity(net)
     figure = pictures.filter_pairs("0", list(net[0].weight), found.matrix("0"))
     part = figure.subfigs[0]
-    assert [ax.get_title() for ax in part.axes] == ["filter 3", "filter 7"]
-    assert part.get_suptitle() == f"similarity {found['0'].max:.4f}"
+    assert part.get_suptitle() == f"3 and 7: similarity {found['0'].max:.4f}"
     first, second = (ax.images[0].get_array() for ax in part.axes)
     assert np.abs(first - second).max() < 0.1  # the twin is twice as long
     kernel = (net[0].weight[3] / net[0].weight[3].norm()).detach().numpy()
     np.testing.assert_allclose(first[:3, :3], kernel[0], atol=1e-6)
     assert np.ma.masked_invalid(first)[3].mask.all()  # the gap
+    *drawn, bar = figure.subfigs
+    [low, high] = bar.axes[0].get_ylim()
+    assert {image.get_clim() for part in drawn for ax in part.axes for image in ax.images} == {(low, high)}
+    assert 0 < high == -low < 1
     for index, shape in ((2, (12, 1, 1)), (3, (20, 4)), (4, (2, 2, 2, 2))):
         assert pictures.filter_pairs("x", list(net[index].weight), found.matrix(str(index))).subfigs, shape
 

@@ -118,7 +118,8 @@ def test_the_bar_is_only_for_terminals(monkeypatch, capsys):
 
 def test_the_bottom_line_is_what_merge_then_does(tmp_path, capsys):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 40, 1), nn.Conv2d(40, 30, 3))
+    convs = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 40, 1), nn.Conv2d(40, 30, 3)]
+    net = nn.Sequential(*convs, nn.BatchNorm2d(30))  # a file of weights would not say that the last one is a head
     with torch.no_grad():
         net[2].weight[20:] = net[2].weight[:20] + 0.3 * torch.randn(20, 8, 1, 1)
     torch.save(net.state_dict(), tmp_path / "net.pt")

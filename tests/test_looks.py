@@ -169,7 +169,7 @@ def test_a_look_does_not_depend_on_what_merge_could_write_to():
     assert len(similarity(nn.Sequential(conv, shared)).layers) == 2
     assert similarity([conv.weight.detach()[:, :2], conv.weight.detach()]).layers[0].elements == 18
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3, groups=2))
-    held = similarity(MergePlan(net, skip_first=0))
+    held = similarity(MergePlan(net, skip_first=0, include_heads=True))
     assert [layer.groups for layer in held.layers] == [1, 2]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
@@ -53,6 +55,7 @@ def _histogram_page(layers: Sequence[LayerSimilarity]) -> Figure:
         ax.set_xlim(edges[0] - 0.02 * (edges[-1] - edges[0]), edges[-1] + 0.02 * (edges[-1] - edges[0]))
         ax.set_title(f"{_short(layer.name)}\nN = {layer.filters}, D = {layer.elements}", fontsize=9)
         ax.tick_params(labelsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
     for ax in figure.axes[len(layers) :]:
         ax.remove()
     figure.supxlabel("cosine similarity of two filters", fontsize=10)
@@ -149,20 +152,25 @@ def filter_pairs(name: str, filters: Sequence[torch.Tensor], matrix: torch.Tenso
         matrix: ``(N, N)`` similarities.
     """
     chosen = example_pairs(matrix.detach().cpu().double().numpy())
-    figure = Figure(figsize=(11, 2.9), layout="constrained")
-    parts = figure.subfigures(1, max(1, len(chosen)), wspace=0.06, squeeze=False).flat
-    for part, (i, j, similarity) in zip(parts, chosen, strict=False):
-        tiles = [_tiles(filters[k].detach().cpu().double()) for k in (i, j)]
-        limit = np.nanquantile(np.abs(np.concatenate([tile.ravel() for tile in tiles])), 0.99) or 1.0
-        part.suptitle(f"similarity {round(similarity, 4) + 0.0:.4f}", fontsize=11)
-        for ax, k, tile in zip(part.subplots(1, 2, squeeze=False).flat, (i, j), tiles, strict=True):
-            cmap = colormaps["RdBu_r"].with_extremes(bad="0.85")
-            ax.imshow(tile, cmap=cmap, vmin=-limit, vmax=limit, interpolation="nearest")
-            ax.set_title(f"filter {k}", fontsize=9)
+    pairs = [[_tiles(filters[k].detach().cpu().double()) for k in pair[:2]] for pair in chosen]
+    weights = [tile.ravel() for pair in pairs for tile in pair]
+    limit = np.nanquantile(np.abs(np.concatenate(weights)), 0.99) if weights else 1.0
+    colours = ScalarMappable(Normalize(-limit or -1.0, limit or 1.0), colormaps["RdBu_r"].with_extremes(bad="0.8"))
+    figure = Figure(figsize=(12, 2.75), layout="constrained")
+    ratios = [1] * max(1, len(chosen)) + [0.16]
+    parts: Any = figure.subfigures(1, len(ratios), wspace=0.04, width_ratios=ratios)
+    for part, (i, j, similarity), pair in zip(parts, chosen, pairs, strict=False):
+        part.suptitle(f"{i} and {j}: similarity {round(similarity, 4) + 0.0:.4f}", fontsize=10)
+        for ax, tile in zip(part.subplots(1, 2), pair, strict=True):
+            ax.imshow(tile, cmap=colours.cmap, norm=colours.norm, interpolation="nearest")
             ax.set_axis_off()
+    if chosen:
+        bar = parts[-1].colorbar(colours, cax=parts[-1].add_axes((0.05, 0.12, 0.16, 0.7)), extend="both")
+        bar.set_label("weight over the filter's norm", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
     shape = tuple(filters[0].shape)
     drawn = f", the first {CHANNELS_DRAWN} channels of each" if len(shape) > 1 and shape[0] > CHANNELS_DRAWN else ""
-    figure.suptitle(f"{_short(name, 60)}: filters of {' x '.join(map(str, shape))}{drawn}", fontsize=10)
+    figure.suptitle(f"{_short(name, 60)}: filters of {' x '.join(map(str, shape))}{drawn}", fontsize=11)
     return figure
 
 
