@@ -14,6 +14,7 @@ import torch
 from pages import BLOCK, PAGES, ROOT, name_of, text_of
 
 import inmerge_fast
+from benchmarks import published_weights
 from benchmarks.whole_runs import table
 from inmerge_fast import effect
 from inmerge_fast.layer_similarity import RESOLUTION
@@ -162,6 +163,10 @@ def test_gains_of_lasting_merging_come_with_collapsed_filters():
 def test_the_table_of_settings_is_of_the_committed_runs():
     text = text_of("docs/thresholds.md")
     assert table.updated(text, table.guide_section(ROOT / "benchmarks/whole_runs/runs.jsonl")) == text
+
+
+def test_the_table_of_published_networks_is_of_the_committed_file():
+    assert published_weights.updated(text_of("docs/inspect.md")) == text_of("docs/inspect.md")
 
 
 @pytest.mark.interpreted
