@@ -14,6 +14,7 @@ import torch
 from pages import BLOCK, PAGES, ROOT, name_of, text_of
 
 import inmerge_fast
+from benchmarks.whole_runs import table
 from inmerge_fast import effect
 from inmerge_fast.layer_similarity import RESOLUTION
 from inmerge_fast.training.agreement import CHECK_EVERY
@@ -149,6 +150,18 @@ def test_numbers_of_the_prose_are_those_of_the_code():
     assert default(inmerge_fast.merged, "prob") == 0.5, "half of their filters"
     for page, sentence, number in claims():
         assert sentence.format(number) in " ".join(text_of(page).split()), f"{page}: {sentence.format(number)}"
+
+
+def test_gains_of_lasting_merging_come_with_collapsed_filters():
+    """As long as the front page says so."""
+    assert "helped [without collapsing filters](benchmarks/paper/RESULTS.md)" in text_of("README.md")
+    answer = text_of("benchmarks/paper/RESULTS.md")
+    assert "; none of them without collapsed filters." in answer or "**0 gains" in answer
+
+
+def test_the_table_of_settings_is_of_the_committed_runs():
+    text = text_of("docs/thresholds.md")
+    assert table.updated(text, table.guide_section(ROOT / "benchmarks/whole_runs/runs.jsonl")) == text
 
 
 @pytest.mark.interpreted

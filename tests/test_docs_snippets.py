@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from pages import BLOCK, PAGES, ROOT, name_of, snippet, snippets, text_of
 
 import inmerge_fast
 from benchmarks import nets
+from inmerge_fast.__main__ import main
 from inmerge_fast.lease import lease_of
 from inmerge_fast.paths.match import PARTNER_RULES
 
@@ -194,6 +196,24 @@ def test_the_quick_start_prints_what_the_readme_shows():
         assert re.search(rf"^{row['name']} +{row['filters']} +{row['sampled']:,} ", shown, re.MULTILINE)
     for number, there in zip(numbers, shown_numbers, strict=True):
         assert number == pytest.approx(there, rel=0.1, abs=3)
+
+
+def test_the_commands_that_look_at_files(monkeypatch, capsys, tmp_path):
+    """Those of docs/inspect.md, at files as it says they are."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3) for _ in range(12)))
+    torch.save(net.state_dict(), "net.pt")
+    named = {f"backbone.{name}": tensor for name, tensor in net.state_dict().items()}
+    torch.save({"model": net.state_dict(), "ema": named}, "trained.ckpt")
+    [bash] = [match[2] for match in BLOCK.finditer(text_of("docs/inspect.md")) if match[1] == "bash"]
+    commands = [shlex.split(line, comments=True)[3:] for line in bash.splitlines() if " inmerge_fast inspect " in line]
+    assert [command[1] for command in commands] == ["net.pt", "trained.ckpt"]
+    for command in commands:
+        assert main(command) in (None, 0)
+    shown = capsys.readouterr().out
+    assert "backbone.11.weight" in shown or "backbone.11" in shown
+    assert (tmp_path / "table.csv").stat().st_size > 0
 
 
 ROWS = re.compile(r'^\| `"(\w+)"`.*\| (\d)(?:: ([\w, ]+)|, the same) \|$', re.MULTILINE)

@@ -119,6 +119,8 @@ def test_a_state_from_before_there_were_heads_goes_on_with_what_was_merged():
         ([nn.Conv2d(8, 1, 1)], ()),  # one filter, which has its own reason
         ([nn.Conv2d(8, 8, 1)], ()),  # a body that goes on in what holds it
         ([nn.Conv2d(8, 64, 1)], ()),  # the same, widened
+        ([nn.Conv2d(8, 16, 1)], ()),
+        ([nn.Conv2d(8, 6, 1), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1)], ()),  # mean and variance, and a decoder
         ([nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)], ()),
         ([nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5, affine=False, track_running_stats=False)], ()),
         ([nn.Conv2d(8, 5, 1), nn.PReLU(5)], ()),
@@ -133,6 +135,31 @@ def test_a_state_from_before_there_were_heads_goes_on_with_what_was_merged():
 def test_what_is_a_head(ending, found):
     body = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
     assert heads(nn.Sequential(*body, *ending)) == found
+
+
+class Attention(nn.Module):
+    """As SAGAN and DANet have it: a product alone reads queries and keys."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.query, self.key = nn.Conv2d(width, width // 4, 1), nn.Conv2d(width, width // 4, 1)
+        self.value = nn.Conv2d(width, width, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+
+def test_a_query_and_a_key_are_none():
+    assert heads(nn.Sequential(nn.Conv2d(3, 32, 3), Attention(32), nn.Conv2d(32, 5, 1))) == ("2",)
+    twins = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 8, 1), nn.Conv2d(32, 8, 1))
+    assert heads(twins) == ("2", "3")  # two heads alike
+
+
+@pytest.mark.parametrize("shape", [(100, 20, 1, 1), (1, 20, 7, 7), (20, 100)])
+def test_what_a_parameter_beside_the_layers_may_read_is_none(shape):
+    """As prototypes, position embeddings and classifiers without a Linear."""
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 20, 1))
+    assert heads(net) == ("2",)
+    net.own = nn.Parameter(torch.zeros(shape))
+    assert heads(net) == ()
 
 
 def test_layers_are_found_whatever_order_they_are_registered_in():

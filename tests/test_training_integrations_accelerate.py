@@ -67,6 +67,18 @@ def test_gives_the_same_weights_as_a_plain_loop(recipe):
     assert_as_plain(run.model, run.merger, plain_loop() if recipe is RECIPE else forward_loop(FORWARD))
 
 
+def test_what_cannot_be_attached_says_so():
+    """Before there is an optimizer, to the Accelerator itself, and twice."""
+    run = Run(RECIPE)
+    with pytest.raises(RuntimeError, match="attached already"):
+        run.merger.attach(run.optimizer)
+    run.merger.detach()
+    with pytest.raises(TypeError, match="got NoneType: make the optimizer first, and attach to it"):
+        run.merger.attach(None)
+    with pytest.raises(TypeError, match=r"got Accelerator; attach to its _optimizers\[0\] \(AcceleratedOptimizer\)"):
+        run.merger.attach(run.accelerator)
+
+
 @BOTH
 def test_resumes_to_the_bit_from_its_checkpoint(tmp_path, recipe):
     whole = Run(recipe).epoch().epoch()

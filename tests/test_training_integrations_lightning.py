@@ -161,6 +161,15 @@ def test_a_gan_has_a_merger_for_each_optimizer(tmp_path):
     assert_same_weights(module, plain)
 
 
+def test_a_module_without_an_optimizer_is_refused(tmp_path):
+    class Untrained(Module):
+        def configure_optimizers(self):
+            return None
+
+    with pytest.raises(ValueError, match="configure_optimizers of Untrained has returned no optimizer"):
+        fit(Untrained(), [InMergeCallback(**RECIPE)], tmp_path)
+
+
 def test_two_callbacks_for_the_same_part_are_refused_by_lightning(tmp_path):
     with pytest.raises(RuntimeError, match=r"more than one stateful callback of type `InMergeCallback`"):
         fit_gan(Gan(), [InMergeCallback(target="critic", optimizer=1, **RECIPE) for _ in range(2)], tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +157,8 @@ def filter_pairs(name: str, filters: Sequence[torch.Tensor], matrix: torch.Tenso
     limit = np.nanquantile(np.abs(np.concatenate(weights)), 0.99) if weights else 1.0
     colours = ScalarMappable(Normalize(-limit or -1.0, limit or 1.0), colormaps["RdBu_r"].with_extremes(bad="0.8"))
     figure = Figure(figsize=(12, 2.75), layout="constrained")
-    parts = figure.subfigures(1, max(1, len(chosen)) + 1, wspace=0.04, width_ratios=[1] * max(1, len(chosen)) + [0.16])
+    ratios = [1] * max(1, len(chosen)) + [0.16]
+    parts: Any = figure.subfigures(1, len(ratios), wspace=0.04, width_ratios=ratios)
     for part, (i, j, similarity), pair in zip(parts, chosen, pairs, strict=False):
         part.suptitle(f"{i} and {j}: similarity {round(similarity, 4) + 0.0:.4f}", fontsize=10)
         for ax, tile in zip(part.subplots(1, 2), pair, strict=True):

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import pkgutil
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,29 +38,43 @@ OLDEST = {
 }
 
 
-def require(distribution: str, module: str) -> None:
-    """Make sure that a framework is there, and new enough.
+def require(distribution: str, *names: str) -> None:
+    """Make sure that a framework is there, new enough, and still has what is used of it.
 
     Args:
         distribution: what pip calls it, one of ``OLDEST``.
-        module: what is imported.
+        *names: modules, or what is used of them: ``ignite.engine:Engine``.
 
     Raises:
-        ImportError: it is missing, cannot be imported, or is too old; says what to install.
+        ImportError: it is missing, cannot be imported, or is too old or too new; says what to install.
     """
     oldest, extra = OLDEST[distribution]
     cure = f"pip install 'inmerge_fast[{extra}]'"
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{distribution} >= {oldest} is needed and cannot be imported ({error}): {cure}") from error
+    gone: tuple[str, Exception] | None = None
+    for name in names:
+        module = name.partition(":")[0]
+        try:
+            pkgutil.resolve_name(f"{module}:" if ":" not in name else name)
+        except AttributeError as error:
+            gone = gone or (name, error)
+        except ImportError as error:
+            if "." not in module or not f"{module}.".startswith(f"{error.name}.") or error.name == module.split(".")[0]:
+                what = f"{distribution} >= {oldest} is needed and cannot be imported ({error})"
+                raise ImportError(f"{what}: {cure}") from error
+            gone = gone or (name, error)
     try:
         found = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:  # a source tree on the path, perhaps
-        return
+        found = ""
     numbers = [tuple(map(int, re.findall(r"\d+", text.split("+")[0])[:2])) for text in (found, oldest)]
-    if numbers[0] < numbers[1]:
+    if found and numbers[0] < numbers[1]:
         raise ImportError(f"{distribution} >= {oldest} is needed, and {found} is installed: {cure}")
+    if gone is not None:
+        raise ImportError(
+            f"{distribution} {found or 'of unknown version'} has no {gone[0].replace(':', '.')} ({gone[1]}), which "
+            f"{distribution} {oldest} has: it is too new for this inmerge_fast. Update inmerge_fast, or "
+            f"pip install '{distribution}>={oldest}{f',<{found}' if found else ''}'"
+        ) from gone[1]
 
 
 class Blueprint:

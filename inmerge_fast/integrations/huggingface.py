@@ -16,7 +16,7 @@ from ..training.inmerge import InMerge
 from ..training.monitor import Row, flat
 from .common import Blueprint, Part, require
 
-require("transformers", "transformers")
+require("transformers", "transformers:TrainerCallback", "transformers.trainer_callback:PrinterCallback")
 require("accelerate", "accelerate")
 
 from transformers import TrainerCallback  # noqa: E402

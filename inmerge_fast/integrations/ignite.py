@@ -19,7 +19,7 @@ from ..training.inmerge import InMerge
 from ..training.monitor import Row, flat
 from .common import Blueprint, Part, require
 
-require("pytorch-ignite", "ignite")
+require("pytorch-ignite", "ignite.engine:Engine", "ignite.engine:Events.TERMINATE")
 
 from ignite.engine import Engine, Events  # noqa: E402
 

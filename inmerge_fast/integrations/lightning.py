@@ -26,7 +26,7 @@ def _callback_class() -> Any:
     if not bases:
         found = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
         name = (found or PACKAGES)[0]
-        require(name.partition(".")[0].replace("_", "-"), name)
+        require(name.partition(".")[0].replace("_", "-"), f"{name}:Callback")
         bases = [importlib.import_module(name).Callback]
     return type("Callback", tuple(dict.fromkeys(bases)), {})
 
@@ -100,6 +100,11 @@ class InMergeCallback(_Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse an optimizer that there is not."""
         self._let_go()
+        if any(type(one).__name__ == "_MockOptimizer" for one in trainer.optimizers):  # Lightning's, for none
+            raise ValueError(
+                f"configure_optimizers of {type(pl_module).__name__} has returned no optimizer, and InMergeCallback "
+                "merges after an optimizer's steps: return the one that trains the weights"
+            )
         if len(trainer.optimizers) <= self._optimizer:
             raise ValueError(f"optimizer={self._optimizer}, but the module has {len(trainer.optimizers)} optimizers")
 

@@ -19,7 +19,7 @@ from ..training.arguments import InMergeArguments
 from ..training.inmerge import InMerge
 from .common import Blueprint, require
 
-require("nnunetv2", "nnunetv2")
+require("nnunetv2", "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer")
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: E402
 

@@ -7,6 +7,7 @@ only where no width in the model can be explained by its outputs; in doubt it is
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -17,8 +18,8 @@ HEAD = "a head: no layer reads its outputs"
 
 # Where modules that are neither convolutions nor Linears say how many channels they read.
 _READS = {"num_features", "num_channels", "normalized_shape", "in_channels", "in_features", "input_size", "embed_dim"}
-SPLIT = 8  # narrowest part that outputs are split into (query, key, value, gates), and most numbers that are left over
-ROUND = 32  # a layer that widens, and ends a body without its Linear, has a multiple of so many filters
+SPLIT = 8  # narrowest part of outputs that are split (query, key, value, gates), but for halves (mean, variance)
+ROUND = 32  # a layer that widens, and ends a body without its Linear, has a multiple of so many filters, or of its read
 FLATTENED = 16  # fewest channels that a Linear which is registered before its convolution is taken to flatten
 
 
@@ -29,8 +30,9 @@ def heads_of(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
     None that could read it may be in the model: no layer of its width, which may be registered before it; no later
     layer whose width divides its own, as where outputs are split, or shuffled to pixels; no Linear that could flatten
     them; and no later layer that is wider than it and that no single layer before explains, as where outputs are
-    concatenated. The width of its classes may be that of the input images, and that of a tail which keeps it, if no
-    other layer is as narrow.
+    concatenated. Nor may a parameter beside layers have its width, as prototypes and position embeddings do, nor may it
+    be a query or key beside its value. The width of its classes may be that of the input images, and that of a tail
+    which keeps it, if no other layer is as narrow.
 
     Args:
         modules: names and modules in module order, as ``model.named_modules()`` gives them.
@@ -46,7 +48,29 @@ def heads_of(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
     widths = _Widths(modules)
     if widths.is_lazy:
         return set()
-    return {id(conv) for place, conv in suspects if widths.follows(conv, place) and not widths.may_read(conv, place)}
+    attending = _attending(modules)
+    return {
+        id(conv)
+        for place, conv in suspects
+        if widths.follows(conv, place) and not widths.may_read(conv, place) and id(conv) not in attending
+    }
+
+
+def _attending(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
+    """Ids of convolutions that may be a query and a key: two alike in a module, before one there that keeps the width.
+
+    They are read by a product alone, as in the self-attention of SAGAN and DANet.
+    """
+    convs = [(path.rpartition(".")[0], m) for path, m in modules if isinstance(m, _ConvNd)]
+    alike = Counter((parent, m.in_channels, m.out_channels) for parent, m in convs)
+    found, keeping = set(), set()
+    for parent, conv in reversed(convs):
+        read, own = conv.in_channels, conv.out_channels
+        if read == own:
+            keeping.add((parent, read))
+        elif (parent, read) in keeping and alike[parent, read, own] > 1:
+            found.add(id(conv))
+    return found
 
 
 class _Widths:
@@ -65,6 +89,7 @@ class _Widths:
         self._through: dict[int, set[int]] = {}  # what those write that read a width which a layer before them writes
         self._norms: dict[int, int] = {}  # what other modules read that come next after a convolution, by its place
         self._end, latest = -1, -1  # places of the last reader and of the last convolution or Linear so far
+        self._beside: set[int] = set()  # sizes of parameters beside layers: what they do with them only forward() knows
         conv_writes: set[int] = set()
         for place, (path, module) in enumerate(modules):
             if isinstance(module, _ConvNd):
@@ -83,6 +108,10 @@ class _Widths:
                 for read in _read_by(module):
                     self._read(read, place, unexplained)
                     self._norms.setdefault(latest, read)
+                if module._modules:
+                    self._beside.update(
+                        *(p.shape for p in module._parameters.values() if p is not None and not nn.parameter.is_lazy(p))
+                    )
         self._widths = sorted(self._through)
 
     def _read(self, width: int, place: int, unexplained: list[tuple[int, int]]) -> bool:
@@ -112,14 +141,17 @@ class _Widths:
             return True
         if self._norms.get(place, 0) > own:  # as after the last concatenation of a DenseNet, whose width others have
             return True
-        if own > read and own % ROUND == 0:
+        if own in self._beside or (own > read and (own % ROUND == 0 or (read >= SPLIT and own % read == 0))):
             return True
         last = self._last_read.get(own, -1)
         if last > place or (last >= 0 and not self._is_narrow_tail(own, read)):
             return True
         if own >= 2 * read and own % read <= SPLIT and self._last_read[read] > place:
             return True
-        if any(at > place and SPLIT <= width < own and own % width == 0 for width, at in self._last_read.items()):
+        if any(
+            at > place and width < own and (own == 2 * width > 2 or (width >= SPLIT and own % width == 0))
+            for width, at in self._last_read.items()
+        ):
             return True
         if any(width % own == 0 and (at > place or own >= FLATTENED) for width, at in self._flat):
             return True

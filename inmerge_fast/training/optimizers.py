@@ -48,6 +48,8 @@ def stepping_of(optimizer: Any, weights: Sequence[torch.Tensor]) -> Stepping:
     if not _is_like_an_optimizer(optimizer):
         found = [f"{path} ({type(inner).__name__})" for path, inner in _inside(optimizer)]
         hint = f"; attach to its {' or '.join(found)}" if found else ""
+        if optimizer is None:
+            hint = ": make the optimizer first, and attach to it"
         raise TypeError(f"optimizer must be a torch.optim.Optimizer to attach to, got {type(optimizer).__name__}{hint}")
     chain = _chain(optimizer, wanted)
     if wanted:
