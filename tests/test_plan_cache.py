@@ -201,7 +201,7 @@ def _untie(model):
 
 
 def _tie_later(model):
-    model[4].weight = model[1][0].weight
+    model[5].weight = model[1][0].weight
 
 
 def _grow_a_layer_with_nothing_to_pair(model):
@@ -214,7 +214,7 @@ def test_changes_of_layers_that_are_not_merged_are_noticed(change):
     model = mixed_net()
     model.append(nn.Conv2d(4, 4, 3))
     if change is _untie:
-        model[4].weight = model[1][0].weight
+        model[5].weight = model[1][0].weight
     inmerge_fast.merge_(model, skip_first=0, **MERGE_ALL)
     change(model)
     fresh = MergePlan(model, skip_first=0)
