@@ -269,4 +269,9 @@ def in_background(work: Callable[[], T]) -> Future[T]:
     global _worker
     if _worker is None or _worker[0] != os.getpid():
         _worker = os.getpid(), ThreadPoolExecutor(1, "inmerge_fast-rank")
-    return _worker[1].submit(work)
+    try:
+        return _worker[1].submit(work)
+    except RuntimeError:  # the main thread is over, and the one that trains goes on: Python begins no threads then
+        done: Future[T] = Future()
+        done.set_result(work())
+        return done

@@ -1,5 +1,6 @@
 """torchxrayvision, the real one: its classifiers take merging, and its data sets are read in their own layouts."""
 
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,6 +13,7 @@ xrv = pytest.importorskip("torchxrayvision")
 Image = pytest.importorskip("PIL.Image")
 
 from benchmarks.paper import xrays  # noqa: E402
+from benchmarks.paper.__main__ import main  # noqa: E402
 from benchmarks.paper.data import load  # noqa: E402
 from benchmarks.paper.dataset import MissingDataError  # noqa: E402
 from inmerge_fast import InMerge, MergePlan, merge_  # noqa: E402
@@ -114,6 +116,23 @@ def test_chexpert_refuses_what_is_unknown_and_counts_it_as_absent_when_told(chex
     count = {label: int(np.nansum(own.labels[:, place])) for place, label in enumerate(own.pathologies)}
     assert {label: int(labels[:, place].sum()) for place, label in enumerate(data.labels)} == count
     assert count["Effusion"] > 0
+
+
+@pytest.mark.parametrize("kind", ["nih", "chexpert-zeros"])
+def test_the_table_of_chestxray14_has_a_row_of_it(kind, nih, chexpert, tmp_path, capsys):
+    """From the command line; no path of this machine is in what it leaves. CheXpert has seven of the findings."""
+    folder = nih if kind == "nih" else chexpert
+    main(["table-chestxray14", "--quick", "--data", f"{kind}:{folder}", "--size", str(SIZE), "--seeds", "1",
+          "--device", "cpu", "--processes", "1", "--out", str(tmp_path / "out")])  # fmt: skip
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| **ours**")]
+    assert len(rows) == 3  # two baselines and the paper's merging
+    assert all(len(re.findall(r"\| 0\.\d{3}|\| 1\.000", row)) >= 1 for row in rows)
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(left) > 3
+    for path in left:
+        assert ":" not in path.name
+        if path.suffix in (".json", ".jsonl", ".md"):
+            assert str(tmp_path) not in path.read_text()
 
 
 def test_what_is_missing_is_named(nih, tmp_path, monkeypatch):

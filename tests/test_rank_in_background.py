@@ -9,13 +9,14 @@ import os
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from test_training_rank import deep
 
 import inmerge_fast
-from inmerge_fast import CollapseGuard, CollapseWarning, InMerge, MergePlan, history, rank_cost
+from inmerge_fast import CollapseGuard, CollapseWarning, InMerge, MergePlan, RankBudget, history, rank_cost
 from inmerge_fast.history import FIRST_LOOK
 from inmerge_fast.rank_cost import RankCost, Snapshot
 from inmerge_fast.training import rank_watch
@@ -132,6 +133,86 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_same(late, saved_at):
     own, loaded = ({name: vars(ledger) for name, ledger in run._run.watch.ledgers.items()} for run in (merger, resumed))
     assert own == loaded
     assert own
+
+
+def test_where_the_weights_are_decides_not_where_the_counts_are(monkeypatch):
+    """Before the first call the counts are on the host; ranks of which one has counted would part."""
+    asked = []
+    monkeypatch.setattr(MergePlan, "device", property(lambda self: torch.device("meta")))
+    monkeypatch.setattr(rank_watch, "may_defer", lambda device: asked.append(device) or True)
+    InMerge(deep(), threshold=0.5, skip_first=0).step()
+    assert asked == [torch.device("meta")]
+
+
+def test_a_run_that_is_over_before_it_looks_has_its_cost_in_the_summary(late):
+    """And the look changes nothing."""
+    merger = InMerge(deep(), threshold=-1.0, skip_first=0, stop=MEASURE_DELAY - 2, guard=CollapseGuard(0.01))
+    for _ in range(MEASURE_DELAY):
+        merger.step()
+    watch = merger._run.watch
+    assert not watch.ledgers
+    assert all(layer.lost > 0.01 and layer.verdict == "collapsing" for layer in merger.summary().layers)
+    assert not watch.ledgers
+    assert watch._measuring is not None
+
+
+@pytest.mark.parametrize("load", ["checkpoint", "step_count"])
+def test_steps_that_are_set_back_do_not_blind_the_guard(late, load):
+    """A checkpoint from the middle of a measurement that goes on with another ``every``: occasions are fewer then."""
+    settings = {"threshold": -1.0, "prob": 0.01, "skip_first": 0, "guard": CollapseGuard(0.2)}
+    merger, watch = InMerge(deep(), **settings), None
+    for _ in range(400):
+        merger.step()
+        watch = merger._run.watch
+        if watch._measuring is not None and watch._occasion > 100:
+            break
+    assert watch._measuring is not None
+    if load == "checkpoint":
+        state, merger = merger.state_dict(), InMerge(deep(), **settings, every=50)
+        merger.load_state_dict(state, keep=["every"])
+        watch = merger._run.watch
+        for _ in range(50):
+            merger.step()
+    else:
+        merger.step_count = 0
+        merger.step()
+    assert watch._measuring is None
+
+
+def test_steps_that_are_set_back_do_not_stop_a_budget():
+    merger = InMerge(deep(), threshold=RankBudget(0.3), skip_first=0, stop=400, guard=None)
+    for _ in range(300):
+        merger.step()
+    merger.step_count = 0
+    for _ in range(50):
+        merger.step()
+    assert all(ledger.occasion < 50 for ledger in merger._run.watch.ledgers.values())
+
+
+def test_what_arrives_late_replaces_nothing_that_was_measured_since(late):
+    """As where a checkpoint goes on with a budget, whose measurements are waited for."""
+    model = deep()
+    merger = InMerge(model, threshold=0.02, skip_first=0, stop=400)
+    merger.step()
+    state = merger.state_dict()
+    other = InMerge(model, threshold=RankBudget(0.3), skip_first=0, stop=400, guard=None)
+    other.load_state_dict(state, keep=["threshold"])
+    watch = other._run.watch
+    newer = {name: rank_watch.LayerLedger(**{**vars(ledger), "occasion": 1, "spent": 0.5})
+             for name, ledger in watch.so_far().items()}  # fmt: skip
+    watch.ledgers |= newer
+    for _ in range(MEASURE_DELAY + 1):
+        other.step()
+    assert watch._measuring is None
+    assert all(ledger.spent >= 0.5 for ledger in watch.ledgers.values())
+
+
+def test_a_thread_that_trains_goes_on_when_the_main_one_is_over(monkeypatch):
+    """Python begins no threads then, and takes in no work for them."""
+    over = ThreadPoolExecutor(1)
+    over.shutdown()
+    monkeypatch.setattr(rank_cost, "_worker", (os.getpid(), over))
+    assert rank_cost.in_background(lambda: 3).result() == 3
 
 
 def test_a_fork_has_a_thread_of_its_own(late):

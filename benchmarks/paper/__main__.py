@@ -21,6 +21,7 @@ from .figures import write_figures
 from .grid import Where, execute, is_leader
 from .models import Weights
 from .tables import manifest_name, markdown, write_manifest, write_tables
+from .xrays import folder_of, is_xrays
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("paper-quick")  # ignored by git: tiny runs say nothing
@@ -50,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--like", metavar="NAME", help=f"{forward_only.NAME} plan: take over what another plan has "
                         "chosen, e.g. digits, without exploring")  # fmt: skip
     parser.add_argument("--data", help="digits, a MedMNIST name, an .npz file in its layout, a folder with NIH "
-                        "ChestX-ray14, or package.module:function, which gives data sets by 'train', 'val' and 'test' "
+                        "ChestX-ray14, or package.module:function, which gives data sets by 'train', 'val' and 'test'; "
+                        "nih:FOLDER, chexpert:FOLDER or chexpert-zeros:FOLDER, which torchxrayvision reads "
                         "(default: digits; of table-chestxray14: chestxray14)")  # fmt: skip
     parser.add_argument(
         "--root", help="folder of the data (default: the environment variable INMERGE_DATA, else ~/.medmnist)"
@@ -190,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data, root = Path(data).name, str(Path(data).resolve().parent)
     elif Path(data).is_dir() and data != "chestxray14":
         data, root = Path(data).resolve().name, str(Path(data).resolve().parent)
+    elif is_xrays(data) and folder_of(data).is_dir():
+        data, root = f"{data.partition(':')[0]}:{folder_of(data).resolve().name}", str(folder_of(data).resolve().parent)
     device = given.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each rank has a GPU of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"

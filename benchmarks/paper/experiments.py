@@ -12,6 +12,7 @@ from typing import Any
 
 from .config import BACKBONE, BASELINE, FORWARD, OWN, PAPER, RECOMMENDED, RESEEDED, Arm, Merging, Recipe, Run, digest
 from .own import is_own
+from .xrays import is_xrays
 
 THRESHOLDS = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.5)
 Z_VALUES = (2.0, 3.0, 4.0, 6.0)
@@ -107,6 +108,8 @@ class Experiment:
 def recipes(options: Options) -> tuple[Recipe, Recipe]:
     """The two recipes of a data set: an ordinary one, and one with so much weight decay that the paper's tau acts."""
     name = options.data.partition(":")[2] if is_own(options.data) else Path(options.data).stem
+    if is_xrays(options.data):
+        name = options.data.replace(":", "-")
     name += f"_{options.size}" if options.size else ""
     digits = name == "digits"
     values: dict[str, object] = {

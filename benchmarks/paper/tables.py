@@ -237,7 +237,7 @@ def _chestxray(results: list[list[list[dict[str, Any]]]]) -> str:
         body.append(["**ours**: no data, see below", *empty])
     for arm in ours:
         kept = [result for result in arm if not has_diverged(result)]
-        classes = [_mean([result["metrics"]["class_auc"][label] for result in kept]) for label in LABELS]
+        classes = [_mean([result["metrics"]["class_auc"].get(label) for result in kept]) for label in LABELS]
         total = _mean([result["metrics"]["clean"]["auc"] for result in kept])
         seeds = f"{len(kept)} seeds" + (f", {len(arm) - len(kept)} more diverged" if len(kept) < len(arm) else "")
         name = f"**ours**: {arm[0]['arm']['label']} ({arm[0]['recipe']['model']}, {seeds})"

@@ -34,6 +34,11 @@ def is_xrays(spec: str) -> bool:
     return spec.partition(":")[0] in KINDS and ":" in spec
 
 
+def folder_of(spec: str) -> Path:
+    """The folder of a name of this kind."""
+    return Path(spec.partition(":")[2])
+
+
 def in_its_units(images: torch.Tensor) -> torch.Tensor:
     """What torchxrayvision's models take: float32 in [-1024, 1024] of uint8 images of any shape."""
     return (2 * (images.to(torch.float32) / 255) - 1) * 1024
@@ -60,8 +65,9 @@ def load_xrays(
         ValueError: torchxrayvision is missing or too old; a file is missing; a label is NaN; there are fewer patients
             than parts.
     """
-    kind, _, place = spec.partition(":")
-    folder = Path(place) if Path(place).is_dir() or root is None else root / place
+    kind, folder = spec.partition(":")[0], folder_of(spec)
+    if root is not None and not folder.is_dir():
+        folder = root / folder
     if not folder.is_dir():
         raise MissingDataError(f"{folder}: there is no such folder; {spec} needs it")
     xrv = _library()

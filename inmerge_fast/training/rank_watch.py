@@ -44,6 +44,10 @@ class Watched(Protocol):
 
     recipe: Recipe
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, the same for all ranks whatever they have counted."""
+
     def layers(self, wanted: Sequence[str]) -> Iterable[tuple[str, torch.Tensor, Any]]:
         """Name, whole weight and layer of the wanted ones; all ranks must iterate."""
 
@@ -173,11 +177,12 @@ class RankWatch:
             due.update(name for name in known if name in merged and self.ledgers[name].is_due(merged[name]))
         if self._budget is not None and not self._is_over(run.recipe, occasion):
             window = self.window(run.recipe, occasion)
-            due.update(name for name in known if occasion - self.ledgers[name].occasion >= window)
+            since = {name: occasion - self.ledgers[name].occasion for name in known}
+            due.update(name for name in known if since[name] >= window or since[name] < 0)
         measured = [name for name in candidates if name in due]
         if measured:
             in_force = None if thresholds is None else dict(zip(names, thresholds, strict=True))
-            if in_force is not None and may_defer(run.counted().device):
+            if in_force is not None and may_defer(run.device):
                 self._begin(run, step, names, measured, in_force)
                 measured = []
             else:
@@ -242,16 +247,34 @@ class RankWatch:
             measuring.places = {name: place for place, name in enumerate(names)}
 
     def _take_in(self, occasion: int) -> list[str]:
-        """Take in what has been measured, when that is due; returns the names of the layers."""
+        """Take in what has been measured, when that is due; returns the names of the layers.
+
+        It is due as well where steps were set back, as by a checkpoint that goes on with another ``every``.
+        """
         if self._measuring is None:
             return []
-        if occasion < self._measuring.due:
+        if self._measuring.occasion <= occasion < self._measuring.due:
             self._measuring.go_on()
             return []
         measuring, self._measuring = self._measuring, None
-        found = broadcast_from_first(measuring.ledgers(), self._group)
+        found = self._newer(broadcast_from_first(measuring.ledgers(), self._group))
         self.ledgers |= found
         return list(found)
+
+    def _newer(self, found: Mapping[str, LayerLedger]) -> dict[str, LayerLedger]:
+        """What was found, but for layers that a budget has measured since."""
+        return {
+            name: ledger
+            for name, ledger in found.items()
+            if name not in self.ledgers or self.ledgers[name].occasion <= ledger.occasion
+        }
+
+    def so_far(self) -> dict[str, LayerLedger]:
+        """The ledgers with what is on its way, which the run takes in at its own time; waits for it.
+
+        Of several ranks the first one knows it, and tells it only then: here nobody waits for a rank.
+        """
+        return self.ledgers | ({} if self._measuring is None else self._newer(self._measuring.ledgers()))
 
     def measured(
         self,

@@ -197,6 +197,11 @@ class MergeRun:
 
     # --------------------------------------------------------------------------------------------------------- counts
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; counts are on the host before the first call."""
+        return self.plan.device
+
     def counted(self) -> torch.Tensor:
         """Pairs sampled and merged in each layer over the whole run, int64 ``(layers, 2)``; nothing waits."""
         found, before = self.plan.totals(), self._before

@@ -117,7 +117,7 @@ def summarise(run: MergeRun) -> RunSummary:
     """See :meth:`inmerge_fast.InMerge.summary`."""
     run.current_weights()  # first: where some were frozen since, this plans anew
     counted = run.counted_by_layer()
-    ledgers = {} if run.watch is None else run.watch.ledgers
+    ledgers = {} if run.watch is None else run.watch.so_far()
     limit = CollapseGuard().loss if run.guard is None else run.guard.loss
     recipe = run.recipe
     end = run.step_count if recipe.stop is None else min(run.step_count, recipe.stop)
