@@ -199,6 +199,15 @@ def test_the_api_page_has_every_public_name_and_its_first_line():
         assert line == re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", doc)
 
 
+def test_every_page_is_in_the_navigation():
+    """As the site's build demands, which not every environment has."""
+    pages = [page.relative_to(ROOT / "docs") for page in (ROOT / "docs").glob("*.md")]
+    pages += [page.relative_to(ROOT) for page in (ROOT / "benchmarks").rglob("*.md") if page.parent.name != "results"]
+    named = re.findall(r"^ +- [^:]+: (\S+\.md)$", text_of("mkdocs.yml"), re.MULTILINE)
+    assert {page.as_posix() for page in pages} <= {*named}
+    assert len(named) == len({*named})
+
+
 def test_the_site_builds(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:
