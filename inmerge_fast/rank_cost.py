@@ -136,7 +136,8 @@ class RankCost:
         only one of two that are each other's; nothing is written.
 
         Returns:
-            The loss by merged filter, not below 0; None where no pair is above the threshold.
+            The loss by merged filter, not below 0, infinite where none but zeros would be left; None where no pair is
+            above the threshold.
         """
         above = self._above(threshold)
         moves = above.any(2)
@@ -167,6 +168,8 @@ class RankCost:
             partners = self._values.gather(1, mate[..., None].expand_as(self._values))
             values = own[..., None] * self._values + other[..., None] * partners
         after = self._rank_of(values, gram)
+        if math.isnan(after):  # opposite filters have cancelled each other out, and none is left
+            return math.inf
         return max(math.log(self.rank / after), 0.0) / moved * self._share
 
     def _above(self, threshold: float) -> torch.Tensor:

@@ -156,3 +156,16 @@ def test_a_ledger_charges_merges_with_the_mean_price():
     spent = ledger.spent
     ledger.charge(cost, 15, 1.0, "random", 0.8)  # nothing is above the threshold, then or now
     assert ledger.spent == pytest.approx(spent + cost.price(cost.threshold_for(1 / 8, "random"), "random", 0.8))
+
+
+@pytest.mark.parametrize("elements", [9, 1])
+def test_filters_that_cancel_each_other_out_cost_everything(elements):
+    """Not NaN, which no guard would find above its limit."""
+    weight = torch.ones(2, elements, 1, 1)
+    weight[1] = -1.0
+    layer = MergePlan([weight]).layers[0]
+    cost = RankCost(Snapshot(weight, layer.layout), 0)
+    assert cost.price(-1.0, "nearest", 0.5) == math.inf
+    ledger = LayerLedger(2, 1.0, 1.0, 0, 0)
+    ledger.charge(cost, 2, -1.0, "nearest", 0.5)
+    assert ledger.lost == 1.0
