@@ -53,7 +53,8 @@ MOVES = [clone, swap_two, into_one_buffer, along_its_own_storage]
 
 
 def same_shapes():
-    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2))
+    convs = nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2)
+    return nn.Sequential(*convs, nn.BatchNorm2d(6))  # what nothing reads is taken for a head
 
 
 @pytest.fixture(autouse=True, params=["in C", "in Python"])
