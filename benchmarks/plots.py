@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.result_files import REGIMES, Results, by_device, joined, slug
@@ -44,7 +45,7 @@ def draw_ratios(results: Results) -> Figure:
             ratios = [_ratio(results, results.pick(net=net, provider=provider, **where)) for net in nets]
             x = np.arange(len(nets)) + (index - (len(providers) - 1) / 2) * 0.8 / len(providers)
             bars = axis.bar(x, ratios, 0.8 / len(providers), label=provider, color=COLOURS[provider])
-            axis.bar_label(bars, [f"{r:.2g}" if np.isfinite(r) else "" for r in ratios], fontsize=8, padding=1)
+            axis.bar_label(bars, [_label(r) for r in ratios], fontsize=8, padding=1)
         axis.axhline(1, color=COLOURS["merge_"], linewidth=1.5, label="merge_" if regime == REGIMES[0] else None)
         axis.set(yscale="log", title=f"{regime} (float32, p = 0.3)", ylabel="time over merge_")
         axis.yaxis.set_major_formatter("{x:g}")
@@ -66,7 +67,13 @@ def draw_floor(results: Results) -> Figure:
         rows = [row for row in results.pick(provider=provider) if column in row]
         megabytes = [row["floor_bytes"] / 1e6 for row in rows]
         axis.scatter(
-            megabytes, [row[column] for row in rows], s=28, color=COLOURS[provider], label=provider, alpha=0.85
+            megabytes,
+            [row[column] for row in rows],
+            s=28,
+            color=COLOURS[provider],
+            label=provider,
+            alpha=0.85,
+            zorder=4,  # no name hides a point
         )
     reach = np.array([min(r["floor_bytes"] for r in results.rows), max(r["floor_bytes"] for r in results.rows)]) / 1e6
     speed = results.environment["copy_bandwidth_gb_s"]
@@ -121,8 +128,14 @@ def _name_networks(axis: Any, results: Results, column: str) -> None:
     for row in results.pick(provider="merge_", dtype="float32", regime="all pass"):
         if column not in row:
             continue
-        axis.annotate(row["net"], (row["floor_bytes"] / 1e6, row[column]), xytext=(4, -11), textcoords="offset points",
-                      fontsize=8, color=COLOURS["merge_"])  # fmt: skip
+        axis.annotate(row["net"], (row["floor_bytes"] / 1e6, row[column]), xytext=(2, -6), textcoords="offset points",
+                      fontsize=8, color=COLOURS["merge_"], rotation=-35, rotation_mode="anchor", va="top",
+                      path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
+
+
+def _label(ratio: float) -> str:
+    """Two digits as people write them, 1,200: "1.2e+03" is long and runs into its neighbour."""
+    return f"{float(f'{ratio:.2g}'):,g}" if np.isfinite(ratio) else ""
 
 
 def _ratio(results: Results, rows: Sequence[Mapping[str, Any]]) -> float:
