@@ -44,7 +44,7 @@ def draw_ratios(results: Results) -> Figure:
             ratios = [_ratio(results, results.pick(net=net, provider=provider, **where)) for net in nets]
             x = np.arange(len(nets)) + (index - (len(providers) - 1) / 2) * 0.8 / len(providers)
             bars = axis.bar(x, ratios, 0.8 / len(providers), label=provider, color=COLOURS[provider])
-            axis.bar_label(bars, [f"{r:.2g}" if np.isfinite(r) else "" for r in ratios], fontsize=8, padding=1)
+            axis.bar_label(bars, [_label(r) for r in ratios], fontsize=8, padding=1)
         axis.axhline(1, color=COLOURS["merge_"], linewidth=1.5, label="merge_" if regime == REGIMES[0] else None)
         axis.set(yscale="log", title=f"{regime} (float32, p = 0.3)", ylabel="time over merge_")
         axis.yaxis.set_major_formatter("{x:g}")
@@ -131,6 +131,11 @@ def _name_networks(axis: Any, results: Results, regime: str) -> None:
         axis.axvline(x, color="0.88", linewidth=0.8, zorder=0)
         axis.annotate(row["net"], (x, 1), xycoords=axis.get_xaxis_transform(), xytext=(0, 3), fontsize=8,
                       textcoords="offset points", rotation=45, rotation_mode="anchor")  # fmt: skip
+
+
+def _label(ratio: float) -> str:
+    """Two digits as people write them, 1,200: "1.2e+03" is long and runs into its neighbour."""
+    return f"{float(f'{ratio:.2g}'):,g}" if np.isfinite(ratio) else ""
 
 
 def _ratio(results: Results, rows: Sequence[Mapping[str, Any]]) -> float:
