@@ -176,7 +176,7 @@ def _model_is_reference(device, widths, skip_first, threshold, call, weight_seed
         for index, conv in enumerate(model):
             conv.weight.copy_(values(tuple(conv.weight.shape), torch.float32, weight_seed + index, False))
     before = [conv.weight.detach().clone() for conv in model]
-    stats = inmerge_fast.merge_(model, skip_first=skip_first, threshold=threshold, **call)
+    stats = inmerge_fast.merge_(model, skip_first=skip_first, include_heads=True, threshold=threshold, **call)
     skipped = len(widths) - len(stats.layers)
     for index, conv in enumerate(model):
         if index < skipped:
