@@ -94,7 +94,7 @@ CORRECT = [
         *(
             gpu_tests(f"test_{name}", 70, 20, "a few kernels")
             for name in ("default_device", "draw", "effect", "forward_only", "hazards", "history", "inputs", "match",
-                         "merge_plan", "plan", "plan_cache", "rank_in_background", "readme_training", "similarity",
+                         "merge_plan", "plan", "plan_cache", "rank_in_background", "docs_snippets", "similarity",
                          "stats", "training_summary", "weights_that_move")
         ),
     ),
