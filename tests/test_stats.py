@@ -14,7 +14,7 @@ from inmerge_fast.effect import NO_EFFECT_CALLS
 
 
 def test_numbers_are_those_of_the_reference(device):
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3)).to(device)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24)).to(device)
     weights = [conv.weight.detach().cpu().clone() for conv in model]
     stats = inmerge_fast.merge_(model, skip_first=0, prob=0.5, threshold=0.05, seed=3, step=4)
     for index, (layer, weight) in enumerate(zip(stats.layers, weights, strict=True)):
@@ -49,7 +49,7 @@ def test_a_call_without_samples_has_no_similarity(device):
 
 
 def test_printing():
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 4, 1))
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
     with torch.no_grad():
         model[1].weight.fill_(1.0)
     stats = inmerge_fast.merge_(model, skip_first=1, prob=1.0, threshold=0.5, seed=0, step=0, dry_run=True)
