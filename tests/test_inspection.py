@@ -170,14 +170,23 @@ def test_a_model_object_knows_its_groups_and_transposition(monkeypatch, tmp_path
     assert found["1"].filters == 6
 
 
-def test_without_matplotlib_the_table_is_printed_and_the_extra_named(checkpoint, monkeypatch, capsys):
+def test_without_matplotlib_the_table_is_printed_and_the_extra_named(checkpoint, monkeypatch, capsys, tmp_path):
+    """Pictures that somebody asked for are an error; those of the default a line."""
     monkeypatch.setitem(sys.modules, "inmerge_fast.inspection.pictures", None)
     monkeypatch.delattr("inmerge_fast.inspection.pictures", raising=False)
-    with pytest.raises(SystemExit):
-        main(["inspect", checkpoint])
-    captured = capsys.readouterr()
-    assert "0.weight" in captured.out
-    assert "pip install 'inmerge_fast[plots]'" in captured.err
+    monkeypatch.chdir(tmp_path)
+    main(["inspect", checkpoint])
+    printed = capsys.readouterr().out
+    assert "0.weight" in printed
+    assert "no pictures: " in printed
+    assert "pip install 'inmerge_fast[plots]'" in printed
+    assert not list(tmp_path.glob("similarity-*"))
+    for asked in (["--output", "pictures"], ["--layer", "0.weight"]):
+        with pytest.raises(SystemExit):
+            main(["inspect", checkpoint, *asked])
+        captured = capsys.readouterr()
+        assert "0.weight" in captured.out
+        assert "pip install 'inmerge_fast[plots]'" in captured.err
 
 
 def test_importing_the_package_imports_neither_matplotlib_nor_scipy():

@@ -207,8 +207,11 @@ def _run(arguments: Sequence[str], program: str) -> None:
         paths = write_pictures(found, options.layer or most_alike(found), folder)
     except ImportError as error:
         outputs.withdraw()
-        parser.error(f"the pictures need matplotlib and scipy ({error}): pip install 'inmerge_fast[plots]', or "
-                     "--no-pictures")  # fmt: skip
+        cure = f"the pictures need matplotlib and scipy ({error}): pip install 'inmerge_fast[plots]'"
+        if options.output is not None or options.layer is not None:  # asked for
+            parser.error(f"{cure}, or --no-pictures")
+        print(f"\nno pictures: {cure}")
+        return
     except OSError as error:
         parser.error(f"--output: {folder}: {error.strerror or error}")
     print("\npictures:", *paths, sep="\n  ")
