@@ -152,7 +152,7 @@ def test_a_type_checker_sees_the_arguments(tmp_path):
     for file in files:
         found = "\n".join(line for line in errors if f"{file.name}:" in line)
         assert 'Unexpected keyword argument "treshold" for "InMergeCallback"' in found, done.stdout
-        assert 'Argument "partner" to "InMergeCallback" has incompatible type "int"' in found, done.stdout
+        assert 'Argument "partner" to "InMergeCallback" has incompatible type "Literal[3]"' in found, done.stdout
         assert 'Argument "keep" to "InMergeCallback" has incompatible type "int"' in found, done.stdout
 
 

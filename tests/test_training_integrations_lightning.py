@@ -150,7 +150,7 @@ def test_a_gan_has_a_merger_for_each_optimizer(tmp_path):
     assert_same_weights(whole, plain)
     [metrics] = tmp_path.rglob("metrics.csv")
     tags = metrics.read_text().partition("\n")[0].split(",")
-    assert {"inmerge/generator/merged", "inmerge/generator/1/merged", "inmerge/critic/3/merged"} <= set(tags)
+    assert {"inmerge/generator/merged", "inmerge/generator/0/merged", "inmerge/critic/3/merged"} <= set(tags)
 
     trainer = fit_gan(Gan(), callbacks_of_a_gan(), tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

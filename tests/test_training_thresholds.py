@@ -95,7 +95,7 @@ def test_noise_threshold_is_in_units_of_each_layers_noise(z, acts):
     for conv in model:
         plant(conv.weight, 0, 0.25)
     assert [NoiseThreshold(z).of(d) for d in (72, 2304)] == [z / math.sqrt(72), z / math.sqrt(2304)]
-    stats = InMerge(model, prob=1.0, threshold=NoiseThreshold(z), skip_first=0).step()
+    stats = InMerge(model, prob=1.0, threshold=NoiseThreshold(z), skip_first=0, include_heads=True).step()
     assert [s.merged > 0 for s in stats.layers] == acts
     assert NoiseThreshold(100).of(4) == 1.0
     assert NoiseThreshold(-100).of(4) == -1.0
