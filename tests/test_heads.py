@@ -14,7 +14,7 @@ from benchmarks.nets import resnet18, unet
 from inmerge_fast import InMerge, MergePlan, merge_, merged, similarity
 from inmerge_fast.plan.candidates import module_candidates
 
-HEAD = "a head: no layer reads its outputs"
+HEAD = "a head: no layer reads its outputs (include_heads=True merges it)"
 MERGE_ALL = {"prob": 1.0, "threshold": -1.0, "seed": 1, "step": 0}
 torchvision_ops.declare()
 
@@ -74,7 +74,7 @@ def test_heads_keep_their_number_in_the_draw_and_their_place_in_skip_first():
     assert [layer.layer_id for layer in MergePlan(net, skip_first=0).layers] == [0, 1]
     assert MergePlan(net, skip_first=0.3).names == ["2"]
     assert MergePlan(net, skip_first=0.6).names == ["2"]  # a share never leaves out all, and heads are no others
-    with pytest.raises(ValueError, match=r"skipped 2, among the first 2.*a head.*include_heads=True merges heads, too"):
+    with pytest.raises(ValueError, match=r"skipped 2, among the first 2.*a head.*include_heads=True merges it"):
         MergePlan(net, skip_first=2)
 
 

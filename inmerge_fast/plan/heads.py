@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.loss import _Loss
 
-HEAD = "a head: no layer reads its outputs"
+HEAD = "a head: no layer reads its outputs (include_heads=True merges it)"
 
 # Where modules that are neither convolutions nor Linears say how many channels they read.
 _READS = {"num_features", "num_channels", "normalized_shape", "in_channels", "in_features", "input_size", "embed_dim"}

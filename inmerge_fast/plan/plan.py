@@ -28,7 +28,6 @@ from .candidates import (
     unwrap_compiled,
 )
 from .filters import check_outside_transforms
-from .heads import HEAD
 from .rows import Rows
 from .structure import Storage, Structure
 
@@ -157,8 +156,6 @@ class LayerPlan:
         if candidates:
             found = "; ".join(describe_skipped(self.skipped))
             cure = "; include_frozen=True merges frozen layers, too" if self.frozen else ""
-            if any(reason == HEAD for _, reason in self.skipped):
-                cure += "; include_heads=True merges heads, too"
             return f"no layer of this {type(target).__name__} can be merged: {found}{cure}"
         if isinstance(target, nn.Module):
             has_linear = any(isinstance(module, nn.Linear) for module in target.modules())
