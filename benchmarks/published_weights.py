@@ -6,7 +6,6 @@ writes ``published_weights.json``; ``report`` writes the table of ``docs/inspect
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import markers
+from benchmarks.helps import parser_with
 from inmerge_fast import __version__, similarity
 from inmerge_fast.checkpoints.read import read
 from inmerge_fast.inspection.outlook import STEPS, outlook
@@ -74,8 +74,11 @@ def updated(page: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Look at the files, or write the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=["run", "report"])
+    parser = parser_with(
+        __doc__, "pip install -c constraints.txt .; run: the packages named in FILES, on the path",
+        "python -m benchmarks.published_weights report", "python -m benchmarks.published_weights run",
+    )  # fmt: skip
+    parser.add_argument("command", choices=["run", "report"], help="look at the files, or write the table of them")
     if parser.parse_args(arguments).command == "run":
         networks = {network: look(path) for network, path in found_files()}
         about = {"inmerge_fast": __version__, "torch": torch.__version__}

@@ -104,6 +104,7 @@ def test_what_was_not_said_is_refused():
 
 def test_training_does_not_depend_on_where_the_images_are(monkeypatch):
     pytest.importorskip("sklearn")
+    before = threading.enumerate()  # other tests may have left some
     recipe = dataclasses.replace(TINY, arm_epochs=1, flip=True, micro_batches=2)
     bench = Bench(load("digits"), CPU, recipe.limit)
     backbone = protocol.train_backbone(recipe, bench, 0)
@@ -112,8 +113,8 @@ def test_training_does_not_depend_on_where_the_images_are(monkeypatch):
         monkeypatch.setattr(feeds, "CPU_BYTES", room)
         digests.append(protocol.run_arm(Run(recipe, BASELINE, 0), bench, backbone)[0]["digests"])
     assert digests[0] == digests[1]
-    threads = [one for one in threading.enumerate() if one is not threading.main_thread() and one.is_alive()]
-    assert not [one for one in threads if getattr(one, "_target", None) is not None]
+    left = [one for one in threading.enumerate() if one not in before and getattr(one, "_target", None) is not None]
+    assert not [one for one in left if not one.name.startswith("inmerge_fast-rank")]  # which stays, and waits for work
 
 
 def test_rates_are_measured_with_the_experiments_own_loop(tmp_path, capsys):

@@ -16,7 +16,7 @@ SEED = 0  # the same noise for all arms and seeds
 def corruptions_of(data: ImageSet) -> dict[str, ImageSet]:
     """The data set with other test images: ``"noisy"`` ones and ``"blurred"`` ones."""
     x = data.test_x
-    noise = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(SEED)).to(x.device)
+    noise = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(SEED), device="cpu").to(x.device)
     pool = torch.nn.functional.avg_pool2d if data.dims == 2 else torch.nn.functional.avg_pool3d
     blurred = x
     for _ in range(2):
