@@ -137,7 +137,8 @@ def test_the_commands_name_what_nnunet_finds(monkeypatch):
 
     [code] = [code for _, language, code in BLOCKS if language == "bash"]
     first, second = code.splitlines()
-    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1])}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # its python is this one
+    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1]), "PATH": path}
     asked = f"{first}; echo $nnUNet_extTrainer"
     folder = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, env=environment, check=True)
     monkeypatch.setenv("nnUNet_extTrainer", folder.stdout.strip())
