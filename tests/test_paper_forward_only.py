@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from paper_fixtures import TINY
+from torch import nn
 
 from benchmarks.paper import forward_only, forward_page, measure, protocol, robustness
 from benchmarks.paper.config import BASELINE, FORWARD, PAPER, Arm, Merging, Run
-from benchmarks.paper.controls import OtherWeights, dropconnect, noise_like_merging
+from benchmarks.paper.controls import OtherWeights, dropconnect, dropout2d, noise_like_merging
 from benchmarks.paper.data import load
 from benchmarks.paper.dataset import Split
 from benchmarks.paper.experiments import Options
@@ -141,6 +142,31 @@ def test_dropconnect_drops_its_share_and_keeps_the_mean(bench):
     other.restore()
     other.restore()
     assert all(torch.equal(weight, before) for weight, before in zip(weights, old, strict=True))
+
+
+class Padded(nn.Conv2d):
+    """A convolution that holds what pads its images, as EfficientNet's do."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pad = nn.ZeroPad2d(1)
+
+    def forward(self, x):
+        return super().forward(self.pad(x))
+
+
+def test_dropout_reaches_convolutions_that_hold_modules_of_their_own():
+    """It was behind none of them, so that its arm was the baseline, bit for bit."""
+    net = nn.Sequential(Padded(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Padded(8, 16, 3), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(2, 1, 6, 6)
+    undo = dropout2d(net, MergePlan(net, skip_first=0), 0.5)
+    torch.manual_seed(0)
+    dropped = [(net[:end](x) == 0).flatten(2).all(2).float().mean() for end in (2, 4)]
+    assert all(0.2 < share < 0.8 for share in dropped), dropped
+    undo()
+    assert not (net[:4](x) == 0).any()
+    with pytest.raises(ValueError, match="Dropout2d found 0 of the 2 layers that merge"):
+        dropout2d(nn.ModuleDict({"other": nn.Linear(2, 2)}), MergePlan(net, skip_first=0), 0.5)
 
 
 def test_dropout_is_behind_the_batch_norm_of_each_layer(bench):

@@ -93,9 +93,17 @@ def dropout2d(net: nn.Module, plan: MergePlan, prob: float) -> Callable[[], None
 
     Returns:
         What undoes it.
+
+    Raises:
+        ValueError: a layer of the plan is not a module of the network.
     """
-    order = [(name, module) for name, module in net.named_modules() if not list(module.children())]
+    # A convolution may hold modules of its own, as EfficientNet's that pad their images first.
+    order = [
+        (name, module) for name, module in net.named_modules() if name in plan.names or not list(module.children())
+    ]
     places = [index for index, (name, _) in enumerate(order) if name in plan.names]
+    if len(places) != len(plan.names):
+        raise ValueError(f"Dropout2d found {len(places)} of the {len(plan.names)} layers that merge")
     handles = []
     for index in places:
         behind = itertools.takewhile(lambda item: not isinstance(item[1], nn.Conv2d), order[index + 1 :])
