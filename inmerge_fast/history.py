@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .effect import OnItsWay, callers_level, page_locked
-from .paths.match import PartnerRule
 from .paths.path import Call
 from .plan.candidates import MergeLayer
-from .rank_cost import CURE, LayerLedger, RankCost, Snapshot, describe_collapse, in_background, may_defer
+from .rank_cost import CURE, LayerLedger, RankCost, Snapshot, describe_collapse, finished, in_background, may_defer
 from .stats import CollapseWarning
 
 COLLAPSE = 0.1  # share of a layer's effective rank that merging may cost before it is called a collapse
@@ -136,12 +136,9 @@ class CallHistory:
             if name in self._collapsed or not ledger.is_due(count):
                 continue
             snapshot, key = Snapshot(weight, layer.layout), 1_000_003 * self._counted_after + layer.layer_id
-            work = functools.partial(charged, ledger, snapshot, key, count, threshold, call.partner, call.alpha)
-            measurement = _Measurement(name, snapshot, work)
-            if not may_defer(weight.device):
-                measurement.found = Future()
-                measurement.found.set_result(work())
-            self._measuring.append(measurement)
+            work = functools.partial(_charged, ledger, snapshot, key, count, threshold, call.partner, call.alpha)
+            found = None if may_defer(weight.device) else finished(work())
+            self._measuring.append(_Measurement(name, snapshot, work, found))
 
     def _take_in(self, calls: int) -> None:
         measured, self._measuring = self._measuring, []
@@ -154,10 +151,5 @@ class CallHistory:
                 warnings.warn(message, CollapseWarning, stacklevel=callers_level())
 
 
-def charged(
-    ledger: LayerLedger, snapshot: Snapshot, key: int, merged: int, threshold: float, partner: PartnerRule, alpha: float
-) -> LayerLedger:
-    """The ledger with the merges since the last time charged, see :meth:`LayerLedger.charge`; it stays as it is."""
-    new = LayerLedger(**vars(ledger))
-    new.charge(RankCost(snapshot, key), merged, threshold, partner, alpha)
-    return new
+def _charged(ledger: LayerLedger, snapshot: Snapshot, key: int, *charge: Any) -> LayerLedger:
+    return ledger.charged(RankCost(snapshot, key), *charge)

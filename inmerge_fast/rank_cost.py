@@ -245,6 +245,12 @@ class LayerLedger:
             self.spent += count * math.fsum(prices) / len(prices)
         self.price, self.rank = now, cost.rank
 
+    def charged(self, cost: RankCost, merged: int, threshold: float, partner: PartnerRule, alpha: float) -> LayerLedger:
+        """A copy with the merges since the last time charged, see :meth:`charge`; this one stays as it is."""
+        new = LayerLedger(**vars(self))
+        new.charge(cost, merged, threshold, partner, alpha)
+        return new
+
 
 def describe_collapse(name: str, ledger: LayerLedger) -> str:
     """What has happened to a layer, for warnings."""
@@ -275,6 +281,11 @@ def in_background(work: Callable[[], T]) -> Future[T]:
     try:
         return _worker[1].submit(work)
     except RuntimeError:  # the main thread is over, and the one that trains goes on: Python begins no threads then
-        done: Future[T] = Future()
-        done.set_result(work())
-        return done
+        return finished(work())
+
+
+def finished(value: T) -> Future[T]:
+    """What is known already, as what :func:`in_background` returns."""
+    done: Future[T] = Future()
+    done.set_result(value)
+    return done

@@ -14,7 +14,7 @@ import torch
 from ..effect import OnItsWay
 from ..merge import several_ranks
 from ..paths.match import PartnerRule
-from ..rank_cost import NEVER, LayerLedger, RankCost, Snapshot, in_background, may_defer
+from ..rank_cost import NEVER, LayerLedger, RankCost, Snapshot, finished, in_background, may_defer
 from ..thresholds import MOST_SHARE, RankBudget
 from .agreement import CHECK_EVERY, DELAY, is_check
 from .distributed import broadcast_from_first, first_ranks_numbers, is_first
@@ -99,14 +99,17 @@ class _Measurement:
     def go_on(self) -> None:
         """Begin to work, as soon as all is on the host."""
         arriving = [self.counted, *(work.snapshot for work in self.work.values())]
-        if self.found is None and self.counted is not None and all(one.has_arrived() for one in arriving if one):
-            self.found = in_background(functools.partial(self._ledgers, self.counted.read()[:, 1].tolist()))
+        if all(one.has_arrived() for one in arriving if one):
+            self._begin()
 
     def ledgers(self) -> dict[str, LayerLedger]:
         """What was found; waits for it."""
+        self._begin()
+        return {} if self.found is None else self.found.result()
+
+    def _begin(self) -> None:
         if self.found is None and self.counted is not None:
             self.found = in_background(functools.partial(self._ledgers, self.counted.read()[:, 1].tolist()))
-        return {} if self.found is None else self.found.result()
 
     def _ledgers(self, merged: list[int]) -> dict[str, LayerLedger]:
         return {
@@ -328,9 +331,7 @@ class RankWatch:
         self._measuring = None
         if state.get("measuring") is not None:
             due, found = state["measuring"]
-            done: Future[dict[str, LayerLedger]] = Future()
-            done.set_result(_ledgers(found))
-            self._measuring = _Measurement(due, self._occasion, "random", 0.0, found=done)
+            self._measuring = _Measurement(due, self._occasion, "random", 0.0, found=finished(_ledgers(found)))
         if self._agreed is not None and state.get("agreed") is not None:
             self._agreed = list(state["agreed"])
         if state["count"] is not None:
@@ -352,8 +353,7 @@ def _charged(
         if threshold is not None:  # afterwards the first merges may have left nothing to lose
             ledger.price = cost.price(threshold, partner, alpha)
         return ledger
-    ledger = LayerLedger(**vars(old))
-    ledger.charge(cost, merged, old.threshold if threshold is None else threshold, partner, alpha)
+    ledger = old.charged(cost, merged, old.threshold if threshold is None else threshold, partner, alpha)
     ledger.occasion = occasion
     return ledger
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..effect import has_no_effect
 from ..layer_similarity import summarise_layer
-from ..rank_cost import NEVER, LayerLedger, RankCost, Snapshot
+from ..rank_cost import NEVER, RankCost, Snapshot
 from ..stats import describe_skipped
 from .guard import CollapseGuard
 from .run import MergeRun
@@ -129,9 +129,9 @@ def summarise(run: MergeRun) -> RunSummary:
         cost = RankCost(Snapshot(weight, layer.layout), layer.layer_id)
         start = lost = math.nan
         if name in ledgers:
-            ledger = LayerLedger(**vars(ledgers[name]))  # charged up to now in a copy: a look must not change the run
-            threshold = ledger.threshold if thresholds is None else thresholds[name]
-            ledger.charge(cost, merged, threshold, recipe.partner, recipe.alpha_at(step))
+            threshold = ledgers[name].threshold if thresholds is None else thresholds[name]
+            # Charged up to now in a copy: a look must not change the run.
+            ledger = ledgers[name].charged(cost, merged, threshold, recipe.partner, recipe.alpha_at(step))
             start, lost = ledger.rank_start, ledger.lost
         verdict = ACTIVE
         if not merged or has_no_effect(sampled, merged):
