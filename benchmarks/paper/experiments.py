@@ -26,7 +26,10 @@ FINE_TUNE_ARMS: dict[str, Arm] = {
     "quantile": Arm(Merging(quantile=0.02)),
     "noise": Arm(Merging(z=4.0)),
     "forward-only": Arm(FORWARD),
+    "equal-norm-noise": Arm(dataclasses.replace(FORWARD, as_noise=True)),
+    "dropconnect": Arm(dropconnect=0.2),
     "dropout": Arm(dropout=0.2),
+    "forward-only+dropout": Arm(FORWARD, dropout=0.1),
 }
 # Options that change the runs and have no word of their own in the name of a recipe.
 SWITCHES = ("weights", "bf16", "each_forward", "in_validation", "micro_batches", "lr", "limit")
