@@ -196,8 +196,12 @@ def test_fine_tuning_has_the_settings_that_one_would_ask_for():
     [(recipe, arms)] = EXPERIMENTS["fine-tune"](Options(data="own.npz")).groups
     assert recipe.model == "efficientnet_lite0"
     assert arms == (BASELINE, RESEEDED, *FINE_TUNE_ARMS.values())
-    limits = [arm.merging.limit() for arm in arms if arm.merging is not None]
-    assert limits == [0.3, RankBudget(0.04), QuantileThreshold(0.02), NoiseThreshold(4.0), -1.0]
+    lasting = [arm.merging.limit() for arm in arms if arm.merging is not None and arm.merging.lasting]
+    assert lasting == [0.3, RankBudget(0.04), QuantileThreshold(0.02), NoiseThreshold(4.0)]
+    assert [arm.label() for arm in arms[6:]] == [  # forward-only merging and what a standard regulariser does instead
+        "forward-only merging, alpha 0.5, p 0.5", "noise like forward-only merging, alpha 0.5, p 0.5",
+        "DropConnect 0.2", "Dropout2d 0.2", "forward-only merging, alpha 0.5, p 0.5 + Dropout2d 0.1",
+    ]  # fmt: skip
     [(_, fewer)] = EXPERIMENTS["fine-tune"](Options(data="own.npz", arms=("dropout", "paper"))).groups
     assert fewer == (BASELINE, RESEEDED, FINE_TUNE_ARMS["paper"], FINE_TUNE_ARMS["dropout"])
     with pytest.raises(ValueError, match="arms must be of paper, recommended, .* got best"):
