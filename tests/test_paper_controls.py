@@ -45,8 +45,12 @@ def test_what_counts_in_fine_tuning_is_with_recomputed_statistics(tmp_path):
     manifest = fine_tuning(tmp_path, 4)
     [said] = controls_page.fine_tuned([manifest])
     assert said.startswith("**Fine-tuning** (own, efficientnet_lite0 with ImageNet weights, 4 seeds, statistics")
-    assert f"{Arm(PAPER).label()} 0 and 0;" in said
-    assert said.endswith(r"Dropout2d 0.2 +2.02 [+1.99, +2.04] \*\* and +2.02 [+1.99, +2.04] \*\*."), said
+    assert "3 arms" in said
+    assert "gains Dropout2d 0.2: AUC +2.02, Dropout2d 0.2: corrupted AUC +2.02" in said, said
+    assert said.endswith("; losses none."), said
+    text = controls_page.answer_table([manifest], tmp_path)
+    [row] = [line for line in text.splitlines() if line.startswith("| own,")]
+    assert row.endswith(r"| – | – | 0 | – | – | +2.02 [+1.99, +2.04] \* | – |"), row
     text = controls_page.section([manifest], tmp_path)
     row = next(line for line in text.splitlines() if "Dropout2d" in line and line.startswith("|"))
     assert row.split(" | ")[3].startswith("+2.00")
@@ -58,7 +62,8 @@ def test_what_counts_in_fine_tuning_is_with_recomputed_statistics(tmp_path):
 def test_too_few_seeds_say_nothing(tmp_path):
     manifest = fine_tuning(tmp_path, 2)
     assert controls_page.fine_tuned([manifest]) == []
-    assert controls_page.section([manifest], tmp_path) == ""
+    assert controls_page.section([manifest], tmp_path) == controls_page.answer_table([manifest], tmp_path) == ""
+    assert controls_page.forward_only_answer(tmp_path) == []
 
 
 def test_what_does_not_last_is_not_counted_as_lasting_merging(tmp_path):

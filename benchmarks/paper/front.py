@@ -52,9 +52,9 @@ def answer(settings: Sequence[Setting], manifests: Sequence[Path], out: Path) ->
     networks = trained.read(out)
     lines += [trained_page.answer(networks, out.name)] if networks else []
     lines += controls_page.fine_tuned(manifests)
-    plans = [forward_only.confirmed_results(path)[1] for path in _plans(out)]
-    lines += [_forward(found) for found in plans if len(found[""]) >= FEWEST]
-    return "\n".join(f"- {line}" for line in lines) + "\n"
+    lines += controls_page.forward_only_answer(out)
+    short = controls_page.answer_table(manifests, out)
+    return "\n".join(f"- {line}" for line in lines) + "\n" + (f"\n{short}" if short else "")
 
 
 def _lasting(settings: Sequence[Setting]) -> str:
@@ -111,29 +111,6 @@ def _collapse(settings: Sequence[Setting]) -> str:
         f"Where it acts, filters grow alike: in {both} of the {len(active)} settings that merge at least one filter "
         f"per step a layer lost half of its effective rank in some seed ({len(collapsed)} of all {len(settings)})."
     )
-
-
-def _forward(found: dict[str, dict[int, dict[str, object]]]) -> str:
-    base = next(iter(found[""].values()))
-    values = {
-        name: paired(forward_only.differences(found[family], found[""], METRIC))
-        for family, name in (
-            (forward_only.MERGING, "forward-only merging"), (forward_only.NOISE, "noise of the same norm"),
-            (forward_only.DROPOUT, "Dropout2d"), (forward_only.BOTH, "merging and Dropout2d"),
-        )
-        if found.get(family)
-    }  # fmt: skip
-    said = ", ".join(f"{name} {_text(value)}" for name, value in values.items() if value.n)
-    recipe = base["recipe"]
-    assert isinstance(recipe, dict)
-    return (
-        f"**Forward-only merging** ({forward_only.named(recipe, len(found['']))}, fresh; statistics recomputed in all "
-        f"arms), d {METRIC}: {said}."
-    )
-
-
-def _text(one: Paired) -> str:
-    return f"{one.mean:+.2f}" + ("" if math.isnan(one.low) else f" [{one.low:+.2f}, {one.high:+.2f}]")
 
 
 def _plans(out: Path) -> list[Path]:

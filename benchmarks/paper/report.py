@@ -17,7 +17,7 @@ from .compare import FEWEST, Row
 from .experiments import EXPERIMENTS
 from .figures import write_figures
 from .forward_page import write as write_forward_page
-from .tables import SHOWN, csv_of, difference_text, rows_of, write_tables
+from .tables import SHOWN, csv_of, difference_text, gains_and_losses, rows_of, write_tables
 
 MOST_NAMED = 4  # gains or losses that a sentence names; more are counted
 ORDER = [*EXPERIMENTS, "search", "confirm"]
@@ -28,6 +28,13 @@ A page with the answer, written by `python -m benchmarks.paper report` from the 
 [FORWARD_ONLY.md](FORWARD_ONLY.md) has forward-only merging and its controls. How runs are made:
 [protocol.py](protocol.py). All arms of a seed start from the same weights, see the same images in the same order for
 the same number of epochs, and keep the weights of their last epoch.
+
+*Lasting* merging stays in the weights, as published; *forward-only* merging is undone before each update. *tau 0.3*
+is a fixed similarity threshold, *z 2* one of 2/sqrt(D) for filters of D weights, *RankBudget* the library's default
+for lasting merging; a filter keeps the share *alpha* of itself and looks at a partner with probability *p*; *Linear*:
+rows of Linear layers merge, too. Filters *collapse* where a layer lost half of its effective rank or they became
+alike. *Recomputed*: batch-norm statistics made anew with the final weights. Other words:
+[Words](../../docs/index.md#words).
 
 ## The answer
 
@@ -44,22 +51,23 @@ LIMITS = """## Limits
 - **Data.** scikit-learn's digits (8x8 pixels; 1000/297/500 images) and PneumoniaMNIST at 28x28. Its file was
   put together from public copies of the images: its counts are the official ones per split, its order is not, so its
   MD5 differs from MedMNIST's; 8 images occur in both the training and the validation part. Not run: PathMNIST,
-  DermaMNIST, BloodMNIST, ChestX-ray14, any size above 28.
+  DermaMNIST, BloodMNIST, ChestX-ray14, any images of more than 28 px.
 - **Networks.** A VGG-like net of eight convolutions (0.29 M parameters, batch norm); where a table says so, a ResNet-18
-  of a quarter of the width (0.7 M), a small vision transformer or a small Mamba. Not run: the paper's
+  of a quarter of the width (0.7 M), an EfficientNet-Lite0 with ImageNet weights (fine-tuned on 200 images, at 64 px), a
+  small vision transformer or a small Mamba. Not run: the paper's
   ImageNet-pretrained VGG19 at 224 px, ResNets of full width and DenseNets. What is said here says nothing about them.
   In the transformer and the Mamba, rows of the classifier may merge, too; in none of the runs did one.
 - **The control.** Runs of lasting merging were made before batch-norm statistics were recomputed, and their networks
   were not kept: tables say *as trained only*. Forty of them were made again and measured both ways, digits with strong
   weight decay at the paper's setting, at 3/sqrt(D) and at the one setting with a gain, with their baselines: all ended
   with the weights that they had before, bit for bit. The sequence models have no batch norm.
-- **Seeds.** As the tables say: 20 in the confirmation, else 2 to 8, so that intervals are wide and only large
-  effects show. What any number of seeds shows is what merges and what collapses. The sweeps are looks around, on
+- **Seeds.** As the tables say: 20 in confirmations, else 2 to 8, so that intervals are wide and only large effects
+  show. What any number of seeds shows is what merges and what collapses. The sweeps are looks around, on
   the test images and without a plan: a gain in one of them is where to look next, not a finding. The one that was
   followed up was chosen by hand from such a table (its plan says so): its fresh seeds are fresh, its test images
   are not.
 - **Schedules** are short: backbones of 8 or 16 epochs and arms of 3 or 6; the paper's are 30 and 10.
-- **Machine.** CPU only, float32, one thread per run; no GPU was at hand.
+- **Machine.** A CPU, one thread per run; float32, or bfloat16 autocast where a page says so.
 - **Corruptions** are of MedMNIST-C's kinds with our own parameters ([robustness.py](robustness.py)), made for any size.
   Where a table says medmnistc they are MedMNIST-C's own ([medmnist_c.py](medmnist_c.py)), made for 224 px: at 28 px
   blur and pixelation are harsher than they were meant to be. Its relative metric, against AlexNet at 224 px, is not
@@ -136,13 +144,7 @@ def _count(number: int, word: str) -> str:
 def _sentence(rows: Sequence[Row]) -> str:
     settings = [row for row in rows if row.kind == "setting"]
     compared = len(settings) * len(SHOWN)
-    gains: list[str] = []
-    losses: list[str] = []
-    for row in settings:
-        for metric in SHOWN:
-            one = row.judged(metric)
-            if one.p_holm < 0.05:
-                (gains if one.mean > 0 else losses).append(f"{row.label}: {metric} {one.mean:+.2f}")
+    gains, losses = gains_and_losses(settings)
     text = f"{len(settings)} setting{'s' * (len(settings) > 1)}, {_seeds_of(settings)} seeds; "
     if max(row.n for row in settings) < FEWEST:
         text += "too few to compare"
