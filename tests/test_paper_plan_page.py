@@ -2,10 +2,12 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import result_files
 from benchmarks.paper import __main__, plan_page
 from benchmarks.paper.experiments import EXPERIMENTS
 
@@ -48,6 +50,12 @@ def test_seeds_are_enough_for_the_gain():
     assert plan_page.seeds_needed(0.5, 0.6, 0.8) == 32 + 2
 
 
+def column_of(text, title, plan):
+    head, row = (next(line for line in text.splitlines() if line.startswith(start)).split(" | ")
+                 for start in ("| table | runs", f"| {plan} | "))  # fmt: skip
+    return dict(zip(head, (one.removesuffix(" |") for one in row), strict=True))[title]
+
+
 def test_hours_come_from_a_measured_rate(tmp_path):
     out = tmp_path / "results"
     out.mkdir()
@@ -61,6 +69,21 @@ def test_hours_come_from_a_measured_rate(tmp_path):
     trained, measured = plan_page.work(plan)
     forward, both = plan_page.gigaflops("vgg19", 9)
     hours = plan.seeds * (trained + measured * forward / both) / 2000 / 3600
-    assert next(line for line in text.splitlines() if line.startswith("| DermaMNIST | 80")).endswith(f"| {hours:.1f} |")
+    assert column_of(text, "hours, Some GPU", "DermaMNIST") == f"{hours:.1f}"
     assert "12.5 GiB at most on Some GPU" in text
     assert "| Some GPU | vgg19, batch 64 | 2,000 |" in text
+
+
+def test_without_a_loop_hours_come_from_a_measured_training_step(tmp_path, monkeypatch):
+    row = {"net": "VGG19", "merging": "lasting", "batch": [32, 3, 224, 224], "step_us": 16_000.0, "peak_bytes": 2**31}
+    measured = [
+        result_files.Results(Path("a/training.json"), "training", {"device": name, "cuda": "13.0"}, rows)
+        for name, rows in (("Some GPU", [row]), ("Other GPU", [{**row, "net": "ResNet-50"}]))
+    ]
+    monkeypatch.setattr(result_files, "load", lambda: measured)
+    [speed] = plan_page.speeds([])
+    assert (speed.title, speed.rate) == ("hours, Some GPU", 2000.0)
+    assert "2,000 images/s, from a training step of 32 images" in speed.source
+    assert "2.0 GiB at most; `a/training.json`" in speed.source
+    loop = {"environment": {"device": "Some GPU"}, "training": {plan_page.MODEL: {"on the device": 1500.0}}}
+    assert [one.rate for one in plan_page.speeds([loop])] == [1500.0], "the whole loop is what a user waits for"

@@ -1,7 +1,7 @@
 """``PAPER_TABLES.md``: how to run the paper's own tables, what they cost, and what each row would need.
 
-Work is counted, from the network and the protocol; time is that work over the rates that
-``python -m benchmarks.paper.rate`` has measured, where there is a file of a GPU.
+Work is counted, from the network and the protocol; time is that work over a rate that was measured on a GPU: of the
+whole training loop by ``benchmarks.paper.rate``, or of a training step alone by ``benchmarks.bench_training``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import result_files
 
 from . import robustness
 from .chestxray import LABELS
@@ -123,6 +125,47 @@ def rates(out: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(out.glob("rate.*.json"))]
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What a GPU was measured to train, images of the network per second.
+
+    Attributes:
+        title: of its column.
+        rate: images per second.
+        source: what was measured, in words.
+    """
+
+    title: str
+    rate: float
+    source: str
+
+
+def speeds(gpu: Sequence[dict[str, Any]]) -> list[Speed]:
+    """Of every GPU the rate of the training loop, or where that was not measured what a training step takes.
+
+    Args:
+        gpu: files of GPUs that ``rate.py`` wrote.
+    """
+    loops = {one["environment"]["device"]: one["training"][MODEL]["on the device"] for one in gpu}
+    found = [
+        Speed(
+            f"hours, {device}", rate, f"{device}: {rate:,.0f} images/s in the whole training loop, images on the device"
+        )
+        for device, rate in loops.items()
+    ]
+    for results in result_files.load():
+        if results.bench == "training" and results.on_gpu and results.device not in loops:
+            for row in results.pick(net="VGG19", merging="lasting"):
+                images, milliseconds = row["batch"][0], row["step_us"] / 1e3
+                rate = 1e3 * images / milliseconds
+                source = (
+                    f"{results.device}: {rate:,.0f} images/s, from a training step of {images} images that lie on the "
+                    f"device ({milliseconds:.1f} ms, {row['peak_bytes'] / 2**30:.1f} GiB at most; `{results.path}`)"
+                )
+                found.append(Speed(f"hours, {results.device}", rate, source))
+    return found
+
+
 def seeds_needed(gain: float, first: float, second: float) -> int:
     """Seeds that see a gain with 80 % at a two-sided 5 %, if arms vary as published and independently."""
     spread = math.hypot(first, second)
@@ -166,7 +209,8 @@ def _commands() -> str:
 def _costs(gpu: Sequence[dict[str, Any]]) -> str:
     forward, both = gigaflops(MODEL, 9)
     head = ["table", "runs", "trained images", "measured images", "PFLOP", "images on the device", "copies on disk"]
-    head += [f"hours, {one['environment']['device']}" for one in gpu]
+    timed = speeds(gpu)
+    head += [one.title for one in timed]
     body = []
     for plan in PLANS:
         trained, measured = (plan.seeds * one for one in work(plan))
@@ -176,10 +220,8 @@ def _costs(gpu: Sequence[dict[str, Any]]) -> str:
         gib = f"{plan.images[0] * size:.1f} GiB", f"{copied * size:.0f} GiB"
         row = [plan.title, str(arms * plan.seeds), f"{trained / 1e6:.1f} M", f"{measured / 1e6:.1f} M",
                f"{(trained * both + measured * forward) / 1e6:,.0f}", *gib]  # fmt: skip
-        for one in gpu:
-            rate = one["training"][MODEL]["on the device"]
-            # Measuring is a forward pass, which is that much less work than a training step.
-            row.append(f"{(trained + measured * forward / both) / rate / 3600:.1f}")
+        # Measuring is a forward pass, which is that much less work than a training step.
+        row += [f"{(trained + measured * forward / both) / one.rate / 3600:.1f}" for one in timed]
         body.append(row)
     parameters = sum(one.numel() for one in _meta_network().parameters())
     peak = [f"{one['training'][MODEL]['peak_gib']:.1f} GiB at most on {one['environment']['device']}" for one in gpu]
@@ -191,12 +233,11 @@ def _costs(gpu: Sequence[dict[str, Any]]) -> str:
         "arm.\n\n" + table(head, body)
     )
     text += (
-        "\nHours are trained images over the measured rate of the training loop with all images on the device, and "
-        "measured images by their share of the work.\n" if gpu else
-        "\nHours on a GPU are the PFLOP over what it sustains: at 100 TFLOP/s in bfloat16 1,000 PFLOP are 2.8 hours. "
-        "`python -m benchmarks.paper.rate --out {folder}` measures it in a minute, and this table then has a column "
-        "of hours.\n".replace("{folder}", "benchmarks/paper/results")
-    )  # fmt: skip
+        "\nHours are trained images over the rate at which a GPU trains this network, and measured images by their "
+        f"share of the work. Measured: {'; '.join(one.source for one in timed) or 'none'}. Elsewhere: the PFLOP over "
+        "what the device sustains. `python -m benchmarks.paper.rate --out benchmarks/paper/results` measures a "
+        "device's training loop, data path included, in a minute, and this table then has its column.\n"
+    )
     text += (
         "\nThe corrupted copies are made on the CPU once and kept below `XDG_CACHE_HOME` (or `~/.cache`), where every "
         "run reads them; without room for them each run makes them anew.\n"
