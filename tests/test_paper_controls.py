@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from paper_fixtures import TINY
 
-from benchmarks.paper import controls_page, front
+from benchmarks.paper import compare, controls_page, front
 from benchmarks.paper.config import BASELINE, FORWARD, PAPER, Arm
 from benchmarks.paper.experiments import Experiment
+from benchmarks.paper.robustness import CORRUPTIONS
 from benchmarks.paper.storage import append
 from benchmarks.paper.tables import write_manifest
 
@@ -44,19 +45,30 @@ def fine_tuning(out, seeds, gain=0.02):
 def test_what_counts_in_fine_tuning_is_with_recomputed_statistics(tmp_path):
     manifest = fine_tuning(tmp_path, 4)
     [said] = controls_page.fine_tuned([manifest])
-    assert said.startswith("**Fine-tuning** (own, efficientnet_lite0 with ImageNet weights, 4 seeds, statistics")
-    assert "3 arms" in said
+    assert said.startswith("**Fine-tuning** (own, efficientnet_lite0 with ImageNet weights, 4 seeds), 3 arms")
     assert "gains Dropout2d 0.2: AUC +2.02, Dropout2d 0.2: corrupted AUC +2.02" in said, said
     assert said.endswith("; losses none."), said
     text = controls_page.answer_table([manifest], tmp_path)
     [row] = [line for line in text.splitlines() if line.startswith("| own,")]
-    assert row.endswith(r"| – | – | 0 | – | – | +2.02 [+1.99, +2.04] \* | – |"), row
+    assert row.endswith(r"| all | – | 0 | – | – | – | +2.02 [+1.99, +2.04] \* | – |"), row
     text = controls_page.section([manifest], tmp_path)
     row = next(line for line in text.splitlines() if "Dropout2d" in line and line.startswith("|"))
     assert row.split(" | ")[3].startswith("+2.00")
     assert (
         "| own, efficientnet_lite0 with ImageNet weights, 4 seeds | tau 0.3, alpha 0.8, p 0.3 | 3.00 | 0 | 0 |" in text
     )
+
+
+def test_the_mean_without_noise_leaves_all_kinds_of_noise_out():
+    kinds = {"shot_noise": 0.2, "gaussian_noise": 0.4, "jpeg": 0.6, "gaussian_blur": 0.9}
+    levels = {kind: {"3": {"auc": value}, "5": {"auc": value - 0.1}} for kind, value in kinds.items()}
+    metrics = {"by_corruption": levels}
+    assert compare.group_of(metrics, "not noise")["auc"] == pytest.approx((0.6 + 0.5 + 0.9 + 0.8) / 4)
+    levels["jpeg"]["3"]["auc"] = None  # diverged
+    assert compare.group_of(metrics, "not noise") == {"auc": None}
+    assert compare.group_of({}, "not noise") == {"auc": None}
+    assert sum("noise" in kind for kind in CORRUPTIONS) == 4
+    assert len(CORRUPTIONS) == 13  # as the pages say
 
 
 def test_too_few_seeds_say_nothing(tmp_path):

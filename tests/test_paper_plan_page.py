@@ -59,7 +59,7 @@ def column_of(text, title, plan):
 def test_hours_come_from_a_measured_rate(tmp_path):
     out = tmp_path / "results"
     out.mkdir()
-    assert "Not measured on a GPU yet" in plan_page.write(out).read_text()
+    assert "not been measured on a GPU yet" in plan_page.write(out).read_text()
     row = dict.fromkeys(plan_page.KINDS, 2000.0) | {"batch": 64, "peak_gib": 12.5}
     found = {"training": {"vgg19": row}, "reading": {"on the device": 9e4, "read ahead": 3e4},
              "environment": {"device": "Some GPU"}}  # fmt: skip

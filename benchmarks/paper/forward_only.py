@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import RECOMPUTED, TRAINED, has_diverged, paired
+from .compare import RECOMPUTED, TRAINED, group_of, has_diverged, paired
 from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
 from .experiments import Options, recipes
 from .grid import Where, execute, is_leader
@@ -50,6 +50,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "ECE": ("clean", "ece"),
     "corrupted acc": ("corrupted", "acc"),
     "corrupted AUC": ("corrupted", "auc"),
+    "non-noise AUC": ("not noise", "auc"),
     "corrupted ECE": ("corrupted", "ece"),
     "noise AUC": ("noise", "auc"),
 }
@@ -110,7 +111,7 @@ def value_of(result: dict[str, Any], column: str, evaluation: str = RECOMPUTED) 
         evaluation: as trained, or with batch-norm statistics recomputed, which is the same without batch norm.
     """
     group, key = COLUMNS[column]
-    value = (result[evaluation] or result[TRAINED])[group][key]
+    value = group_of(result[evaluation] or result[TRAINED], group)[key]
     return float("nan") if value is None else 100 * value
 
 

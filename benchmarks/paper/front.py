@@ -47,32 +47,35 @@ def settings_of(manifests: Sequence[Path]) -> list[Setting]:
 
 
 def answer(settings: Sequence[Setting], manifests: Sequence[Path], out: Path) -> str:
-    """The answer in a few lines, each number counted from the result files."""
-    lines = [_lasting(settings), f"{_published(settings)} {_collapse(settings)}"] if settings else []
+    """The answer: a table and a few lines, each number counted from the result files."""
+    lines = controls_page.lasting_answer(out)
+    lines += [_lasting(settings), f"{_published(settings)} {_collapse(settings)}"] if settings else []
+    lines += controls_page.forward_only_answer(out)
+    lines += controls_page.fine_tuned(manifests)
     networks = trained.read(out)
     lines += [trained_page.answer(networks, out.name)] if networks else []
-    lines += controls_page.fine_tuned(manifests)
-    lines += controls_page.forward_only_answer(out)
     short = controls_page.answer_table(manifests, out)
-    return "\n".join(f"- {line}" for line in lines) + "\n" + (f"\n{short}" if short else "")
+    return (f"{short}\n" if short else "") + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 def _lasting(settings: Sequence[Setting]) -> str:
     each = [(one, metric, one.row.judged(metric)) for one in settings for metric in SHOWN]
     gains = [(one, metric, value) for one, metric, value in each if value.p_holm < 0.05 and value.mean > 0]
-    losses = [value for _, _, value in each if value.p_holm < 0.05 and value.mean < 0]
+    losses = [one for one, _, value in each if value.p_holm < 0.05 and value.mean < 0]
+    counts = {
+        state: (sum(bool(one.row.collapsed) == state for one, _, _ in gains),
+                sum(bool(one.row.collapsed) == state for one in losses))
+        for state in (False, True)
+    }  # fmt: skip
     recipes = len({one.recipe for one in settings})
     named = ", ".join(f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})" for one, metric, value in gains)
-    bare = [one for one, _, _ in gains if not one.row.collapsed]
     text = (
-        f"**Lasting merging**, the paper's form: {len(settings)} settings on {recipes} pairs of data and recipe, "
-        f"{len(each)} comparisons with no merging on test images: **{len(gains)} gains and {len(losses)} losses** "
-        "after Holm's correction within each table."
+        f"**Lasting merging at {len(settings)} settings** on {recipes} pairs of data and recipe, {len(each)} "
+        "comparisons with no merging on test images, after Holm's correction within each table. Where no filters "
+        f"collapsed: **{_counted(*counts[False])}**; where some did: {_counted(*counts[True])}."
     )
-    if gains:
-        without = "none of them" if not bare else f"{len(bare)} of them"
-        text += f" The gains: {named}; {without} without collapsed filters."
-    checked = sum(one.row.recomputed.n == one.row.n for one in settings)
+    text += f" The gains: {named}." if gains else ""
+    unchecked = sum(one.row.recomputed.n < one.row.n for one in settings)
     gone = [
         f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})"
         for one in settings
@@ -80,12 +83,15 @@ def _lasting(settings: Sequence[Setting]) -> str:
         if metric in SHOWN and value.p_holm < 0.05 and value.mean > 0
         and not (one.row.judged(metric).p_holm < 0.05 and one.row.judged(metric).mean > 0)
     ]  # fmt: skip
-    text += (
-        f" {checked} of the settings have no batch norm or were measured with recomputed batch-norm statistics, which "
-        f"then count; the others are from before that and as trained only. Gains as trained that recomputed statistics "
-        f"do not confirm: {', '.join(gone) or 'none'}."
-    )
+    if unchecked:
+        text += f" {unchecked} of the settings were measured as trained only."
+    if gone:
+        text += f" Gains as trained that recomputed statistics do not confirm: {', '.join(gone)}."
     return text
+
+
+def _counted(gains: int, losses: int) -> str:
+    return f"{gains} gain{'s' * (gains != 1)} and {losses} loss{'es' * (losses != 1)}"
 
 
 def _published(settings: Sequence[Setting]) -> str:
@@ -97,9 +103,9 @@ def _published(settings: Sequence[Setting]) -> str:
     runs = sum(row.n for row in rows)
     merges = [row.per_step for row in rows]
     return (
-        f"At the paper's own setting (threshold 0.3, alpha 0.8, p 0.3) {min(merges):.2g} to {max(merges):.2g} filters "
-        f"merge per step, {np.median(merges):.2g} in the median recipe; {idle} of {runs} runs end with the weights of "
-        "no merging, bit for bit."
+        f"At the paper's own setting {min(merges):.2g} to {max(merges):.2g} filters merge per step in these tables, "
+        f"{np.median(merges):.2g} in the median recipe; {idle} of {runs} runs end with the weights of no merging, bit "
+        "for bit."
     )
 
 
