@@ -342,9 +342,13 @@ def test_trains_on_pneumoniamnist(capsys):
         pytest.skip("set INMERGE_DATA to a folder that holds pneumoniamnist.npz")
     main([*BRIEF, "--data", str(path)])
     out = capsys.readouterr().out
-    assert "pneumoniamnist.npz: 900 training and 500 test images, 2 classes, 28x28 grey; a random 900 of the" in out
+    said = " ".join(out.split())
+    assert (
+        "pneumoniamnist.npz: 900 training and 500 test images, 2 classes, 28x28 grey; 8 of the 524 validation" in said
+    )
+    assert "; a random 900 of the 4708 training images are used" in said
     (row,) = table(out, "Training loss")
-    assert all(float(row[column]) > 60 for column in (2, 4, 7))
+    assert all(float(row[column]) > 60 for column in (2, 4, 7, 10))
 
 
 # Options

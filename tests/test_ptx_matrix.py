@@ -118,8 +118,21 @@ def place_of(row, word, swizzle):
     return byte ^ (byte >> 7 & (swizzle // 16 - 1)) << 4
 
 
-def descriptor(start, swizzle):
+def place_transposed(row, column, swizzle, rows):
+    """Where a 16-bit number of a matrix lies that is kept by columns: blocks of 8 columns, as wide as the swizzle."""
+    width = (swizzle or 16) // 2
+    block = row // width + (rows // width) * (column // 8)
+    byte = block * 16 * width + column % 8 * 2 * width + row % width * 2
+    return byte ^ (byte >> 7 & (swizzle // 16 - 1)) << 4 if swizzle else byte
+
+
+def descriptor(start, swizzle, rows=None):
+    """With ``rows`` that of a matrix that is kept by columns."""
     lead, stride = (128, 256) if swizzle == 0 else (16, 8 * swizzle)
+    if rows is not None:
+        block = 8 * (swizzle or 16)
+        blocks = block * max(1, 2 * rows // (swizzle or 16))
+        lead, stride = (block, blocks) if swizzle else (blocks, block)
     return start >> 4 | lead >> 4 << 16 | stride >> 4 << 32 | {0: 0, 128: 1, 64: 2, 32: 3}[swizzle] << 62
 
 
@@ -128,16 +141,19 @@ def signed(word):
 
 
 def wgmma(
-    kind, swizzle, columns, *, a_from_registers=False, between="", wait="wgmma.wait_group.sync.aligned 0;", keeps="0"
-):
+    kind, swizzle, columns, *, a_from_registers=False, between="", wait="wgmma.wait_group.sync.aligned 0;", keeps="0",
+    transposed=(0, 0),
+):  # fmt: skip
     """One product of 64 by ``columns`` sums; the kernel, its inputs, and what it should give."""
     (a, a_words), (b, b_words) = numbers(64, kind, 3), numbers(columns, kind, 4)
     start = 64 * max(swizzle, 32)  # of the second operand
     image = np.zeros(2 * start // 4 * 2, "u4")
-    for words, base in ((a_words, 0), (b_words, start)):
+    for words, base, by_columns in ((a_words, 0, transposed[0]), (b_words, start, transposed[1])):
         for row in range(len(words)):
-            for word in range(8):
+            for word in range(0 if by_columns else 8):
                 image[(base + place_of(row, word, swizzle)) // 4] = words[row, word]
+            for column, number in enumerate(words[row].view("u2") if by_columns else ()):
+                image.view("u2")[(base + place_transposed(row, column, swizzle, len(words))) // 2] = number
     count = columns // 2
     sums = registers(16, count)
     first = f"%rd4, %rd5, {keeps}"
@@ -145,14 +161,15 @@ def wgmma(
     if a_from_registers:
         first = f"{registers(8, 4)}, %rd5, {keeps}"
         loads = repeat(4, lambda k: f"ld.global.b32 %r{8 + k}, [%rd3+{512 * k}];")
-    tail = ", 1, 1" if kind == "tf32" else ", 1, 1, 0, 0" if not a_from_registers else ", 1, 1, 0"
+    by_columns = transposed[1:] if a_from_registers else transposed
+    tail = ", 1, 1" + "".join(f", {each}" for each in (() if kind == "tf32" else by_columns))
     fill = repeat(image.size // 128, lambda k: f"""ld.global.b32 %r2, [%rd1+{512 * k}];
         st.shared.b32 [%r1+{512 * k}], %r2;""")  # fmt: skip
     body = f"""mad.wide.u32 %rd1, %t, 4, %a; mad.wide.u32 %rd2, %t, {4 * count}, %b; mad.wide.u32 %rd3, %t, 4, %f;
         shl.b32 %r1, %t, 2; {loads} {fill}
         {repeat(count, lambda k: f"mov.b32 %r{16 + k}, 0f42280000;")}
-        fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd4, {signed(descriptor(0, swizzle))};
-        mov.b64 %rd5, {signed(descriptor(start, swizzle))};
+        fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd4, {signed(descriptor(0, swizzle, 64 if transposed[0] else None))};
+        mov.b64 %rd5, {signed(descriptor(start, swizzle, columns if transposed[1] else None))};
         wgmma.fence.sync.aligned;
         wgmma.mma_async.sync.aligned.m64n{columns}k{KINDS[kind][1]}.f32.{kind}.{kind} {sums}, {first}{tail};
         wgmma.commit_group.sync.aligned; {between} {wait}
@@ -187,6 +204,15 @@ def test_wgmma_with_the_first_operand_in_registers(kind):
     program, arrays, expected = wgmma(kind, 64, 16, a_from_registers=True)
     assert not run(program, arrays).findings
     assert (matrix_of(arrays["b"], 16) == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+@pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
+@pytest.mark.parametrize("transposed", [(1, 1), (0, 1), (1, 0)])
+def test_wgmma_of_operands_that_lie_by_columns(kind, swizzle, transposed):
+    program, arrays, expected = wgmma(kind, swizzle, 64, transposed=transposed)
+    assert not run(program, arrays).findings
+    assert (matrix_of(arrays["b"], 64) == expected).all()
 
 
 def test_products_come_when_they_are_waited_for_and_shared_memory_may_not_change_before():

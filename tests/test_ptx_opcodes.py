@@ -286,6 +286,16 @@ def test_bit_fields(first, length):
         assert s == (field - (field >> (length - 1) << length)) % 2**32
 
 
+@pytest.mark.parametrize("selector", ["0x3340U", "0x7531", "0x0246"])
+def test_bytes_are_chosen_from_two_words(selector):
+    a, b = inputs("b32", 0), inputs("b32", 1)
+    got = execute(f"prmt.b32 %r0, %r1, %r2, {selector}", {"r1": a, "r2": b})("r0")
+    digits = int(selector.rstrip("U"), 16)
+    for x, y, word in zip(a.tolist(), b.tolist(), got.tolist(), strict=True):
+        eight = x | y << 32
+        assert word == sum((eight >> 8 * (digits >> 4 * k & 15) & 255) << 8 * k for k in range(4))
+
+
 def test_shifts_by_numbers():
     raw = inputs("b32", 0)
     for by in (0, 1, 31, 32, 40):
@@ -378,7 +388,8 @@ UNKNOWN = [
     "fence.acq_rel.gpu", "membar.gl", "bar.arrive 0, 64", "bar.sync %r1", "@%p1 ret.uni",
     "mbarrier.init.shared::cta.b64 [%r1], 1",
     "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%r6}, {%r0,%r1,%r2,%r3}",
-    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0,%r1,%r2,%r3}, %rd1, %rd2, %p1, 1, 1, 1, 1",
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0,%r1,%r2,%r3}, %rd1, %rd2, %p1, 1, 1, 1, 2",
+    "prmt.b32 %r0, %r1, %r2, %r3", "prmt.b32 %r0, %r1, %r2, 0x3348", "prmt.b32.f4e %r0, %r1, %r2, 1",
     "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0,%r1,%r2,%r3}, %rd1, %rd2, %p1, -1, 1, 0, 0",
     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r0}, [%r1]", "cp.async.bulk.shared.global [%r1], [%rd1], 16, [%r2]",
     "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32", "mov.b32 %r0, %clock",

@@ -90,6 +90,13 @@ def shift(a: np.ndarray, n: np.ndarray, left: bool) -> np.ndarray:
     return shifted if a.dtype.kind == "i" else np.where(n < bits, shifted, a.dtype.type(0))
 
 
+def permute(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
+    """Four of the eight bytes of two words, each named by four bits of ``selector``."""
+    eight = np.stack([a, b], axis=-1).view("u1")
+    chosen = eight[..., [selector >> 4 * k & 7 for k in range(4)]]
+    return np.ascontiguousarray(chosen).view("u4")[..., 0]
+
+
 def shuffle_sources(mode: str, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """The lane that each lane of ``shfl.sync`` takes its value from."""
     segment, clamp, by = (c.astype(int) >> 8) & 31, c.astype(int) & 31, b.astype(int) & 31

@@ -144,17 +144,43 @@ class Mma(Step):
 # -------------------------------------------------------------------------------------------------------------- wgmma
 
 
+SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes, by the highest bits of a descriptor
+
+
+def fields_of(descriptor: int) -> tuple[int, int, int, int]:
+    """Start, leading and stride offset, and swizzle of a matrix in shared memory, in bytes."""
+    start, lead, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    return start, lead, stride, SWIZZLES[descriptor >> 62]
+
+
 @lru_cache(maxsize=4096)
 def described(descriptor: int, first_row: int, rows: int) -> np.ndarray:
     """Where rows of 32 bytes of a matrix lie in shared memory: the numbers of their words."""
-    start, lead, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    start, lead, stride, swizzle = fields_of(descriptor)
     row, byte = np.arange(first_row, first_row + rows), np.arange(0, 32, 4)
-    swizzle = {0: 0, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
     if swizzle:
         at = start + (row // 8 * stride + row % 8 * swizzle)[:, None] + byte
         at ^= (at >> 7 & (swizzle // 16 - 1)) << 4
     else:
         at = start + (row // 8 * stride + row % 8 * 16)[:, None] + byte // 16 * lead + byte % 16
+    return (at // 4).ravel()
+
+
+@lru_cache(maxsize=4096)
+def described_transposed(descriptor: int, first_row: int, rows: int) -> np.ndarray:
+    """The same of a matrix of 16-bit numbers that lies there by columns: words of two rows, column by column.
+
+    CUTLASS writes these layouts down as "MN-major" (``cute/atom/mma_traits_sm90_gmma.hpp``): as wide as the swizzle, eight
+    columns at a time; what is beyond is ``lead`` bytes away along the rows and ``stride`` along the columns, and the other
+    way round without a swizzle.
+    """
+    start, lead, stride, swizzle = fields_of(descriptor)
+    column, byte = np.arange(16)[:, None], 2 * np.arange(first_row, first_row + rows, 2)
+    width = swizzle or 16
+    along_rows, along_columns = (lead, stride) if swizzle else (stride, lead)
+    at = start + byte // width * along_rows + byte % width + column // 8 * along_columns + column % 8 * width
+    if swizzle:
+        at ^= (at >> 7 & (swizzle // 16 - 1)) << 4
     return (at // 4).ravel()
 
 
@@ -185,8 +211,9 @@ class WarpgroupMma(Step):
             self.columns, self.kind = int(match[1]), match[3]
             self.sums, a, b, keeps_sums, *factors = instr.args
             signs, transposed = factors[:2], factors[2:]
-            if any(sign != Imm(1) for sign in signs) or any(each != Imm(0) for each in transposed):
-                raise self.fail("is not of plain, K-major operands")
+            if any(sign != Imm(1) for sign in signs) or any(each not in (Imm(0), Imm(1)) for each in transposed):
+                raise self.fail("changes a sign")
+            self.transposed = [each == Imm(1) for each in transposed] or [False]  # both operands, or the second alone
             self.a = [self.getter(reg, "b32") for reg in a] if isinstance(a, list) else self.getter(a, "b64")
             self.b, self.keeps_sums = self.getter(b, "b64"), self.getter(keeps_sums, "pred")
             self.old = [self.getter(reg, "b32") for reg in self.sums]
@@ -222,10 +249,15 @@ class WarpgroupMma(Step):
 
     def _parts(self, w: Warp, product: Product) -> list[np.ndarray]:
         """Where the operands in shared memory lie: the second, and the first if it is there."""
-        parts = [described(product.b, 0, self.columns)]
+        places = [described_transposed if each else described for each in self.transposed]
+        parts = [places[-1](product.b, 0, self.columns)]
         if product.a is not None:
-            parts.append(described(product.a, 16 * (w.index % 4), 16))
+            parts.append(places[0](product.a, 16 * (w.index % 4), 16))
         return parts
+
+    def _matrix(self, words: np.ndarray, rows: int, transposed: bool) -> np.ndarray:
+        numbers = decode(words, self.kind)
+        return numbers.reshape(16, rows).T if transposed else numbers.reshape(rows, -1)
 
     def _read(self, machine: Machine, w: Warp, numbers: np.ndarray, product: Product) -> np.ndarray:
         if int(numbers.max()) * 4 + 4 > w.cta.shared.end:
@@ -237,7 +269,10 @@ class WarpgroupMma(Step):
         """Multiply, with what is in registers and shared memory now."""
         w.cta.pending.end(product)
         b, *a = (self._read(machine, w, numbers, product) for numbers in self._parts(w, product))
-        right = decode(b, self.kind).reshape(self.columns, -1)
-        left = decode(a[0], self.kind).reshape(16, -1) if a else operand([get(w) for get in self.a], self.kind, 16)
+        right = self._matrix(b, self.columns, self.transposed[-1])
+        if a:
+            left = self._matrix(a[0], 16, self.transposed[0])
+        else:
+            left = operand([get(w) for get in self.a], self.kind, 16)
         old = sums([get(w) for get in self.old]) if product.keeps_sums else 0
         set_sums(w, self.sums, toward_zero(old + left @ right.T))

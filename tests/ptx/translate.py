@@ -47,7 +47,8 @@ class Translator:
         self.shared = shared
         self.constants: list[np.ndarray] = []
         self._known: dict[tuple[str, bytes], str] = {}
-        names = ("bf16", "f16", "tf32", "fma", "quotient", "mul_hi", "count_bits", "shift", "shuffle", "reduce_warp")
+        names = ("bf16", "f16", "tf32", "fma", "quotient", "mul_hi", "count_bits", "shift", "permute", "shuffle",
+                 "reduce_warp")  # fmt: skip
         self._scope = {name: getattr(arithmetic, name) for name in names}
         self._scope |= {"np": np, "where": np.where, "c": self.constants}
 
@@ -245,6 +246,11 @@ class Translator:
         dtype = NUMPY[i.mods[0]]
         up = f"({self.value(a, 'u32')} << {left}).view({dtype!r})"
         return self.store(d, f"{up} >> {self.number(right, dtype)}", i.mods[0])
+
+    def _prmt(self, i, d, a, b, selector):
+        if i.mods != ["b32"] or not 0 <= selector.value <= 0x7777 or selector.value & 0x8888:  # 8 to 15 copy a sign
+            raise UnsupportedError(str(i))
+        return self.store(d, f"permute({self.value(a, 'b32')}, {self.value(b, 'b32')}, {selector.value})", "b32")
 
     def _setp(self, i, d, a, b, *c):
         comparison, *logic, kind = i.mods
