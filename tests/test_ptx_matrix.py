@@ -155,6 +155,10 @@ def wgmma(
             for column, number in enumerate(words[row].view("u2") if by_columns else ()):
                 image.view("u2")[(base + place_transposed(row, column, swizzle, len(words))) // 2] = number
     count = columns // 2
+    a_at, b_at = (
+        signed(descriptor(place, swizzle, rows if by_columns else None))
+        for place, rows, by_columns in zip((0, start), (64, columns), transposed, strict=True)
+    )
     sums = registers(16, count)
     first = f"%rd4, %rd5, {keeps}"
     loads = ""
@@ -168,8 +172,7 @@ def wgmma(
     body = f"""mad.wide.u32 %rd1, %t, 4, %a; mad.wide.u32 %rd2, %t, {4 * count}, %b; mad.wide.u32 %rd3, %t, 4, %f;
         shl.b32 %r1, %t, 2; {loads} {fill}
         {repeat(count, lambda k: f"mov.b32 %r{16 + k}, 0f42280000;")}
-        fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd4, {signed(descriptor(0, swizzle, 64 if transposed[0] else None))};
-        mov.b64 %rd5, {signed(descriptor(start, swizzle, columns if transposed[1] else None))};
+        fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd4, {a_at}; mov.b64 %rd5, {b_at};
         wgmma.fence.sync.aligned;
         wgmma.mma_async.sync.aligned.m64n{columns}k{KINDS[kind][1]}.f32.{kind}.{kind} {sums}, {first}{tail};
         wgmma.commit_group.sync.aligned; {between} {wait}

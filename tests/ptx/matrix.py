@@ -170,9 +170,9 @@ def described(descriptor: int, first_row: int, rows: int) -> np.ndarray:
 def described_transposed(descriptor: int, first_row: int, rows: int) -> np.ndarray:
     """The same of a matrix of 16-bit numbers that lies there by columns: words of two rows, column by column.
 
-    CUTLASS writes these layouts down as "MN-major" (``cute/atom/mma_traits_sm90_gmma.hpp``): as wide as the swizzle, eight
-    columns at a time; what is beyond is ``lead`` bytes away along the rows and ``stride`` along the columns, and the other
-    way round without a swizzle.
+    CUTLASS writes these layouts down as "MN-major" (``cute/atom/mma_traits_sm90_gmma.hpp``): as wide as the swizzle,
+    eight columns at a time; what is beyond is ``lead`` bytes away along the rows and ``stride`` along the columns, and
+    the other way round without a swizzle.
     """
     start, lead, stride, swizzle = fields_of(descriptor)
     column, byte = np.arange(16)[:, None], 2 * np.arange(first_row, first_row + rows, 2)
@@ -270,9 +270,7 @@ class WarpgroupMma(Step):
         w.cta.pending.end(product)
         b, *a = (self._read(machine, w, numbers, product) for numbers in self._parts(w, product))
         right = self._matrix(b, self.columns, self.transposed[-1])
-        if a:
-            left = self._matrix(a[0], 16, self.transposed[0])
-        else:
-            left = operand([get(w) for get in self.a], self.kind, 16)
+        in_registers = None if a else [get(w) for get in self.a]
+        left = self._matrix(a[0], 16, self.transposed[0]) if a else operand(in_registers, self.kind, 16)
         old = sums([get(w) for get in self.old]) if product.keeps_sums else 0
         set_sums(w, self.sums, toward_zero(old + left @ right.T))
