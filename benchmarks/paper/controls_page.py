@@ -13,6 +13,7 @@ from . import forward_only
 from .compare import FEWEST, Row, paired
 from .experiments import FINE_TUNE_ARMS
 from .forward_only import BOTH, DEFAULT, DROPCONNECT, DROPOUT, LASTING, MERGING, NOISE, confirmed_results
+from .tables import SHOWN as COUNTED
 from .tables import difference_text, gains_and_losses, read_manifest, rows_of, table
 
 SHOWN = ("acc", "AUC", "ECE", "corrupted acc", "corrupted AUC", "non-noise AUC", "corrupted ECE", "noise AUC")
@@ -26,18 +27,18 @@ ALL_KINDS, OTHER_KINDS = forward_only.METRIC, "non-noise AUC"
 IN_SHORT = """Differences in AUC to no merging, in percentage points with 95 % intervals, batch-norm statistics
 recomputed in both; \\* the interval excludes 0; 0: nothing merged. *All*: mean over 13 kinds of corruption; *not
 noise*: over the nine that are no pixel noise. *Default*: alpha 0.5, p 0.5, random partner; *as chosen*: on validation
-images, with one or two seeds of this network or, in three set-ups, of another; noise as large moves the filters as
-far as what was chosen. In fine-tuning nothing was chosen: 2 epochs and 2 in every arm on 200 images, 200 test images.
+images, with one or two seeds of this set-up or, in three, of another; noise as large moves the filters as far as what
+was chosen. In fine-tuning nothing was chosen: 2 epochs and 2 in every arm on 200 images, 200 test images.
 
 """
 HEAD = """## Merging beside standard regularisers
 
 Every arm against no merging, same seed, same start, same images in the same order; batch-norm statistics recomputed
 in both. Lasting merging is the published in-place merge at its own setting; noise moves the filters as far as the
-merging above it, in random directions; DropConnect and Dropout2d work on the same layers. d in percentage points with
-95 % intervals; \\* p < 0.05, in fine-tuning \\*\\* p < 0.05 after Holm's correction over its arms. *Corrupted*: mean
-over 13 kinds of corruption at severity 4, *non-noise* over the nine that are no pixel noise; *noise*: Gaussian, of
-three strengths. *ECE*: expected calibration error (15 bins), less is better. *merges*: filters per step.
+merging in its name, in random directions; DropConnect and Dropout2d work on the same layers. d in percentage points
+with 95 % intervals; \\* p < 0.05, in fine-tuning \\*\\* p < 0.05 after Holm's correction over its arms. *Corrupted*:
+mean over 13 kinds of corruption at severity 4, *non-noise* over the nine that are no pixel noise; *noise*: Gaussian,
+of three strengths. *ECE*: expected calibration error (15 bins), less is better. *merges*: filters per step.
 
 """
 
@@ -93,7 +94,7 @@ def fine_tuned(manifests: Sequence[Path]) -> list[str]:
     """A sentence on each network that was fine-tuned: what differs after Holm's correction."""
     said = []
     for where, rows in fine_tunings(manifests):
-        gains, losses = (", ".join(one) or "none" for one in gains_and_losses(rows))
+        gains, losses = (", ".join(one) or "none" for one in gains_and_losses(rows, (*COUNTED, OTHER_KINDS)))
         arms = sum(row.kind == "setting" for row in rows)
         text = (
             f"**Fine-tuning** ({where}), {arms} arms against no merging, in accuracy and AUC after Holm's correction: "

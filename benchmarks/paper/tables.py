@@ -165,12 +165,12 @@ def difference_text(one: Paired) -> str:
     return f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}]{stars}"
 
 
-def gains_and_losses(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+def gains_and_losses(rows: Sequence[Row], metrics: Sequence[str] = SHOWN) -> tuple[list[str], list[str]]:
     """What differs from the baseline after Holm's correction, each in a few words."""
     gains: list[str] = []
     losses: list[str] = []
     for row in rows:
-        for metric in SHOWN if row.kind == "setting" else ():
+        for metric in metrics if row.kind == "setting" else ():
             one = row.judged(metric)
             if one.p_holm < 0.05:
                 (gains if one.mean > 0 else losses).append(f"{row.label}: {metric} {one.mean:+.2f}")
