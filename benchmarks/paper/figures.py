@@ -60,9 +60,12 @@ def _legend(axis: Any) -> None:
 def _bars(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[Row]]]) -> Any:
     """A row for every arm: the paired difference and its interval."""
     height = 1.2 + 0.42 * max(len(_settings(rows)) for _, rows in groups)
+    # Room for the longest name, at 0.08 inches a letter, beside an axis that takes its title.
+    longest = max(len(line) for _, rows in groups for row in _settings(rows) for line in _tick(row).split("\n"))
     figure, axes = plt.subplots(
-        1, len(groups), figsize=(6.2 * len(groups), height + 0.5), squeeze=False, layout="constrained"
-    )
+        1, len(groups), figsize=((4.0 + 0.08 * longest) * len(groups), height + 0.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for axis, (recipe, rows) in zip(axes[0], groups, strict=True):
         shown = _settings(rows)
         for index, row in enumerate(shown):
@@ -70,12 +73,12 @@ def _bars(plt: Any, manifest: dict[str, Any], groups: Sequence[tuple[str, list[R
                 place = len(shown) - index - 0.12 + 0.24 * (1 - offset)
                 _point(axis, place, row, metric, colour, vertical=True)
         axis.set_yticks(range(len(shown), 0, -1), [_tick(row) for row in shown])
-        axis.set_ylim(0.4, len(shown) + 0.6)
+        axis.set_ylim(0.4, len(shown) + 1.3)  # the legend stands above all points
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(recipe, fontsize=9)
         axis.set_xlabel(_difference_label(rows))
         _legend(axis)
-        axis.legend(fontsize=8, loc="best", frameon=False)
+        axis.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
     figure.suptitle(_title(manifest), fontsize=10)
     return figure
 
