@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import forward_only
 from .compare import FEWEST, Row, paired
 from .experiments import FINE_TUNE_ARMS
-from .forward_only import BOTH, DEFAULT, DROPCONNECT, DROPOUT, LASTING, MERGING, NOISE, confirmed_results
+from .forward_only import BOTH, DEFAULT, DROPCONNECT, DROPOUT, LASTING, MERGING, NOISE, confirmations
 from .tables import SHOWN as COUNTED
 from .tables import difference_text, gains_and_losses, read_manifest, rows_of, table
 
@@ -60,11 +60,7 @@ def fine_tunings(manifests: Sequence[Path]) -> Iterator[tuple[str, list[Row]]]:
 def section(manifests: Sequence[Path], out: Path) -> str:
     """The section; empty if nothing was run with controls."""
     body: list[list[str]] = []
-    for path in sorted(out.glob(f"{forward_only.NAME}.*.plan.json")):
-        arms, found = confirmed_results(path)
-        if len(found[""]) < FEWEST:
-            continue
-        recipe = json.loads(path.read_text())["recipe"]
+    for recipe, arms, found in confirmations(out):
         where = forward_only.named(recipe, len(found[""]))
         for family in (one for one in FAMILIES if one in arms and found.get(one)):
             results = found[family]
@@ -110,7 +106,7 @@ def fine_tuned(manifests: Sequence[Path]) -> list[str]:
 
 def lasting_answer(out: Path) -> list[str]:
     """A sentence on the published setting of lasting merging, where it stood beside forward-only merging."""
-    each = [found for _, found in _confirmed(out) if found.get(LASTING)]
+    each = [found for _, _, found in confirmations(out) if found.get(LASTING)]
     if not each:
         return []
     values = [paired(forward_only.differences(found[LASTING], found[""], ALL_KINDS)) for found in each]
@@ -123,7 +119,7 @@ def lasting_answer(out: Path) -> list[str]:
 
 def forward_only_answer(out: Path) -> list[str]:
     """A sentence on all confirmations of forward-only merging; none if there are none."""
-    each = [found for _, found in _confirmed(out)]
+    each = [found for _, _, found in confirmations(out)]
     if not each:
         return []
 
@@ -146,37 +142,28 @@ def forward_only_answer(out: Path) -> list[str]:
 
 def answer_table(manifests: Sequence[Path], out: Path) -> str:
     """What merging and its controls do to the AUC on corrupted images, of all kinds and without pixel noise."""
-    body = []
-    for path, found in sorted(_confirmed(out), key=lambda one: "digits" in one[0].name):
-        recipe = json.loads(path.read_text())["recipe"]
-        results = dict(found)
-        if DEFAULT not in results:  # the plan chose the default
-            results[DEFAULT] = found.get(MERGING, {})
-        for metric, kinds in ((ALL_KINDS, "all"), (OTHER_KINDS, "not noise")):
-            each = [
-                paired(forward_only.differences(results.get(family, {}), found[""], metric)) for family in IN_ANSWER
-            ]
-            cells = [difference_text(value) for value in each]
-            if results[DEFAULT] is found.get(MERGING):
-                cells[list(IN_ANSWER).index(MERGING)] = "the default"
-            body.append([forward_only.named(recipe, len(found[""])) if kinds == "all" else "", kinds, *cells])
+    body: list[list[str]] = []
+
+    def add(where: str, cells_of: Callable[[str], list[str]]) -> None:
+        body.extend([[where, "all", *cells_of(ALL_KINDS)], ["", "not noise", *cells_of(OTHER_KINDS)]])
+
+    def of_plan(found: dict[str, Any], metric: str) -> list[str]:
+        results = {DEFAULT: found.get(MERGING, {}), **found}  # without one of its own, the plan chose the default
+        each = (paired(forward_only.differences(results.get(family, {}), found[""], metric)) for family in IN_ANSWER)
+        cells = dict(zip(IN_ANSWER, map(difference_text, each), strict=True))
+        return list((cells if DEFAULT in found else {**cells, MERGING: "the default"}).values())
+
+    def of_fine_tuning(rows: Sequence[Row], metric: str) -> list[str]:
+        by_label = {row.label: row.recomputed.difference.get(metric) for row in rows}
+        labels = (FINE_TUNE_ARMS[FINE_TUNED[family]].label() if family in FINE_TUNED else "" for family in IN_ANSWER)
+        each = map(by_label.get, labels)
+        # Uncorrected, as the lines above.
+        return ["–" if one is None else difference_text(dataclasses.replace(one, p_holm=math.nan)) for one in each]
+
+    for recipe, _, found in sorted(confirmations(out), key=lambda one: one[0]["data"] == "digits"):
+        add(forward_only.named(recipe, len(found[""])), functools.partial(of_plan, found))
     for where, rows in fine_tunings(manifests):
-        labels = [FINE_TUNE_ARMS[FINE_TUNED[family]].label() if family in FINE_TUNED else "" for family in IN_ANSWER]
-        for metric, kinds in ((ALL_KINDS, "all"), (OTHER_KINDS, "not noise")):
-            by_label = {row.label: row.recomputed.difference.get(metric) for row in rows}
-            found = [by_label.get(label) for label in labels]
-            # Uncorrected, as the lines above.
-            cells = [
-                "–" if one is None else difference_text(dataclasses.replace(one, p_holm=math.nan)) for one in found
-            ]
-            body.append([where if kinds == "all" else "", kinds, *cells])
+        add(where, functools.partial(of_fine_tuning, rows))
     if not body:
         return ""
     return IN_SHORT + table(["data, network", "corruptions", *IN_ANSWER.values()], body)
-
-
-def _confirmed(out: Path) -> Iterator[tuple[Path, dict[str, dict[int, dict[str, Any]]]]]:
-    for path in sorted(out.glob(f"{forward_only.NAME}.*.plan.json")):
-        found = forward_only.confirmed_results(path)[1]
-        if len(found[""]) >= FEWEST:
-            yield path, found

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .compare import RECOMPUTED, TRAINED, group_of, has_diverged, paired
+from .compare import FEWEST, RECOMPUTED, TRAINED, group_of, has_diverged, paired
 from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
 from .experiments import Options, recipes
 from .grid import Where, execute, is_leader
@@ -249,6 +250,14 @@ def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, d
 
     done = [seed for seed in seeds if all(name(arm, seed) in runs for arm in every.values())]
     return every, {family: {seed: runs[name(arm, seed)] for seed in done} for family, arm in every.items()}
+
+
+def confirmations(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Arm], dict[str, dict[int, dict[str, Any]]]]]:
+    """Recipe, arms and results of every plan that has enough seeds for an interval, see :func:`confirmed_results`."""
+    for path in sorted(out.glob(f"{NAME}.*.plan.json")):
+        arms, found = confirmed_results(path)
+        if len(found[""]) >= FEWEST:
+            yield json.loads(path.read_text())["recipe"], arms, found
 
 
 def differences(

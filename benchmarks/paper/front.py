@@ -122,10 +122,6 @@ def _collapse(settings: Sequence[Setting]) -> str:
     )
 
 
-def _plans(out: Path) -> list[Path]:
-    return sorted(out.glob(f"{forward_only.NAME}.*.plan.json"))
-
-
 def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
     """Write the figure of all settings; None if there are none."""
     if not settings:
@@ -145,8 +141,7 @@ def write_figure(settings: Sequence[Setting], out: Path) -> Path | None:
         for one in settings:
             filled = {"markerfacecolor": "white"} if one.row.collapsed else {}
             _point(axis, one.row.per_step, one.row.judged(METRIC), "o", COLOURS[0], **filled)
-        for path in _plans(out):
-            _, found = forward_only.confirmed_results(path)
+        for _, _, found in forward_only.confirmations(out):
             results = found.get(forward_only.MERGING, {})
             value = paired(forward_only.differences(results, found[""], METRIC))
             if value.n >= FEWEST:
