@@ -17,7 +17,7 @@ from benchmarks.paper.controls import OtherWeights, dropconnect, dropout2d, nois
 from benchmarks.paper.data import load
 from benchmarks.paper.dataset import Split
 from benchmarks.paper.experiments import Options
-from benchmarks.paper.forward_only import arm_of, confirm, differences, plan, plan_path, value_of
+from benchmarks.paper.forward_only import arm_of, confirm, differences, plan, plan_path, read_plan, supplement, value_of
 from benchmarks.paper.grid import Where
 from benchmarks.paper.merging import treatment
 from benchmarks.paper.metrics import calibration_error
@@ -31,7 +31,8 @@ pytest.importorskip("PIL")
 
 FAST = dataclasses.replace(TINY, name="forward-only.tiny", arm_epochs=1, limit=64, attack=False)
 NOISE = dataclasses.replace(FORWARD, as_noise=True)
-FORWARD_ARMS = (Arm(FORWARD), Arm(NOISE), Arm(dropconnect=0.3), Arm(dropout=0.3), Arm(FORWARD, dropout=0.3))
+ANGLE = dataclasses.replace(NOISE, same_angle=True)
+FORWARD_ARMS = (Arm(FORWARD), Arm(NOISE), Arm(ANGLE), Arm(dropconnect=0.3), Arm(dropout=0.3), Arm(FORWARD, dropout=0.3))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,6 +122,37 @@ def test_noise_moves_the_filters_that_merging_moves_as_far(bench, setting):
         count += int((~still).sum())
     assert 0 < count <= sum(layers.filters)
     assert (count < 0.6 * sum(layers.filters)) == (setting is FORWARD)
+
+
+@pytest.mark.parametrize(
+    "setting", [ANGLE, dataclasses.replace(ANGLE, alpha=0.3, z=1.0, prob=1.0, partner="similar")], ids=Merging.label
+)
+def test_noise_at_the_angle_lacks_nothing_of_a_merge_but_the_partner(bench, setting):
+    net = build("vgg8", bench.data, 3).net
+    with torch.no_grad():
+        net.conv8.weight[3] = 0.0  # a dead filter has no angle; its partner's share must still come from somewhere
+    layers = MergePlan(net, skip_first=0.0)
+    old = [weight.detach().clone() for weight in layers.weights()]
+    threshold = -1.0 if setting.z is None else NoiseThreshold(setting.z)
+    arguments = {"alpha": setting.alpha, "prob": setting.prob, "partner": setting.partner}
+    with merged(layers, **arguments, threshold=threshold, seed=5, step=9):
+        changed = [weight.detach().flatten(1).clone() for weight in layers.weights()]
+    noise = noise_like_merging(layers, setting, 5)(layers.weights(), 9)
+    cosine = torch.cosine_similarity
+    for before, one, two in zip(
+        (each.flatten(1) for each in old), changed, (each.flatten(1) for each in noise), strict=True
+    ):
+        torch.testing.assert_close(two.norm(dim=1), one.norm(dim=1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close((two - before).norm(dim=1), (one - before).norm(dim=1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cosine(two, before), cosine(one, before), rtol=0, atol=1e-5)
+        moved = (one != before).any(1)
+        assert torch.equal(two[~moved], before[~moved])
+        assert 0 < moved.sum() < len(moved) or setting.prob == 1
+        if one.shape[1] > 100:  # and the direction across is nobody's: 1/sqrt(D) is 0.1 at most
+            across = [each - (each * before).sum(1, True) / before.square().sum(1, True).clamp_min(1e-30) * before
+                      for each in (one, two)]  # fmt: skip
+            assert cosine(*(each[moved] for each in across)).abs().mean() < 0.15
+    assert torch.isfinite(noise[-1]).all()
 
 
 def test_dropconnect_drops_its_share_and_keeps_the_mean(bench):
@@ -346,6 +378,47 @@ def test_the_page_shows_what_the_files_say(planned):
             assert shown == "0" if not any(gains) else shown.startswith(f"{sum(gains) / 3:+.2f}")
     assert "3 of 3 planned seeds" in text
     assert forward_page.write(where.out).read_text() == text
+
+
+def test_a_supplement_adds_a_control_to_a_plan_that_is_done(planned, tmp_path):
+    where, plan_file = planned
+    out = tmp_path / "results"
+    out.mkdir()
+    path = out / plan_file.name
+    path.write_bytes(plan_file.read_bytes())
+    results = out / f"{FAST.name}.jsonl"
+    results.write_bytes((where.out / results.name).read_bytes())
+    here = dataclasses.replace(where, out=out)
+    before, _ = forward_only.confirmed_results(path)
+    target = supplement(path)
+    with pytest.raises(ValueError, match="there is a supplement already"):
+        supplement(path)
+    _, _, seeds, digest = read_plan(path)
+    assert forward_only.confirmed_results(path)[0] == before  # nothing of it is done yet
+    page = forward_page.write(out).read_text()
+    confirm(path, here)
+    every, found = forward_only.confirmed_results(path)
+    new = {family: arm for family, arm in every.items() if family not in before}
+    merging = arm_of(json.loads(path.read_text())["confirm"][forward_only.MERGING]).merging
+    assert new[forward_only.ANGLE].merging == dataclasses.replace(merging, as_noise=True, same_angle=True)
+    assert all(sorted(found[family]) == seeds for family in every)
+    assert {one["plan"] for one in found[forward_only.ANGLE].values()} == {forward_only.read_supplement(path)[1]}
+    assert {one["plan"] for family in before for one in found[family].values()} == {digest}
+    text = forward_page.write(out).read_text()
+    assert new[forward_only.ANGLE].label() not in page.partition("## In short")[2]
+    assert text.count(f"| {new[forward_only.ANGLE].label()} |") == 2
+    assert "noise at the angle (" in text
+    # It can be changed no more, be it itself or by another plan.
+    content = json.loads(target.read_text())
+    target.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="supplement.json: was changed after the confirmation had begun"):
+        confirm(path, here)
+    target.write_text(json.dumps(content | {"plan": "0" * 16}))
+    with pytest.raises(ValueError, match="is for plan 0000000000000000"):
+        confirm(path, here)
+    target.unlink()
+    with pytest.raises(ValueError, match="of its runs have looked at the test images already"):
+        supplement(path)
 
 
 def test_a_seed_that_was_cut_short_is_not_shown(planned, tmp_path):

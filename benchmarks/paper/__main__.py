@@ -44,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
                         "report"], help="what to run; report writes tables, figures, RESULTS.md, FORWARD_ONLY.md "
                         "and PAPER_TABLES.md; "
                         f"{trained.NAME} has options of its own, see {trained.NAME} --help")  # fmt: skip
-    parser.add_argument("stage", nargs="?", choices=["plan", "confirm"], help=f"of {forward_only.NAME}: explore on "
-                        "validation images and write the plan, or do it")  # fmt: skip
+    parser.add_argument("stage", nargs="?", choices=["plan", "confirm", "supplement"], help=f"of {forward_only.NAME}: "
+                        "explore on validation images and write the plan, do it, or plan a control that was thought of "
+                        "later")  # fmt: skip
     parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
                         "not from one trained backbone")  # fmt: skip
     parser.add_argument("--like", metavar="NAME", help=f"{forward_only.NAME} plan: take over what another plan has "
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.show and given.experiment not in EXPERIMENTS:
         parser.error(f"argument --show: is for experiments, not for {given.experiment}")
     if (given.experiment == forward_only.NAME) != (given.stage is not None):
-        parser.error(f"argument stage: plan or confirm, for {forward_only.NAME} and for nothing else")
+        parser.error(f"argument stage: plan, confirm or supplement, for {forward_only.NAME} and for nothing else")
     if given.experiment != forward_only.NAME and (given.from_scratch or given.like):
         parser.error(f"arguments --from-scratch and --like: are for {forward_only.NAME}")
     if given.like and given.stage != "plan":

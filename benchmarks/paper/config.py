@@ -83,6 +83,7 @@ class Merging:
         in_validation: merge before every forward pass of a validation after each epoch too, as the published code does.
         lasting: whether merging stays in the weights, as published; else it lasts for a forward and backward pass.
         as_noise: with ``lasting=False``, move every merged filter as far, but in a random direction.
+        same_angle: with ``as_noise``, turn it by as much, too, and give it the norm that merging would.
     """
 
     alpha: float = 0.8
@@ -100,10 +101,13 @@ class Merging:
     as_noise: bool = False
     quantile: float | None = None
     budget: float | None = None
+    same_angle: bool = False
 
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.z, self.quantile, self.budget)) > 1:
             raise ValueError(f"z, quantile and budget are three kinds of threshold: give one, got {self}")
+        if self.same_angle and not self.as_noise:
+            raise ValueError(f"same_angle is for as_noise, got {self}")
         if self.budget is not None and (self.in_validation or not self.lasting):
             raise ValueError(f"budget is for merging that lasts, and in training alone, got {self}")
 
@@ -138,7 +142,8 @@ class Merging:
         return f"tau {self.threshold:g}" if self.z is None else f"z {self.z:g}"
 
     def _forward_label(self) -> str:
-        words = ["noise like forward-only merging" if self.as_noise else "forward-only merging"]
+        noise = "noise at the angle of " if self.same_angle else "noise like " if self.as_noise else ""
+        words = [f"{noise}forward-only merging"]
         words += [f"alpha {self.alpha:g}", f"p {self.prob:g}"]
         if (self.z, self.quantile) != (None, None) or self.threshold > -1:
             words.append(self._threshold_label())

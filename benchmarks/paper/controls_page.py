@@ -12,33 +12,46 @@ from typing import Any
 from . import forward_only
 from .compare import FEWEST, Row, paired
 from .experiments import FINE_TUNE_ARMS
-from .forward_only import BOTH, DEFAULT, DROPCONNECT, DROPOUT, LASTING, MERGING, NOISE, confirmations
+from .forward_only import (
+    ANGLE,
+    ANGLE_DEFAULT,
+    BOTH,
+    DEFAULT,
+    DROPCONNECT,
+    DROPOUT,
+    LASTING,
+    MERGING,
+    NOISE,
+    confirmations,
+)
 from .tables import SHOWN as COUNTED
 from .tables import difference_text, gains_and_losses, read_manifest, rows_of, table
 
 SHOWN = ("acc", "AUC", "ECE", "corrupted acc", "corrupted AUC", "non-noise AUC", "corrupted ECE", "noise AUC")
-FAMILIES = (LASTING, MERGING, DEFAULT, NOISE, DROPCONNECT, DROPOUT, BOTH)
-IN_ANSWER = {LASTING: "lasting, as published", DEFAULT: "forward-only, default", MERGING: "forward-only, as chosen",
-             NOISE: "noise as large", DROPCONNECT: "DropConnect", DROPOUT: "Dropout2d",
-             BOTH: "forward-only and Dropout2d"}  # fmt: skip
-FINE_TUNED = {LASTING: "paper", DEFAULT: "forward-only", NOISE: "equal-norm-noise", DROPCONNECT: "dropconnect",
+FAMILIES = (LASTING, MERGING, ANGLE, DEFAULT, ANGLE_DEFAULT, NOISE, DROPCONNECT, DROPOUT, BOTH)
+IN_ANSWER = {LASTING: "lasting, as published", DEFAULT: "forward-only, default",
+             ANGLE_DEFAULT: "noise like the default", MERGING: "forward-only, as chosen",
+             ANGLE: "noise like the chosen", DROPCONNECT: "DropConnect", DROPOUT: "Dropout2d", BOTH: "forward-only and Dropout2d"}  # fmt: skip
+FINE_TUNED = {LASTING: "paper", DEFAULT: "forward-only", ANGLE_DEFAULT: "equal-angle-noise", DROPCONNECT: "dropconnect",
               DROPOUT: "dropout", BOTH: "forward-only+dropout"}  # fmt: skip
 ALL_KINDS, OTHER_KINDS = forward_only.METRIC, "non-noise AUC"
 IN_SHORT = """Differences in AUC to no merging, in percentage points with 95 % intervals, batch-norm statistics
 recomputed in both; \\* the interval excludes 0; 0: nothing merged. *All*: mean over 13 kinds of corruption; *not
 noise*: over the nine that are no pixel noise. *Default*: alpha 0.5, p 0.5, random partner; *as chosen*: on validation
-images, with one or two seeds of this set-up or, in three, of another; noise as large moves the filters as far as what
-was chosen. In fine-tuning nothing was chosen: 2 epochs and 2 in every arm on 200 images, 200 test images.
+images, with one or two seeds of this set-up or, in three, of another. *Noise like* a merging moves and turns the same
+filters as far, each in a random direction. In fine-tuning nothing was chosen: 2 epochs and 2 in every arm on 200
+images, 200 test images.
 
 """
 HEAD = """## Merging beside standard regularisers
 
 Every arm against no merging, same seed, same start, same images in the same order; batch-norm statistics recomputed
 in both. Lasting merging is the published in-place merge at its own setting; noise moves the filters as far as the
-merging in its name, in random directions; DropConnect and Dropout2d work on the same layers. d in percentage points
-with 95 % intervals; \\* p < 0.05, in fine-tuning \\*\\* p < 0.05 after Holm's correction over its arms. *Corrupted*:
-mean over 13 kinds of corruption at severity 4, *non-noise* over the nine that are no pixel noise; *noise*: Gaussian,
-of three strengths. *ECE*: expected calibration error (15 bins), less is better. *merges*: filters per step.
+merging in its name, noise *at the angle* turns them as far, too, both in random directions; DropConnect and Dropout2d
+work on the same layers. d in percentage points with 95 % intervals; \\* p < 0.05, in fine-tuning \\*\\* p < 0.05 after Holm's
+correction over its arms. *Corrupted*: mean over 13 kinds of corruption at severity 4, *non-noise* over the nine that
+are no pixel noise; *noise*: Gaussian, of three strengths. *ECE*: expected calibration error (15 bins), less is better.
+*merges*: filters per step.
 
 """
 
@@ -129,7 +142,13 @@ def forward_only_answer(out: Path) -> list[str]:
         above, below = (sum(test) for test in ([one.low > 0 for one in values], [one.high < 0 for one in values]))
         return f"in {above}" + (f" (below in {below})" if below else "")
 
-    rivals = (("no merging", ""), ("noise as large", NOISE), ("DropConnect", DROPCONNECT), ("Dropout2d", DROPOUT))
+    rivals = (
+        ("no merging", ""),
+        ("noise as large", NOISE),
+        ("noise at its angle", ANGLE),
+        ("DropConnect", DROPCONNECT),
+        ("Dropout2d", DROPOUT),
+    )
     counts = [
         f"{metric} above that of " + ", ".join(f"{name} {counted(family, metric)}" for name, family in rivals)
         for metric in (ALL_KINDS, OTHER_KINDS)
@@ -148,10 +167,11 @@ def answer_table(manifests: Sequence[Path], out: Path) -> str:
         body.extend([[where, "all", *cells_of(ALL_KINDS)], ["", "not noise", *cells_of(OTHER_KINDS)]])
 
     def of_plan(found: dict[str, Any], metric: str) -> list[str]:
-        results = {DEFAULT: found.get(MERGING, {}), **found}  # without one of its own, the plan chose the default
+        # Without one of its own, the plan chose the default.
+        results = {DEFAULT: found.get(MERGING, {}), ANGLE_DEFAULT: found.get(ANGLE, {}), **found}
         each = (paired(forward_only.differences(results.get(family, {}), found[""], metric)) for family in IN_ANSWER)
         cells = dict(zip(IN_ANSWER, map(difference_text, each), strict=True))
-        return list((cells if DEFAULT in found else {**cells, MERGING: "the default"}).values())
+        return list((cells if DEFAULT in found else {**cells, MERGING: "the default", ANGLE: "–"}).values())
 
     def of_fine_tuning(rows: Sequence[Row], metric: str) -> list[str]:
         by_label = {row.label: row.recomputed.difference.get(metric) for row in rows}

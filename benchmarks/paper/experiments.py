@@ -27,6 +27,7 @@ FINE_TUNE_ARMS: dict[str, Arm] = {
     "noise": Arm(Merging(z=4.0)),
     "forward-only": Arm(FORWARD),
     "equal-norm-noise": Arm(dataclasses.replace(FORWARD, as_noise=True)),
+    "equal-angle-noise": Arm(dataclasses.replace(FORWARD, as_noise=True, same_angle=True)),
     "dropconnect": Arm(dropconnect=0.2),
     "dropout": Arm(dropout=0.2),
     "forward-only+dropout": Arm(FORWARD, dropout=0.1),

@@ -2,7 +2,8 @@
 
 ``plan`` trains all settings of :data:`FAMILIES` and measures them on corrupted *validation* images, chooses by
 :data:`RULE` and writes what will be confirmed. It is to be committed before ``confirm``, which trains fresh seeds,
-looks at the test images once, and refuses a plan that was changed after its first run.
+looks at the test images once, and refuses a plan that was changed after its first run. ``supplement`` plans a control
+that was thought of later, for the seeds of a plan that is done; it chooses nothing, and ``confirm`` trains it, too.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ FAMILIES: dict[str, tuple[Arm, ...]] = {
 }
 MERGING, DROPOUT, DROPCONNECT, BOTH = FAMILIES
 NOISE, LASTING, DEFAULT = "noise", "lasting merging", "default"
+ANGLE, ANGLE_DEFAULT = "noise at the angle", "noise at the angle of the default"
 # Column title and place in a result; shown in percent or points.
 COLUMNS: dict[str, tuple[str, str]] = {
     "acc": ("clean", "acc"),
@@ -101,6 +103,11 @@ def named(recipe: dict[str, Any], seeds: int) -> str:
 def plan_path(recipe: Recipe, out: Path) -> Path:
     """Where a recipe's plan is."""
     return out / f"{recipe.name}.plan.json"
+
+
+def supplement_path(plan: Path) -> Path:
+    """Where the supplement of a plan is."""
+    return plan.with_name(plan.name.replace(".plan.", ".supplement."))
 
 
 def value_of(result: dict[str, Any], column: str, evaluation: str = RECOMPUTED) -> float:
@@ -200,6 +207,38 @@ def confirmed_with(chosen: dict[str, Arm]) -> dict[str, Arm]:
     return out
 
 
+def supplement(path: Path) -> Path:
+    """Write what is added to a plan that is done: noise that moves *and* turns filters as merging does.
+
+    Args:
+        path: of the plan.
+
+    Raises:
+        ValueError: there is no plan, or a supplement already, or one of its arms has been run.
+    """
+    recipe, arms, seeds, digest = read_plan(path)
+    target = supplement_path(path)
+    if target.exists():
+        raise ValueError(f"{target}: there is a supplement already")
+    added = {}
+    for family, angle in ((MERGING, ANGLE), (DEFAULT, ANGLE_DEFAULT)):
+        if family in arms:
+            added[angle] = Arm(dataclasses.replace(arms[family].merging, as_noise=True, same_angle=True))
+    names = {_name(recipe, arm, seed) for arm in added.values() for seed in seeds}
+    seen = names & set(runs_of(path_of(path.parent, recipe.name)))
+    if seen:
+        raise ValueError(f"{target}: {len(seen)} of its runs have looked at the test images already")
+    content = {"plan": digest, "confirm": {family: dataclasses.asdict(arm) for family, arm in added.items()}}
+    target.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{target}: {'; '.join(arm.label() for arm in added.values())}\nCommit it before confirm.")
+    return target
+
+
+def _name(recipe: Recipe, arm: Arm, seed: int) -> str:
+    """Of a run on test images, in its result file."""
+    return Run(recipe, arm, seed).key().partition("/")[2]
+
+
 def arm_of(values: dict[str, Any]) -> Arm:
     """An arm from a plan."""
     merging = values["merging"]
@@ -217,39 +256,69 @@ def read_plan(path: Path) -> tuple[Recipe, dict[str, Arm], list[int], str]:
     content = json.loads(path.read_text())
     recipe = Recipe(**{**content["recipe"], "severities": tuple(content["recipe"]["severities"])})
     arms = {family: arm_of(values) for family, values in content["confirm"].items()}
-    return recipe, arms, content["seeds"], hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return recipe, arms, content["seeds"], _digest(path)
+
+
+def read_supplement(path: Path) -> tuple[dict[str, Arm], str]:
+    """What a plan's supplement adds, by family, and its digest; nothing if there is none.
+
+    Args:
+        path: of the plan.
+
+    Raises:
+        ValueError: it is the supplement of another plan.
+    """
+    target = supplement_path(path)
+    if not target.exists():
+        return {}, ""
+    content = json.loads(target.read_text())
+    if content["plan"] != _digest(path):
+        raise ValueError(f"{target}: is for plan {content['plan']}, and {path.name} is {_digest(path)}; restore it")
+    return {family: arm_of(values) for family, values in content["confirm"].items()}, _digest(target)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def confirm(path: Path, where: Where) -> None:
-    """Do a plan.
+    """Do a plan, and then its supplement.
 
     Raises:
         ValueError: there is none, or it is not the one that runs were made by.
     """
     recipe, arms, seeds, digest = read_plan(path)
+    extra, extra_digest = read_supplement(path)
+    added = {_name(recipe, arm, seed) for arm in extra.values() for seed in seeds}
     for name, result in runs_of(path_of(where.out, recipe.name)).items():
-        if "/test-" in name and result.get("plan") != digest:
+        source, wanted = (supplement_path(path), extra_digest) if name in added else (path, digest)
+        if "/test-" in name and result.get("plan") != wanted:
             raise ValueError(
-                f"{path}: was changed after the confirmation had begun: {name} was made by plan {result.get('plan')}, "
-                f"and this is {digest}; restore it"
+                f"{source}: was changed after the confirmation had begun: {name} was made by plan "
+                f"{result.get('plan')}, and this is {wanted}; restore it"
             )
-    execute([Run(recipe, arm, seed, plan=digest) for seed in seeds for arm in (BASELINE, *arms.values())], where)
+    runs = [Run(recipe, arm, seed, plan=digest) for seed in seeds for arm in (BASELINE, *arms.values())]
+    execute(runs + [Run(recipe, arm, seed, plan=extra_digest) for seed in seeds for arm in extra.values()], where)
 
 
 def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, dict[str, Any]]]]:
     """The arms of a plan, and their results by family and seed; "" is no merging.
 
-    Only of seeds that are done in all arms, so that every row of a table is about the same ones.
+    Only of seeds that are done in all arms, so that every row of a table is about the same ones; those of a supplement
+    when they are done for all these seeds.
     """
     recipe, arms, seeds, _ = read_plan(path)
     every = {"": BASELINE} | arms
     runs = runs_of(path_of(path.parent, recipe.name))
 
-    def name(arm: Arm, seed: int) -> str:
-        return Run(recipe, arm, seed).key().partition("/")[2]
+    def is_done(arm: Arm, seed: int) -> bool:
+        return _name(recipe, arm, seed) in runs
 
-    done = [seed for seed in seeds if all(name(arm, seed) in runs for arm in every.values())]
-    return every, {family: {seed: runs[name(arm, seed)] for seed in done} for family, arm in every.items()}
+    done = [seed for seed in seeds if all(is_done(arm, seed) for arm in every.values())]
+    every |= {
+        family: arm for family, arm in read_supplement(path)[0].items() if all(is_done(arm, seed) for seed in done)
+    }
+    return every, {family: {seed: runs[_name(recipe, arm, seed)] for seed in done} for family, arm in every.items()}
 
 
 def confirmations(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Arm], dict[str, dict[int, dict[str, Any]]]]]:
@@ -280,12 +349,15 @@ def differences(
 
 
 def run_stage(stage: str, options: Options, where: Where, from_scratch: bool, like: str | None) -> None:
-    """``plan`` or ``confirm``, as the command line says."""
+    """``plan``, ``confirm`` or ``supplement``, as the command line says."""
     recipe = recipe_of(options, from_scratch)
     if stage == "plan":
         plan(recipe, where, options, None if like is None else where.out / f"{NAME}.{like}.plan.json")
         return
     path = plan_path(recipe, where.out)
+    if stage == "supplement":
+        supplement(path)
+        return
     confirm(path, where)
     if is_leader():
         arms, found = confirmed_results(path)
