@@ -31,7 +31,8 @@ SHOWN = ("acc", "AUC", "ECE", "corrupted acc", "corrupted AUC", "non-noise AUC",
 FAMILIES = (LASTING, MERGING, ANGLE, DEFAULT, ANGLE_DEFAULT, NOISE, DROPCONNECT, DROPOUT, BOTH)
 IN_ANSWER = {LASTING: "lasting, as published", DEFAULT: "forward-only, default",
              ANGLE_DEFAULT: "noise like the default", MERGING: "forward-only, as chosen",
-             ANGLE: "noise like the chosen", DROPCONNECT: "DropConnect", DROPOUT: "Dropout2d", BOTH: "forward-only and Dropout2d"}  # fmt: skip
+             ANGLE: "noise like the chosen", DROPCONNECT: "DropConnect", DROPOUT: "Dropout2d",
+             BOTH: "forward-only and Dropout2d"}  # fmt: skip
 FINE_TUNED = {LASTING: "paper", DEFAULT: "forward-only", ANGLE_DEFAULT: "equal-angle-noise", DROPCONNECT: "dropconnect",
               DROPOUT: "dropout", BOTH: "forward-only+dropout"}  # fmt: skip
 ALL_KINDS, OTHER_KINDS = forward_only.METRIC, "non-noise AUC"
@@ -48,10 +49,10 @@ HEAD = """## Merging beside standard regularisers
 Every arm against no merging, same seed, same start, same images in the same order; batch-norm statistics recomputed
 in both. Lasting merging is the published in-place merge at its own setting; noise moves the filters as far as the
 merging in its name, noise *at the angle* turns them as far, too, both in random directions; DropConnect and Dropout2d
-work on the same layers. d in percentage points with 95 % intervals; \\* p < 0.05, in fine-tuning \\*\\* p < 0.05 after Holm's
-correction over its arms. *Corrupted*: mean over 13 kinds of corruption at severity 4, *non-noise* over the nine that
-are no pixel noise; *noise*: Gaussian, of three strengths. *ECE*: expected calibration error (15 bins), less is better.
-*merges*: filters per step.
+work on the same layers. d in percentage points with 95 % intervals; \\* p < 0.05, in fine-tuning \\*\\* p < 0.05 after
+Holm's correction over its arms. *Corrupted*: mean over 13 kinds of corruption at severity 4, *non-noise* over the nine
+that are no pixel noise; *noise*: Gaussian, of three strengths. *ECE*: expected calibration error (15 bins), less is
+better. *merges*: filters per step.
 
 """
 
