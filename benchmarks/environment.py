@@ -21,7 +21,7 @@ from benchmarks.timing import CYCLES_PER_SECOND, synchronize
 def environment(device: torch.device) -> dict[str, object]:
     """Everything a reader needs to judge the figures of this run."""
     about: dict[str, object] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -37,7 +37,8 @@ def environment(device: torch.device) -> dict[str, object]:
     return about
 
 
-def _cpu_name() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith("model name"):

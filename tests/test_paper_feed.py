@@ -1,7 +1,10 @@
 """Training images on their way to the network: the same ones whether all fit the device or are read ahead."""
 
+import ctypes
 import dataclasses
 import json
+import mmap
+import sys
 import threading
 import time
 
@@ -17,6 +20,7 @@ from benchmarks.paper.bench import Bench
 from benchmarks.paper.config import BASELINE, Run
 from benchmarks.paper.data import load
 from benchmarks.paper.feed import Feed, parts_of
+from benchmarks.paper.robustness import CORRUPTIONS
 from inmerge_fast.demo.train import Schedule, epoch_steps
 
 CPU = torch.device("cpu")
@@ -131,15 +135,48 @@ def test_rates_are_measured_with_the_experiments_own_loop(tmp_path, capsys):
         "24",
         "--no-bf16",
     ]
-    found = json.loads(rate.main([*small, "--out", str(tmp_path)]).read_text())
+    written = rate.main([*small, "--out", str(tmp_path)])
+    found = json.loads(written.read_text())
     [row] = found["training"].values()
     kinds = {"network", "on the device", "merging as published", "merging, recommended", "read ahead"}
     assert set(row) == {"batch", *kinds}
     assert all(0 < row[kind] < 1e5 for kind in kinds)
-    assert set(found["reading"]) == {"on the device", "read ahead"}
+    assert all(0 < found["reading"][kind] < 1e7 for kind in ("on the device", "read ahead"))
+    assert set(found["corrupting"]) == {*CORRUPTIONS, "noise"}
+    name = "".join(filter(str.isalnum, found["environment"]["processor"]))
+    assert written.name.replace("-", "") == f"rate.{name}.json"
     with pytest.raises(SystemExit):
         rate.main(["--images", "8"])
     assert "8 do not fill a batch of 128" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="which pages are in memory is asked of Linux")
+def test_a_host_alone_can_be_measured(tmp_path, monkeypatch):
+    """From the disk is from the disk: of a file that was let go no page is left in memory when reading begins."""
+    resident = []
+
+    def epoch_begins(path, forget=rate._forget):
+        done = forget(path)
+        resident.append(pages_in_memory(path))
+        return done
+
+    monkeypatch.setattr(rate, "_forget", epoch_begins)
+    options = ["--device", "cpu", "--models", "--batches", "--side", "64", "--images", "256", "--out", str(tmp_path)]
+    found = json.loads(rate.main(options).read_text())
+    assert found["training"] == {}
+    assert set(found["reading"]) == {"on the device", "read ahead", "read ahead, disk"}
+    assert resident[0] < 0.2, "a share of the file"
+    assert found["copied"] == rate.COPIED
+
+
+def pages_in_memory(path):
+    """Share of a file's pages that the system holds, see mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    pages = np.memmap(path, np.uint8, "r")
+    seen = np.zeros(-(-pages.size // mmap.PAGESIZE), np.uint8)
+    assert libc.mincore(pages.ctypes.data, pages.size, seen.ctypes.data) == 0, ctypes.get_errno()
+    return (seen & 1).mean()
 
 
 def test_a_rate_is_that_of_the_images_that_were_timed(monkeypatch):

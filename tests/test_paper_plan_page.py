@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import result_files
-from benchmarks.paper import __main__, plan_page
+from benchmarks.paper import __main__, plan_page, robustness
 from benchmarks.paper.experiments import EXPERIMENTS
 
 
@@ -59,7 +59,7 @@ def column_of(text, title, plan):
 def test_hours_come_from_a_measured_rate(tmp_path):
     out = tmp_path / "results"
     out.mkdir()
-    assert "not been measured on a GPU yet" in plan_page.write(out).read_text()
+    assert "on a GPU, the data path has not been measured yet" in plan_page.write(out).read_text()
     row = dict.fromkeys(plan_page.KINDS, 2000.0) | {"batch": 64, "peak_gib": 12.5}
     found = {"training": {"vgg19": row}, "reading": {"on the device": 9e4, "read ahead": 3e4},
              "environment": {"device": "Some GPU"}}  # fmt: skip
@@ -72,6 +72,25 @@ def test_hours_come_from_a_measured_rate(tmp_path):
     assert column_of(text, "hours, Some GPU", "DermaMNIST") == f"{hours:.1f}"
     assert "12.5 GiB at most on Some GPU" in text
     assert "| Some GPU | vgg19, batch 64 | 2,000 |" in text
+    assert "Minutes on an" not in text
+
+
+def test_what_the_host_can_do_stands_beside_what_the_network_takes(tmp_path):
+    out = tmp_path / "results"
+    out.mkdir()
+    kinds = dict.fromkeys(robustness.CORRUPTIONS, 100.0)
+    host = {
+        "training": {}, "reading": {"on the device": 9e4, "read ahead": 3e4, "read ahead, disk": 4321.0}, "side": 224,
+        "corrupting": {**kinds, "noise": 50.0}, "copied": 64,
+        "environment": {"device": "cpu", "processor": "Some CPU", "threads": 2, "load": 0.1},
+    }  # fmt: skip
+    (out / "rate.Some-CPU.json").write_text(json.dumps(host))
+    text = plan_page.write(out).read_text()
+    assert "| Some CPU | 2 | 0.1 | 30,000 | 4,321 |" in text
+    plan = next(one for one in plan_page.PLANS if one.channels == 1)
+    seconds = plan.images[2] * (2 * len(kinds) / 100 + len(robustness.NOISE_SIGMAS) / 50) / 3  # one channel of three
+    assert f"{plan.title} {seconds / 60:.0f}." in text
+    assert "with 64 images of random pixels" in text
 
 
 def test_without_a_loop_hours_come_from_a_measured_training_step(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ WEIGHTS = "vgg19-dcbb9e9d.pth"  # torchvision's name of the file
 BACKBONE_EPOCHS, ARM_EPOCHS, BATCH = 30, 10, 64
 POWER, LEVEL = 0.84, 1.96  # normal quantiles: of seeing a gain that is there (80 %), and of a two-sided 5 %
 SEEDS = 8
+READ = ("read ahead", "read ahead, disk")
 KINDS = ("network", "on the device", "merging as published", "merging, recommended", "read ahead")  # see rate.py
 
 
@@ -182,7 +183,7 @@ def write(out: Path) -> Path:
     """Write the page beside a folder of results."""
     measured = rates(out)
     gpu = [one for one in measured if one["environment"]["device"] != "cpu" and MODEL in one["training"]]
-    parts = [_head(), _commands(), _costs(gpu), _needs(out), _path(measured)]
+    parts = [_head(), _commands(), _costs(gpu, measured), _needs(out), _path(measured, speeds(gpu))]
     target = out.parent / PAGE
     target.write_text("\n".join(parts).rstrip() + "\n")
     print(f"written: {target}")
@@ -212,7 +213,7 @@ def _commands() -> str:
     )
 
 
-def _costs(gpu: Sequence[dict[str, Any]]) -> str:
+def _costs(gpu: Sequence[dict[str, Any]], measured_on: Sequence[dict[str, Any]]) -> str:
     forward, both = gigaflops(MODEL, 9)
     head = ["table", "runs", "trained images", "measured images", "PFLOP", "images on the device", "copies on disk"]
     timed = speeds(gpu)
@@ -246,7 +247,7 @@ def _costs(gpu: Sequence[dict[str, Any]]) -> str:
     )
     text += (
         "\nThe corrupted copies are made on the CPU once and kept below `XDG_CACHE_HOME` (or `~/.cache`), where every "
-        "run reads them; without room for them each run makes them anew.\n"
+        f"run reads them; without room for them each run makes them anew.{_copying(measured_on)}\n"
     )
     memory = 12 * parameters / 2**30
     return text + (
@@ -255,6 +256,24 @@ def _costs(gpu: Sequence[dict[str, Any]]) -> str:
         + (f" ({'; '.join(peak)})" if peak else "")
         + ", and the images if they fit half of what is then free, else they are read ahead.\n"
     )
+
+
+def _copying(measured: Sequence[dict[str, Any]]) -> str:
+    """How long it takes to make the corrupted copies."""
+    text = ""
+    for host in measured:
+        if not host.get("corrupting") or host["side"] != SIDE:
+            continue
+        each = {kind: 1 / rate for kind, rate in host["corrupting"].items()}  # seconds of three channels
+        noise = each.pop("noise")
+        seconds = 2 * sum(each.values()) + len(robustness.NOISE_SIGMAS) * noise
+        minutes = (f"{plan.title} {plan.images[2] * seconds * plan.channels / 3 / 60:.0f}" for plan in PLANS)
+        environment = host["environment"]
+        text += (
+            f" Minutes on an {environment['processor']}, threads: {environment['threads']} (measured with "
+            f"{host['copied']} images of random pixels): {', '.join(minutes)}."
+        )
+    return text
 
 
 @functools.cache
@@ -295,14 +314,29 @@ def _needs(out: Path) -> str:
     return f"{text}\n\n{table(['table', 'published', 'seeds', 'would confirm it', 'would refute it'], body)}"
 
 
-def _path(measured: Sequence[dict[str, Any]]) -> str:
+def _path(measured: Sequence[dict[str, Any]], takes: Sequence[Speed]) -> str:
     text = (
         "## Does the data path keep up?\n\n"
         "Images stay uint8; where all fit half of a GPU's free memory they lie there, else a thread reads the batches "
         "that come next from the mapped file into pinned memory while the network computes ([feed.py](feed.py)). "
         "Networks are in channels_last, `--bf16` is autocast, and nothing in a step waits for the device. "
-        "`python -m benchmarks.paper.rate` measures all of it, images per second:\n\n"
+        "`python -m benchmarks.paper.rate` measures all of it, images per second.\n\n"
     )
+    hosts = [
+        [one["environment"]["processor"], str(one["environment"]["threads"]), f"{one['environment']['load']:.1f}",
+         *(f"{one['reading'][kind]:,.0f}" if kind in one["reading"] else "–" for kind in READ)]
+        for one in measured
+        if "processor" in one["environment"] and one["side"] == SIDE
+    ]  # fmt: skip
+    if hosts:
+        text += (
+            f"What a host reads ahead, {SIDE} px in colour, in the random order of an epoch, with no network behind "
+            "it; *disk*: of a file of which the system holds nothing in memory"
+            + "".join(f". Training takes {one.rate:,.0f} on an {one.title.removeprefix('hours, ')}" for one in takes)
+            + ":\n\n"
+            + table(["host", "threads", "load before", "in memory", "disk"], hosts)
+            + "\n"
+        )
     body = [
         [one["environment"]["device"], f"{name}, batch {row['batch']}", *(f"{row[kind]:,.0f}" for kind in KINDS),
          *(f"{one['reading'][kind]:,.0f}" for kind in ("on the device", "read ahead"))]
@@ -310,7 +344,7 @@ def _path(measured: Sequence[dict[str, Any]]) -> str:
         for name, row in one["training"].items()
     ]  # fmt: skip
     if not body:
-        return text + "The data path has not been measured on a GPU yet.\n"
+        return text + "With a network behind it, on a GPU, the data path has not been measured yet.\n"
     head = ["device", "network", "network alone", "training", "merging as published", "merging, recommended",
             "training, read ahead", "feeding alone", "feeding alone, read ahead"]  # fmt: skip
     return text + table(head, body)

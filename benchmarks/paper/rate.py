@@ -1,8 +1,9 @@
 """Images per second of a training as the experiments run it: ``python -m benchmarks.paper.rate``.
 
 The network alone, on one batch that stays where it is; the whole training loop with all images on the device, and with
-images read ahead from a file that is mapped; the same with merging. And what can be read, without a network. Needs
-PyTorch and NumPy only; the images are random. Writes ``benchmarks/paper/results/rate.<device>.json``.
+images read ahead from a file that is mapped; the same with merging. And what the host can do without a network: read,
+also what is on the disk alone, and make corrupted copies. Needs PyTorch and NumPy only; the images are random. Writes
+``benchmarks/paper/results/rate.<device>.json``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import re
 import tempfile
 import time
@@ -21,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.environment import processor
 from inmerge_fast import NoEffectWarning
 from inmerge_fast.demo.train import Schedule
 
 from . import feed as feeds
-from . import protocol
+from . import protocol, robustness
 from .bench import Bench
 from .config import RECOMMENDED, Arm, Merging, Recipe
 from .dataset import DataSet, Split
@@ -35,14 +38,17 @@ from .models import build
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 9  # of PathMNIST
+BATCH = 64  # images that are read at a time, without a network
 SETTINGS = {"merging as published": FINE_TUNE_ARMS["paper"].merging, "merging, recommended": RECOMMENDED}
+FILE = "images.npy"
+COPIED, SEVERITY = 64, 3  # images that are corrupted, and how much
 EPOCHS = 2  # that are timed: those of a longer training without those of a shorter one, which has the same start
 
 
 def random_data(count: int, side: int, folder: Path, channels: int = 3) -> DataSet:
     """Random images in a mapped file, as those of ChestX-ray14 are."""
     rng = np.random.default_rng(0)
-    path = folder / "images.npy"
+    path = folder / FILE
     file = np.lib.format.open_memmap(path, "w+", np.uint8, (count, channels, side, side))
     for start in range(0, count, 256):
         file[start : start + 256] = rng.integers(0, 256, file[start : start + 256].shape, dtype=np.uint8)
@@ -65,22 +71,52 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def reading(data: DataSet, device: torch.device, batch: int) -> dict[str, float]:
-    """Images per second that reach the device with no network behind them."""
+def reading(options: argparse.Namespace, device: torch.device, batch: int) -> dict[str, float]:
+    """Images per second that reach the device, in the order of an epoch, with no network behind them."""
     rates = {}
-    for name, room in (("on the device", None), ("read ahead", 0)):
-        feed = feeds.Feed(data.train.images, device, room)
-        schedule = Schedule(0, 2, 0.1, 0.1, batch, 0)
+    schedule = Schedule(0, 2, 0.1, 0.1, batch, 0)
 
-        def once(epoch: int, feed: feeds.Feed = feed, schedule: Schedule = schedule) -> None:
-            parts = list(feeds.parts_of(schedule, epoch, len(data.train)))
-            feed.begin(parts)
-            for indices in parts:
-                feed(indices)
-            feed.close()
+    def epoch(feed: feeds.Feed, number: int) -> None:
+        parts = list(feeds.parts_of(schedule, number, options.images))
+        feed.begin(parts)
+        for indices in parts:
+            feed(indices)
+        feed.close()
 
-        once(0)
-        rates[name] = schedule.batches(len(data.train)) * batch / seconds_of(lambda once=once: once(1), device)
+    for name, room, cold in (("on the device", None, False), ("read ahead", 0, False), ("read ahead, disk", 0, True)):
+        with tempfile.TemporaryDirectory() as folder:
+            data = random_data(options.images, options.side, Path(folder))
+            feed = feeds.Feed(data.train.images, device, room)
+            if cold and not _forget(Path(folder) / FILE):
+                continue
+            if not cold:
+                epoch(feed, 0)
+            count = schedule.batches(options.images) * batch
+            rates[name] = count / seconds_of(lambda feed=feed: epoch(feed, 1), device)
+    return rates
+
+
+def _forget(path: Path) -> bool:
+    """Let the system keep nothing of a file in memory; False where it cannot be asked to. No page may be mapped."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def corrupting(options: argparse.Namespace) -> dict[str, float]:
+    """Corrupted copies per second, by kind, as they are made once for the whole test set before the first measuring."""
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        images = random_data(COPIED, options.side, Path(folder)).train.images.clone()
+    for kind in robustness.CORRUPTIONS:
+        seconds = seconds_of(lambda kind=kind: robustness.corrupt(images, kind, SEVERITY), torch.device("cpu"))
+        rates[kind] = len(images) / seconds
+    rates["noise"] = COPIED / seconds_of(
+        lambda: robustness.add_noise(images, robustness.NOISE_SIGMAS[-1]), torch.device("cpu")
+    )
     return rates
 
 
@@ -125,6 +161,8 @@ def network_alone(recipe: Recipe, bench: Bench, steps: int) -> float:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All rates of all networks on a device."""
     device = torch.device(options.device)
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else -1.0
+    environment = {**protocol.environment(device), "processor": processor(), "load": load}
     settings = {"on the device": None, **SETTINGS}
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -142,10 +180,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             rows[name] = row
             print(name, json.dumps(row), flush=True)
             gc.collect()
-        rates = reading(data, device, options.batches[0])
     return {
-        "side": options.side, "images": options.images, "bf16": options.bf16, "reading": rates, "training": rows,
-        "environment": protocol.environment(device),
+        "side": options.side, "images": options.images, "copied": COPIED, "bf16": options.bf16, "training": rows,
+        "reading": reading(options, device, options.batches[0] if options.batches else BATCH),
+        "corrupting": corrupting(options), "environment": environment,
     }  # fmt: skip
 
 
@@ -153,8 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Run the command; gives the file that it wrote."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.rate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", default=["vgg19", "resnet18"], help="(default: %(default)s)")
-    parser.add_argument("--batches", nargs="+", type=int, default=[64, 128], help="images per step of each")
+    parser.add_argument("--models", nargs="*", default=["vgg19", "resnet18"], help="none: what the host can do "
+                        "alone (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--batches", nargs="*", type=int, default=[64, 128], help="images per step of each")
     parser.add_argument("--side", type=int, default=224, help="of the images (default: %(default)s)")
     parser.add_argument("--images", type=int, default=2048, help="of an epoch (default: %(default)s)")
     parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="float32, not autocast to bfloat16")
@@ -162,12 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(arguments)
     if len(options.models) != len(options.batches):
         parser.error(f"argument --batches: {len(options.batches)} for {len(options.models)} models")
-    if options.images < max(options.batches):
-        parser.error(f"argument --images: {options.images} do not fill a batch of {max(options.batches)}")
+    if options.images < max(options.batches or [BATCH]):
+        parser.error(f"argument --images: {options.images} do not fill a batch of {max(options.batches or [BATCH])}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # of random weights nothing is alike
         found = measure(options)
-    where = re.sub(r"[^A-Za-z0-9]+", "-", found["environment"]["device"]).strip("-")
+    device = found["environment"]["device"]
+    where = re.sub(r"[^A-Za-z0-9]+", "-", found["environment"]["processor"] if device == "cpu" else device).strip("-")
     path: Path = options.out / f"rate.{where}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
