@@ -1,15 +1,19 @@
 """Small data sets in the original layouts, and a recipe that trains in a second."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from benchmarks.paper import protocol, robustness
 from benchmarks.paper.chestxray import LABELS
 from benchmarks.paper.config import Recipe
 
 TINY = Recipe(
     "tiny", "digits", "vgg8", backbone_epochs=1, arm_epochs=2, batch_size=32, severities=(3,), limit=96, middle=0.02
 )
+FORWARD_TINY = dataclasses.replace(TINY, name="forward-only.tiny", arm_epochs=1, limit=64, attack=False)
 HEADER_2017 = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
@@ -56,3 +60,12 @@ def write_chestxray14(folder: Path, *, kaggle: bool, new_table: bool, patients: 
     (folder / "train_val_list.txt").write_text("\n".join(names[:cut]) + "\n")
     (folder / "test_list.txt").write_text("\n".join(names[cut:]))
     return names
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """Two corruptions and one level of noise: the others take four fifths of a run this small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol.Bench, "corruptions", lambda *_: ("gaussian_noise", "contrast_down"))
+        patch.setattr(robustness, "NOISE_SIGMAS", (0.2,))
+        yield

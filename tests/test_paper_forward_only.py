@@ -1,47 +1,34 @@
 """Forward-only merging, its controls and its plan: what they do to a network, what they leave, and what is compared."""
 
 import dataclasses
-import json
 import math
 import sys
 
 import numpy as np
 import pytest
 import torch
-from paper_fixtures import TINY
+from paper_fixtures import FORWARD_TINY as FAST
+from paper_fixtures import few_images  # noqa: F401 - an automatic fixture
 from torch import nn
 
-from benchmarks.paper import forward_only, forward_page, measure, protocol, robustness
+from benchmarks.paper import forward_only, measure, protocol
 from benchmarks.paper.config import BASELINE, FORWARD, PAPER, Arm, Merging, Run
 from benchmarks.paper.controls import OtherWeights, dropconnect, dropout2d, noise_like_merging
 from benchmarks.paper.data import load
 from benchmarks.paper.dataset import Split
-from benchmarks.paper.experiments import Options
-from benchmarks.paper.forward_only import arm_of, confirm, differences, plan, plan_path, read_plan, supplement, value_of
-from benchmarks.paper.grid import Where
+from benchmarks.paper.forward_only import differences, value_of
 from benchmarks.paper.merging import treatment
 from benchmarks.paper.metrics import calibration_error
 from benchmarks.paper.models import build
-from benchmarks.paper.storage import runs_of
 from inmerge_fast import MergePlan, NoiseThreshold, merged
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("PIL")
 
-FAST = dataclasses.replace(TINY, name="forward-only.tiny", arm_epochs=1, limit=64, attack=False)
 NOISE = dataclasses.replace(FORWARD, as_noise=True)
 ANGLE = dataclasses.replace(NOISE, same_angle=True)
 FORWARD_ARMS = (Arm(FORWARD), Arm(NOISE), Arm(ANGLE), Arm(dropconnect=0.3), Arm(dropout=0.3), Arm(FORWARD, dropout=0.3))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_images():
-    """Two corruptions and one level of noise: the others take four fifths of a run this small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol.Bench, "corruptions", lambda *_: ("gaussian_noise", "contrast_down"))
-        patch.setattr(robustness, "NOISE_SIGMAS", (0.2,))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -287,148 +274,3 @@ def test_a_diverged_run_is_no_number_and_enters_no_comparison(bench, backbone):
 def test_arms_that_make_no_sense_are_refused(bench, arm):
     with pytest.raises(ValueError, match=r"forward pass alone|not for use with it"):
         treatment(build("vgg8", bench.data, 0).net, arm, 0, 0, 1)
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory, few_images):
-    """A plan of few settings and seeds, and its confirmation begun."""
-    where = Where(tmp_path_factory.mktemp("forward") / "results")
-    families = {
-        forward_only.MERGING: (Arm(FORWARD), Arm(dataclasses.replace(FORWARD, prob=0.1))),
-        forward_only.DROPOUT: (Arm(dropout=0.1),), forward_only.BOTH: (Arm(FORWARD, dropout=0.1),),
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_only, "FAMILIES", families)
-        path = plan(FAST, where, Options(quick=True, seeds=1))
-        seen = runs_of(where.out / f"{FAST.name}.jsonl")
-        assert len(seen) == 5
-        assert all("/val-000" in name for name in seen)  # no test image was looked at
-        with pytest.raises(ValueError, match="there is a plan already"):
-            plan(FAST, where, Options(quick=True, seeds=1))
-    confirm(path, where)
-    return where, path
-
-
-def test_a_plan_says_what_was_best_and_what_stands_beside_it(planned):
-    where, path = planned
-    content = json.loads(path.read_text())
-    runs = runs_of(where.out / f"{FAST.name}.jsonl")
-    base = next(one for one in runs.values() if one["arm"]["label"] == "baseline" and one["split"] == "val")
-    for label, one in content["search"].items():
-        result = next(run for run in runs.values() if run["arm"]["label"] == label and run["split"] == "val")
-        gain = 100 * (result["recomputed"]["corrupted"]["auc"] - base["recomputed"]["corrupted"]["auc"])
-        assert one["d_mean"] == pytest.approx(gain, abs=1e-9)
-    arms = {family: arm_of(values) for family, values in content["confirm"].items()}
-    rows = [(one["d_mean"], label) for label, one in content["search"].items() if one["family"] == forward_only.MERGING]
-    assert arms[forward_only.MERGING].label() == max(rows)[1]
-    assert arms["noise"].merging == dataclasses.replace(arms[forward_only.MERGING].merging, as_noise=True)
-    assert arms["lasting merging"] == Arm(PAPER)
-    assert Arm(FORWARD) in arms.values()
-    tests = [one for name, one in runs.items() if "/test-" in name]
-    assert len(tests) == 3 * (1 + len(arms))
-    assert {one["seed"] for one in tests}.isdisjoint({0, 1})
-
-
-def test_a_plan_cannot_be_changed_after_its_confirmation_has_begun(planned, tmp_path):
-    where, path = planned
-    before = path.read_bytes()
-    content = json.loads(before)
-    content["seeds"] = content["seeds"][:2]
-    path.write_text(json.dumps(content))
-    try:
-        with pytest.raises(ValueError, match="was changed after the confirmation had begun"):
-            confirm(path, where)
-        path.unlink()
-        with pytest.raises(ValueError, match="runs have looked at the test images already"):
-            plan(FAST, where, Options(quick=True, seeds=1))
-        with pytest.raises(ValueError, match="there is no plan"):
-            confirm(path, where)
-    finally:
-        path.write_bytes(before)
-
-
-def test_another_network_takes_a_plan_over(planned):
-    where, path = planned
-    other = dataclasses.replace(FAST, name="forward-only.other", backbone_epochs=0)
-    taken = json.loads(plan(other, where, Options(quick=True), like=path).read_text())
-    assert taken["confirm"] == json.loads(path.read_text())["confirm"]
-    assert taken["search"] == {}
-    assert path.name in taken["source"]
-    assert not (where.out / f"{other.name}.jsonl").exists()
-    plan_path(other, where.out).unlink()
-
-
-def test_the_page_shows_what_the_files_say(planned):
-    where, _ = planned
-    runs = [one for name, one in runs_of(where.out / f"{FAST.name}.jsonl").items() if "/test-" in name]
-    page = forward_page.write(where.out)
-    text = page.read_text()
-    arms = {}
-    for one in runs:
-        arms.setdefault(one["arm"]["label"], {})[one["seed"]] = one
-    base = arms.pop("baseline")
-    for label, results in arms.items():
-        for name, evaluation in (("recomputed", "recomputed"), ("as trained", "metrics")):
-            line = next(line for line in text.splitlines() if line.startswith(f"| {label} | {name} |"))
-            cells = [cell.strip() for cell in line.split("|")][3:]
-            aucs = [[each[seed][evaluation]["corrupted"]["auc"] for seed in results] for each in (results, base)]
-            gains = [100 * (one - other) for one, other in zip(*aucs, strict=True)]
-            assert cells[0] == "3"
-            shown = cells[3 + list(forward_only.COLUMNS).index("corrupted AUC")]
-            assert shown == "0" if not any(gains) else shown.startswith(f"{sum(gains) / 3:+.2f}")
-    assert "3 of 3 planned seeds" in text
-    assert forward_page.write(where.out).read_text() == text
-
-
-def test_a_supplement_adds_a_control_to_a_plan_that_is_done(planned, tmp_path):
-    where, plan_file = planned
-    out = tmp_path / "results"
-    out.mkdir()
-    path = out / plan_file.name
-    path.write_bytes(plan_file.read_bytes())
-    results = out / f"{FAST.name}.jsonl"
-    results.write_bytes((where.out / results.name).read_bytes())
-    here = dataclasses.replace(where, out=out)
-    before, _ = forward_only.confirmed_results(path)
-    target = supplement(path)
-    with pytest.raises(ValueError, match="there is a supplement already"):
-        supplement(path)
-    _, _, seeds, digest = read_plan(path)
-    assert forward_only.confirmed_results(path)[0] == before  # nothing of it is done yet
-    page = forward_page.write(out).read_text()
-    confirm(path, here)
-    every, found = forward_only.confirmed_results(path)
-    new = {family: arm for family, arm in every.items() if family not in before}
-    merging = arm_of(json.loads(path.read_text())["confirm"][forward_only.MERGING]).merging
-    assert new[forward_only.ANGLE].merging == dataclasses.replace(merging, as_noise=True, same_angle=True)
-    assert all(sorted(found[family]) == seeds for family in every)
-    assert {one["plan"] for one in found[forward_only.ANGLE].values()} == {forward_only.read_supplement(path)[1]}
-    assert {one["plan"] for family in before for one in found[family].values()} == {digest}
-    text = forward_page.write(out).read_text()
-    assert new[forward_only.ANGLE].label() not in page.partition("## In short")[2]
-    assert text.count(f"| {new[forward_only.ANGLE].label()} |") == 2
-    assert "noise at the angle (" in text
-    # It can be changed no more, be it itself or by another plan.
-    content = json.loads(target.read_text())
-    target.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="supplement.json: was changed after the confirmation had begun"):
-        confirm(path, here)
-    target.write_text(json.dumps(content | {"plan": "0" * 16}))
-    with pytest.raises(ValueError, match="is for plan 0000000000000000"):
-        confirm(path, here)
-    target.unlink()
-    with pytest.raises(ValueError, match="of its runs have looked at the test images already"):
-        supplement(path)
-
-
-def test_a_seed_that_was_cut_short_is_not_shown(planned, tmp_path):
-    where, path = planned
-    lines = (where.out / f"{FAST.name}.jsonl").read_bytes().splitlines(keepends=True)
-    for left, said in ((0, "3 of 3"), (1, "2 of 3"), (2, "2 of 3")):
-        out = tmp_path / str(left) / "results"
-        out.mkdir(parents=True)
-        (out / path.name).write_bytes(path.read_bytes())
-        (out / f"{FAST.name}.jsonl").write_bytes(b"".join(lines[: len(lines) - left]))
-        _, found = forward_only.confirmed_results(out / path.name)
-        assert {len(results) for results in found.values()} == {int(said[0])}
-        assert f"{said} planned seeds" in forward_page.write(out).read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import confirm, forward_only, forward_page, medmnist_c, report, trained
+from . import confirm, forward_only, forward_page, medmnist_c, report, resampled, trained
 from .config import OWN
 from .data import load, md5_of
 from .dataset import MissingDataError, Reading
@@ -44,9 +44,10 @@ def _parser() -> argparse.ArgumentParser:
                         "report"], help="what to run; report writes tables, figures, RESULTS.md, FORWARD_ONLY.md "
                         "and PAPER_TABLES.md; "
                         f"{trained.NAME} has options of its own, see {trained.NAME} --help")  # fmt: skip
-    parser.add_argument("stage", nargs="?", choices=["plan", "confirm", "supplement"], help=f"of {forward_only.NAME}: "
-                        "explore on validation images and write the plan, do it, or plan a control that was thought of "
-                        "later")  # fmt: skip
+    parser.add_argument("stage", nargs="?", choices=["plan", "confirm", "supplement", resampled.STAGE],
+                        help=f"of {forward_only.NAME}: explore on validation images and write the plan, do it, plan a "
+                        "control that was thought of later, or make runs again for intervals over test images, "
+                        "too")  # fmt: skip
     parser.add_argument("--from-scratch", action="store_true", help=f"{forward_only.NAME}: arms from random weights, "
                         "not from one trained backbone")  # fmt: skip
     parser.add_argument("--like", metavar="NAME", help=f"{forward_only.NAME} plan: take over what another plan has "
@@ -204,7 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.show and given.experiment not in EXPERIMENTS:
         parser.error(f"argument --show: is for experiments, not for {given.experiment}")
     if (given.experiment == forward_only.NAME) != (given.stage is not None):
-        parser.error(f"argument stage: plan, confirm or supplement, for {forward_only.NAME} and for nothing else")
+        parser.error(
+            f"argument stage: plan, confirm, supplement or images, for {forward_only.NAME} and for nothing else"
+        )
     if given.experiment != forward_only.NAME and (given.from_scratch or given.like):
         parser.error(f"arguments --from-scratch and --like: are for {forward_only.NAME}")
     if given.like and given.stage != "plan":
@@ -236,6 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if out == RESULTS:
                 readme = RESULTS.parent / "README.md"
                 readme.write_text(forward_page.updated(readme.read_text(), forward_page.readme_section(out)))
+        elif given.stage == resampled.STAGE:
+            recipe = forward_only.recipe_of(options, given.from_scratch)
+            resampled.resample(forward_only.plan_path(recipe, out), where)
         elif given.experiment == forward_only.NAME:
             forward_only.run_stage(given.stage, options, where, given.from_scratch, given.like)
         elif given.experiment in confirm.STAGES:

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import markers
 
+from . import resampled
 from .compare import FEWEST, RECOMPUTED, TRAINED, has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
@@ -65,9 +66,10 @@ moves a filter as far, but turns it less: merging with alpha 0.5 turns a filter 
 nothing to do with it, noise of that length by 35, and before a batch norm the angle is all that counts. So a control
 was *added* when the other results were known: *noise at the angle* gives a filter the norm, the angle and the distance
 that merging would, and only takes a random direction for the partner's. Nothing was chosen for it, and its plan was
-committed before its runs, which have the seeds of the others. There was no reseeded baseline and no attack here;
-intervals are over seeds, which share the test images. Each family was tried at the few settings in the tables below,
-Dropout2d up to 0.3: more of it may gain more.
+committed before its runs, which have the seeds of the others. There was no reseeded baseline and no attack here.
+Intervals are over seeds, which share the test images; those *over seeds and images* draw both with replacement
+(bootstrap, {repeats} times), as if the test images were others, too. Each family was tried at the few settings in the
+tables below, Dropout2d up to 0.3: more of it may gain more.
 
 {rule}
 """
@@ -86,7 +88,12 @@ def write(out: Path) -> Path | None:
     plans = sorted(out.glob(f"{NAME}.*.plan.json"), key=_order)
     if not plans:
         return None
-    parts = [HEAD.format(folder=out.name, name=NAME, rule=textwrap.fill(f"The rule: {RULE}.", 120)), "## In short\n"]
+    parts = [
+        HEAD.format(
+            folder=out.name, name=NAME, repeats=resampled.REPEATS, rule=textwrap.fill(f"The rule: {RULE}.", 120)
+        ),
+        "## In short\n",
+    ]
     parts += [f"- {sentence(path)}" for path in plans]
     parts.append("")
     parts += [section(path) for path in plans]
@@ -160,6 +167,9 @@ def sentence(path: Path) -> str:
         lines.append(
             f"With the library's default, {arms[DEFAULT].label().partition(', ')[2]}: {against_none(DEFAULT)}{beside}."
         )
+    over_images = resampled.said(path)
+    if over_images:
+        lines.append(over_images)
     if BOTH in arms:
         beside = [verdict(BOTH, other) for other in (MERGING, DROPOUT) if other in arms]
         lines.append(f"Merging with Dropout2d: {against_none(BOTH)}; {' and '.join(beside)}.")
