@@ -158,12 +158,9 @@ def described(descriptor: int, first_row: int, rows: int) -> np.ndarray:
     """Where rows of 32 bytes of a matrix lie in shared memory: the numbers of their words."""
     start, lead, stride, swizzle = fields_of(descriptor)
     row, byte = np.arange(first_row, first_row + rows), np.arange(0, 32, 4)
-    if swizzle:
-        at = start + (row // 8 * stride + row % 8 * swizzle)[:, None] + byte
-        at ^= (at >> 7 & (swizzle // 16 - 1)) << 4
-    else:
-        at = start + (row // 8 * stride + row % 8 * 16)[:, None] + byte // 16 * lead + byte % 16
-    return (at // 4).ravel()
+    width = swizzle or 16
+    at = start + (row // 8 * stride + row % 8 * width)[:, None] + byte // width * lead + byte % width
+    return _words(at, swizzle)
 
 
 @lru_cache(maxsize=4096)
@@ -179,8 +176,13 @@ def described_transposed(descriptor: int, first_row: int, rows: int) -> np.ndarr
     width = swizzle or 16
     along_rows, along_columns = (lead, stride) if swizzle else (stride, lead)
     at = start + byte // width * along_rows + byte % width + column // 8 * along_columns + column % 8 * width
+    return _words(at, swizzle)
+
+
+def _words(at: np.ndarray, swizzle: int) -> np.ndarray:
+    """The words at some bytes: a swizzle turns bits 4 to 6 of an address by bits 7 to 9, as many as it is wide."""
     if swizzle:
-        at ^= (at >> 7 & (swizzle // 16 - 1)) << 4
+        at = at ^ ((at >> 7 & (swizzle // 16 - 1)) << 4)
     return (at // 4).ravel()
 
 
