@@ -50,7 +50,7 @@ def test_what_counts_in_fine_tuning_is_with_recomputed_statistics(tmp_path):
     assert said.endswith("; losses none."), said
     text = controls_page.answer_table([manifest], tmp_path)
     [row] = [line for line in text.splitlines() if line.startswith("| own,")]
-    assert row.endswith(r"| all | – | 0 | – | – | – | – | +2.02 [+1.99, +2.04] \* | – |"), row
+    assert row.endswith(r"| all | – | 0 | – | – | – | – | – | +2.02 [+1.99, +2.04] \* | – |"), row
     text = controls_page.section([manifest], tmp_path)
     row = next(line for line in text.splitlines() if "Dropout2d" in line and line.startswith("|"))
     assert row.split(" | ")[3].startswith("+2.00")

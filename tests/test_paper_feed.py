@@ -161,12 +161,23 @@ def test_a_host_alone_can_be_measured(tmp_path, monkeypatch):
         return done
 
     monkeypatch.setattr(rate, "_forget", epoch_begins)
+    assert not rate._forget(in_memory(tmp_path)), "of a file that the system keeps nothing is from the disk"
+    resident.clear()
     options = ["--device", "cpu", "--models", "--batches", "--side", "64", "--images", "256", "--out", str(tmp_path)]
     found = json.loads(rate.main(options).read_text())
     assert found["training"] == {}
     assert set(found["reading"]) == {"on the device", "read ahead", "read ahead, disk"}
     assert resident[0] < 0.2, "a share of the file"
     assert found["copied"] == rate.COPIED
+
+
+def in_memory(folder):
+    """A file that is mapped and was looked at, so that its pages stay."""
+    path = folder / "kept.bin"
+    path.write_bytes(bytes(64 * mmap.PAGESIZE))
+    in_memory.kept = np.memmap(path, np.uint8, "r")
+    assert in_memory.kept.sum() == 0
+    return path
 
 
 def pages_in_memory(path):

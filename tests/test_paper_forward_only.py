@@ -10,6 +10,7 @@ import torch
 from paper_fixtures import FORWARD_TINY as FAST
 from paper_fixtures import few_images  # noqa: F401 - an automatic fixture
 from torch import nn
+from torch.nn import functional
 
 from benchmarks.paper import forward_only, measure, protocol
 from benchmarks.paper.config import BASELINE, FORWARD, PAPER, Arm, Merging, Run
@@ -139,7 +140,14 @@ def test_noise_at_the_angle_lacks_nothing_of_a_merge_but_the_partner(bench, sett
             across = [each - (each * before).sum(1, True) / before.square().sum(1, True).clamp_min(1e-30) * before
                       for each in (one, two)]  # fmt: skip
             assert cosine(*(each[moved] for each in across)).abs().mean() < 0.15
+            unit = functional.normalize(across[1][moved])  # nor the same for all
+            assert (unit @ unit.T - torch.eye(len(unit))).abs().mean() < 0.15
     assert torch.isfinite(noise[-1]).all()
+    thin = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3))  # nothing lies across a filter of one weight
+    every = dataclasses.replace(setting, prob=1.0)
+    plan = MergePlan(thin, skip_first=0.0, include_heads=True)
+    assert len(plan.names) == 2
+    assert all(one.isfinite().all() for one in noise_like_merging(plan, every, 5)(plan.weights(), 9))
 
 
 def test_dropconnect_drops_its_share_and_keeps_the_mean(bench):

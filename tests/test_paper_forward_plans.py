@@ -8,7 +8,7 @@ import pytest
 from paper_fixtures import FORWARD_TINY as FAST
 from paper_fixtures import few_images  # noqa: F401 - an automatic fixture
 
-from benchmarks.paper import forward_only, forward_page, resampled
+from benchmarks.paper import controls_page, forward_only, forward_page, resampled
 from benchmarks.paper.config import FORWARD, PAPER, Arm
 from benchmarks.paper.experiments import Options
 from benchmarks.paper.forward_only import arm_of, confirm, differences, plan, plan_path, read_plan, supplement
@@ -67,7 +67,7 @@ def test_a_plan_cannot_be_changed_after_its_confirmation_has_begun(planned, tmp_
     content["seeds"] = content["seeds"][:2]
     path.write_text(json.dumps(content))
     try:
-        with pytest.raises(ValueError, match="was changed after the confirmation had begun"):
+        with pytest.raises(ValueError, match="was changed after its runs had begun"):
             confirm(path, where)
         path.unlink()
         with pytest.raises(ValueError, match="runs have looked at the test images already"):
@@ -120,6 +120,11 @@ def test_a_supplement_adds_a_control_to_a_plan_that_is_done(planned, tmp_path):
     results = out / f"{FAST.name}.jsonl"
     results.write_bytes((where.out / results.name).read_bytes())
     here = dataclasses.replace(where, out=out)
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="2 of 3 seeds are done; run confirm first"):
+        supplement(path)
+    results.write_text("".join(lines))
     before, _ = forward_only.confirmed_results(path)
     target = supplement(path)
     with pytest.raises(ValueError, match="there is a supplement already"):
@@ -139,17 +144,29 @@ def test_a_supplement_adds_a_control_to_a_plan_that_is_done(planned, tmp_path):
     assert new[forward_only.ANGLE].label() not in page.partition("## In short")[2]
     assert text.count(f"| {new[forward_only.ANGLE].label()} |") == 2
     assert "noise at the angle (" in text
+    lines = controls_page.answer_table([], out).splitlines()
+    titles, row = ([one.strip() for one in line.split("|")] for line in (lines[-4], lines[-2]))
+    cells = dict(zip(titles, row, strict=True))
+    for title, family in (("noise at its angle", forward_only.ANGLE), ("noise as large", forward_only.NOISE)):
+        gain = np.mean(differences(found[family], found[""], "corrupted AUC"))
+        assert cells[title].startswith(f"{gain:+.2f} [" if gain else "0"), (title, cells)
+    default = forward_only.DEFAULT in before
+    assert (cells["forward-only, as chosen"] == "the default") == (not default)
+    assert (cells["noise at its angle"] == "–") == (not default)
     # It can be changed no more, be it itself or by another plan.
     content = json.loads(target.read_text())
     target.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="supplement.json: was changed after the confirmation had begun"):
+    with pytest.raises(ValueError, match="supplement.json: was changed after its runs had begun"):
         confirm(path, here)
     target.write_text(json.dumps(content | {"plan": "0" * 16}))
     with pytest.raises(ValueError, match="is for plan 0000000000000000"):
         confirm(path, here)
+    with pytest.raises(ValueError, match="is for plan 0000000000000000"):
+        forward_page.write(out)
     target.unlink()
-    with pytest.raises(ValueError, match="of its runs have looked at the test images already"):
-        supplement(path)
+    for look in (supplement, forward_only.confirmed_results):
+        with pytest.raises(ValueError, match="supplement.json: was changed after its runs had begun"):
+            look(path)
 
 
 def test_intervals_over_images_are_of_the_same_runs(planned, tmp_path, monkeypatch):
@@ -174,7 +191,7 @@ def test_intervals_over_images_are_of_the_same_runs(planned, tmp_path, monkeypat
         assert one["d_mean"] == pytest.approx(np.mean(values), abs=1e-6)
         assert one["d_low"] <= one["d_mean"] <= one["d_high"]
         assert one["d_high"] > one["d_low"]
-    said = f"over seeds and images: corrupted AUC {content['corrupted AUC']['d_mean']:+.2f} ["
+    said = f"over seeds and images: d corrupted AUC {content['corrupted AUC']['d_mean']:+.2f} ["
     assert forward_page.write(out).read_text().count(said) == 1
     # Runs that come out otherwise are not those that are stored, and a plan is not another one.
     changed = [json.loads(line) for line in lines]
@@ -183,9 +200,16 @@ def test_intervals_over_images_are_of_the_same_runs(planned, tmp_path, monkeypat
     results.write_text("".join(json.dumps(one) + "\n" for one in changed))
     with pytest.raises(ValueError, match="has other recomputed than in"):
         resampled.resample(path, here)
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(ValueError, match="is of plan"):
-        resampled.said(path)
+    results.write_text("".join(lines))
+    for changed in ({"seeds": 2}, {"repeats": 7}, {"corrupted AUC": content["corrupted AUC"] | {"d_mean": 9.0}}):
+        resampled.resampled_path(path).write_text(json.dumps(content | changed))
+        with pytest.raises(ValueError, match="is not of the runs of"):
+            forward_page.write(out)
+    scores = next((out / "checkpoints" / "scores" / FAST.name).rglob("*.npz"))
+    kept = dict(np.load(scores))
+    np.savez(scores, **(kept | {"contrast_down-3": kept["contrast_down-3"][::-1]}))
+    with pytest.raises(ValueError, match="has other scores of contrast_down than in"):
+        resampled.resample(path, here)
 
 
 def test_a_seed_that_was_cut_short_is_not_shown(planned, tmp_path):

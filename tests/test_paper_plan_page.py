@@ -90,7 +90,7 @@ def test_what_the_host_can_do_stands_beside_what_the_network_takes(tmp_path):
     plan = next(one for one in plan_page.PLANS if one.channels == 1)
     seconds = plan.images[2] * (2 * len(kinds) / 100 + len(robustness.NOISE_SIGMAS) / 50) / 3  # one channel of three
     assert f"{plan.title} {seconds / 60:.0f}." in text
-    assert "with 64 images of random pixels" in text
+    assert "load before 0.1; measured with 64 images of random pixels" in text
 
 
 def test_without_a_loop_hours_come_from_a_measured_training_step(tmp_path, monkeypatch):

@@ -30,18 +30,19 @@ from .tables import difference_text, gains_and_losses, read_manifest, rows_of, t
 SHOWN = ("acc", "AUC", "ECE", "corrupted acc", "corrupted AUC", "non-noise AUC", "corrupted ECE", "noise AUC")
 FAMILIES = (LASTING, MERGING, ANGLE, DEFAULT, ANGLE_DEFAULT, NOISE, DROPCONNECT, DROPOUT, BOTH)
 IN_ANSWER = {LASTING: "lasting, as published", DEFAULT: "forward-only, default",
-             ANGLE_DEFAULT: "noise like the default", MERGING: "forward-only, as chosen",
-             ANGLE: "noise like the chosen", DROPCONNECT: "DropConnect", DROPOUT: "Dropout2d",
+             ANGLE_DEFAULT: "noise at the default's angle", MERGING: "forward-only, as chosen",
+             ANGLE: "noise at its angle", NOISE: "noise as large", DROPCONNECT: "DropConnect", DROPOUT: "Dropout2d",
              BOTH: "forward-only and Dropout2d"}  # fmt: skip
-FINE_TUNED = {LASTING: "paper", DEFAULT: "forward-only", ANGLE_DEFAULT: "equal-angle-noise", DROPCONNECT: "dropconnect",
-              DROPOUT: "dropout", BOTH: "forward-only+dropout"}  # fmt: skip
+FINE_TUNED = {LASTING: "paper", DEFAULT: "forward-only", ANGLE_DEFAULT: "equal-angle-noise",
+              NOISE: "equal-norm-noise", DROPCONNECT: "dropconnect", DROPOUT: "dropout",
+              BOTH: "forward-only+dropout"}  # fmt: skip
 ALL_KINDS, OTHER_KINDS = forward_only.METRIC, "non-noise AUC"
 IN_SHORT = """Differences in AUC to no merging, in percentage points with 95 % intervals, batch-norm statistics
 recomputed in both; \\* the interval excludes 0; 0: nothing merged. *All*: mean over 13 kinds of corruption; *not
 noise*: over the nine that are no pixel noise. *Default*: alpha 0.5, p 0.5, random partner; *as chosen*: on validation
-images, with one or two seeds of this set-up or, in three, of another. *Noise like* a merging moves and turns the same
-filters as far, each in a random direction. In fine-tuning nothing was chosen: 2 epochs and 2 in every arm on 200
-images, 200 test images.
+images, with one or two seeds of this set-up or, in three, of another. Noise *as large* moves the filters as far as
+what was chosen, noise *at the angle* of a merging turns them as far, too, all in random directions. In fine-tuning
+nothing was chosen: 2 epochs and 2 in every arm on 200 images, 200 test images.
 
 """
 HEAD = """## Merging beside standard regularisers
@@ -141,7 +142,8 @@ def forward_only_answer(out: Path) -> list[str]:
         both = [found for found in each if found.get(MERGING) and found.get(other, other == "")]
         values = [paired(forward_only.differences(found[MERGING], found[other], metric)) for found in both]
         above, below = (sum(test) for test in ([one.low > 0 for one in values], [one.high < 0 for one in values]))
-        return f"in {above}" + (f" (below in {below})" if below else "")
+        few = f" of {len(both)}" if len(both) < len(each) else ""
+        return f"in {above}{few}" + (f" (below in {below})" if below else "")
 
     rivals = (
         ("no merging", ""),
@@ -168,8 +170,9 @@ def answer_table(manifests: Sequence[Path], out: Path) -> str:
         body.extend([[where, "all", *cells_of(ALL_KINDS)], ["", "not noise", *cells_of(OTHER_KINDS)]])
 
     def of_plan(found: dict[str, Any], metric: str) -> list[str]:
-        # Without one of its own, the plan chose the default.
-        results = {DEFAULT: found.get(MERGING, {}), ANGLE_DEFAULT: found.get(ANGLE, {}), **found}
+        results = dict(found)
+        if DEFAULT not in found:  # the plan chose it
+            results |= {DEFAULT: found.get(MERGING, {}), ANGLE_DEFAULT: found.get(ANGLE, {})}
         each = (paired(forward_only.differences(results.get(family, {}), found[""], metric)) for family in IN_ANSWER)
         cells = dict(zip(IN_ANSWER, map(difference_text, each), strict=True))
         return list((cells if DEFAULT in found else {**cells, MERGING: "the default", ANGLE: "–"}).values())

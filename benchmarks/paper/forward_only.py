@@ -214,20 +214,17 @@ def supplement(path: Path) -> Path:
         path: of the plan.
 
     Raises:
-        ValueError: there is no plan, or a supplement already, or one of its arms has been run.
+        ValueError: there is no plan, it is not done, there is a supplement already, or one of its arms has been run.
     """
-    recipe, arms, seeds, digest = read_plan(path)
+    _, arms, _, digest = read_plan(path)
     target = supplement_path(path)
     if target.exists():
         raise ValueError(f"{target}: there is a supplement already")
+    check_done(path)
     added = {}
     for family, angle in ((MERGING, ANGLE), (DEFAULT, ANGLE_DEFAULT)):
         if family in arms:
             added[angle] = Arm(dataclasses.replace(arms[family].merging, as_noise=True, same_angle=True))
-    names = {_name(recipe, arm, seed) for arm in added.values() for seed in seeds}
-    seen = names & set(runs_of(path_of(path.parent, recipe.name)))
-    if seen:
-        raise ValueError(f"{target}: {len(seen)} of its runs have looked at the test images already")
     content = {"plan": digest, "confirm": {family: dataclasses.asdict(arm) for family, arm in added.items()}}
     target.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{target}: {'; '.join(arm.label() for arm in added.values())}\nCommit it before confirm.")
@@ -281,6 +278,27 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
+def _checked_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The results of a plan's recipe by name, if all that looked at the test images are of the plan or its supplement.
+
+    Raises:
+        ValueError: one is not, or was made when they were others.
+    """
+    recipe, arms, seeds, digest = read_plan(path)
+    extra, extra_digest = read_supplement(path)
+    wanted = {_name(recipe, arm, seed): digest for arm in (BASELINE, *arms.values()) for seed in seeds}
+    wanted |= {_name(recipe, arm, seed): extra_digest for arm in extra.values() for seed in seeds}
+    runs = runs_of(path_of(path.parent, recipe.name))
+    for name, result in runs.items():
+        if "/test-" in name and result.get("plan") != wanted.get(name):
+            later = (result["arm"]["merging"] or {}).get("same_angle")
+            raise ValueError(
+                f"{supplement_path(path) if later else path}: was changed after its runs had begun: {name} was made by "
+                f"plan {result.get('plan')}, and this is {wanted.get(name, 'without that run')}; restore it"
+            )
+    return runs
+
+
 def confirm(path: Path, where: Where) -> None:
     """Do a plan, and then its supplement.
 
@@ -289,14 +307,7 @@ def confirm(path: Path, where: Where) -> None:
     """
     recipe, arms, seeds, digest = read_plan(path)
     extra, extra_digest = read_supplement(path)
-    added = {_name(recipe, arm, seed) for arm in extra.values() for seed in seeds}
-    for name, result in runs_of(path_of(where.out, recipe.name)).items():
-        source, wanted = (supplement_path(path), extra_digest) if name in added else (path, digest)
-        if "/test-" in name and result.get("plan") != wanted:
-            raise ValueError(
-                f"{source}: was changed after the confirmation had begun: {name} was made by plan "
-                f"{result.get('plan')}, and this is {wanted}; restore it"
-            )
+    _checked_runs(path)
     runs = [Run(recipe, arm, seed, plan=digest) for seed in seeds for arm in (BASELINE, *arms.values())]
     execute(runs + [Run(recipe, arm, seed, plan=extra_digest) for seed in seeds for arm in extra.values()], where)
 
@@ -306,19 +317,32 @@ def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, d
 
     Only of seeds that are done in all arms, so that every row of a table is about the same ones; those of a supplement
     when they are done for all these seeds.
+
+    Raises:
+        ValueError: there is no plan, or it is not the one that runs were made by.
     """
     recipe, arms, seeds, _ = read_plan(path)
     every = {"": BASELINE} | arms
-    runs = runs_of(path_of(path.parent, recipe.name))
+    runs = _checked_runs(path)
 
     def is_done(arm: Arm, seed: int) -> bool:
         return _name(recipe, arm, seed) in runs
 
     done = [seed for seed in seeds if all(is_done(arm, seed) for arm in every.values())]
-    every |= {
-        family: arm for family, arm in read_supplement(path)[0].items() if all(is_done(arm, seed) for seed in done)
-    }
+    extra = read_supplement(path)[0] if done else {}
+    every |= {family: arm for family, arm in extra.items() if all(is_done(arm, seed) for seed in done)}
     return every, {family: {seed: runs[_name(recipe, arm, seed)] for seed in done} for family, arm in every.items()}
+
+
+def check_done(path: Path) -> None:
+    """Look whether all seeds of a plan are done in all its arms.
+
+    Raises:
+        ValueError: they are not.
+    """
+    done, planned = len(confirmed_results(path)[1][""]), len(read_plan(path)[2])
+    if done < planned:
+        raise ValueError(f"{path}: {done} of {planned} seeds are done; run confirm first")
 
 
 def confirmations(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Arm], dict[str, dict[int, dict[str, Any]]]]]:

@@ -48,6 +48,7 @@ PAIRS = (
     (BOTH, MERGING),
     (BOTH, DROPOUT),
 )
+ADDED = {ANGLE, ANGLE_DEFAULT}
 README_ARMS = (MERGING, ANGLE, DEFAULT, ANGLE_DEFAULT, NOISE, DROPCONNECT, DROPOUT, BOTH)
 BEGIN, END = "<!-- forward-only: begin (python -m benchmarks.paper report) -->", "<!-- forward-only: end -->"
 HEAD = """# Forward-only merging: does it help?
@@ -61,25 +62,31 @@ its seeds, which are fresh. (The test images are those of [RESULTS.md](RESULTS.m
 them.) All arms of a seed start from the same weights and see the same images in the same order. Every arm is measured
 twice: as trained, and with batch-norm statistics **recomputed** by one pass over the training images with the final
 weights, because training at changed weights leaves statistics behind that imitate robustness. A gain counts only if
-it is there with recomputed statistics, in AUC, which no shift of the decision threshold moves. Noise of the same norm
-moves a filter as far, but turns it less: merging with alpha 0.5 turns a filter by 45 degrees where its partner has
-nothing to do with it, noise of that length by 35, and before a batch norm the angle is all that counts. So a control
-was *added* when the other results were known: *noise at the angle* gives a filter the norm, the angle and the distance
-that merging would, and only takes a random direction for the partner's. Nothing was chosen for it, and its plan was
-committed before its runs, which have the seeds of the others. There was no reseeded baseline and no attack here.
-Intervals are over seeds, which share the test images; those *over seeds and images* draw both with replacement
-(bootstrap, {repeats} times), as if the test images were others, too. Each family was tried at the few settings in the
-tables below, Dropout2d up to 0.3: more of it may gain more.
-
+it is there with recomputed statistics, in AUC, which no shift of the decision threshold moves. There was no reseeded
+baseline and no attack here. Intervals are over seeds, which share the test images. Each family was tried at the few
+settings in the tables below, Dropout2d up to 0.3: more of it may gain more.
+{angle}{images}
 {rule}
+"""
+WITH_ANGLE = """
+Noise of the same norm moves a filter as far as merging, but turns it less: merging with alpha 0.5 turns a filter by 45
+degrees where its partner has nothing to do with it, noise of that length by 35. It also leaves it longer, and before a
+batch norm, where the length changes no output, a longer filter has a smaller gradient. So a control was *added* when
+the other results were known: *noise at the angle* gives a filter the norm, the angle and the distance that merging
+would, and only takes a random direction for that of the partner. Nothing was chosen for it; its plan was committed
+before its runs, which have the seeds of the others.
+"""
+WITH_IMAGES = """
+Intervals *over seeds and images* draw both with replacement (a bootstrap, {repeats} times), as if the test images were
+others, too. They are of the same runs, which were made again for the scores of every image.
 """
 NOTE = """\
 d: paired difference to no merging, *recomputed* to *recomputed* and *as trained* to *as trained*, in percentage points,
 with its 95 % interval (Student's t over seeds; none for fewer than three). \\* p < 0.05; \\*\\* p < 0.05 after Holm's
-correction over the arms of the table. Corrupted: mean over the kinds of [robustness.py](robustness.py) at severity
-{severity}, *non-noise* over the nine that are no pixel noise; noise: mean over three levels. ECE: expected calibration
-error over 15 bins, lower is better. *merges* are filters per step. *failed*: seeds that diverged, which enter no
-comparison, and seeds whose filters collapsed.
+correction over the planned arms of the table, of an added one over all. Corrupted: mean over the kinds of
+[robustness.py](robustness.py) at severity {severity}, *non-noise* over the nine that are no pixel noise; noise: mean
+over three levels. ECE: expected calibration error over 15 bins, lower is better. *merges* are filters per step.
+*failed*: seeds that diverged, which enter no comparison, and seeds whose filters collapsed.
 """
 
 
@@ -88,12 +95,10 @@ def write(out: Path) -> Path | None:
     plans = sorted(out.glob(f"{NAME}.*.plan.json"), key=_order)
     if not plans:
         return None
-    parts = [
-        HEAD.format(
-            folder=out.name, name=NAME, repeats=resampled.REPEATS, rule=textwrap.fill(f"The rule: {RULE}.", 120)
-        ),
-        "## In short\n",
-    ]
+    rule = textwrap.fill(f"The rule: {RULE}.", 120)
+    angle = WITH_ANGLE if any(ANGLE in confirmed_results(path)[0] for path in plans) else ""
+    images = WITH_IMAGES.format(repeats=resampled.REPEATS) if any(map(resampled.said, plans)) else ""
+    parts = [HEAD.format(folder=out.name, name=NAME, rule=rule, angle=angle, images=images), "## In short\n"]
     parts += [f"- {sentence(path)}" for path in plans]
     parts.append("")
     parts += [section(path) for path in plans]
@@ -216,10 +221,13 @@ def _table(arms: Mapping[str, Arm], found: Mapping[str, Mapping[int, Any]]) -> s
             for family, results in found.items()
             if family and results
         }
-        for column in COLUMNS:
-            adjusted = holm([each[column].p for each in values.values()])
-            for each, p in zip(values.values(), adjusted, strict=True):
-                each[column] = dataclasses.replace(each[column], p_holm=p)
+        planned = [family for family in values if family not in ADDED]
+        for column in COLUMNS:  # what was added later takes nothing from what was planned
+            p = {family: each[column].p for family, each in values.items()}
+            adjusted = dict(zip(p, holm(list(p.values())), strict=True))
+            adjusted |= dict(zip(planned, holm([p[family] for family in planned]), strict=True))
+            for family, each in values.items():
+                each[column] = dataclasses.replace(each[column], p_holm=adjusted[family])
         rows += [(family, name, each) for family, each in values.items()]
     order = list(found)
     body = [

@@ -258,6 +258,11 @@ def _costs(gpu: Sequence[dict[str, Any]], measured_on: Sequence[dict[str, Any]])
     )
 
 
+def _load(host: dict[str, Any]) -> str:
+    load = host["environment"]["load"]
+    return "–" if load is None else f"{load:.1f}"
+
+
 def _copying(measured: Sequence[dict[str, Any]]) -> str:
     """How long it takes to make the corrupted copies."""
     text = ""
@@ -270,8 +275,8 @@ def _copying(measured: Sequence[dict[str, Any]]) -> str:
         minutes = (f"{plan.title} {plan.images[2] * seconds * plan.channels / 3 / 60:.0f}" for plan in PLANS)
         environment = host["environment"]
         text += (
-            f" Minutes on an {environment['processor']}, threads: {environment['threads']} (measured with "
-            f"{host['copied']} images of random pixels): {', '.join(minutes)}."
+            f" Minutes on an {environment['processor']}, threads: {environment['threads']} (load before {_load(host)}; "
+            f"measured with {host['copied']} images of random pixels): {', '.join(minutes)}."
         )
     return text
 
@@ -323,7 +328,7 @@ def _path(measured: Sequence[dict[str, Any]], takes: Sequence[Speed]) -> str:
         "`python -m benchmarks.paper.rate` measures all of it, images per second.\n\n"
     )
     hosts = [
-        [one["environment"]["processor"], str(one["environment"]["threads"]), f"{one['environment']['load']:.1f}",
+        [one["environment"]["processor"], str(one["environment"]["threads"]), _load(one),
          *(f"{one['reading'][kind]:,.0f}" if kind in one["reading"] else "–" for kind in READ)]
         for one in measured
         if "processor" in one["environment"] and one["side"] == SIDE

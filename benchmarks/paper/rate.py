@@ -2,8 +2,8 @@
 
 The network alone, on one batch that stays where it is; the whole training loop with all images on the device, and with
 images read ahead from a file that is mapped; the same with merging. And what the host can do without a network: read,
-also what is on the disk alone, and make corrupted copies. Needs PyTorch and NumPy only; the images are random. Writes
-``benchmarks/paper/results/rate.<device>.json``.
+also what is on the disk alone, and make corrupted copies. Needs PyTorch, NumPy and Pillow; the images are random.
+Writes ``benchmarks/paper/results/rate.<device>.json``, or without a network ``rate.<processor>.json``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.environment import processor
 from inmerge_fast import NoEffectWarning
+from inmerge_fast.demo.data import require
 from inmerge_fast.demo.train import Schedule
 
 from . import feed as feeds
@@ -42,6 +43,7 @@ BATCH = 64  # images that are read at a time, without a network
 SETTINGS = {"merging as published": FINE_TUNE_ARMS["paper"].merging, "merging, recommended": RECOMMENDED}
 FILE = "images.npy"
 COPIED, SEVERITY = 64, 3  # images that are corrupted, and how much
+PROBES = 16  # places of a file that are looked at
 EPOCHS = 2  # that are timed: those of a longer training without those of a shorter one, which has the same start
 
 
@@ -84,7 +86,7 @@ def reading(options: argparse.Namespace, device: torch.device, batch: int) -> di
         feed.close()
 
     for name, room, cold in (("on the device", None, False), ("read ahead", 0, False), ("read ahead, disk", 0, True)):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=options.out) as folder:  # the usual place may be in memory
             data = random_data(options.images, options.side, Path(folder))
             feed = feeds.Feed(data.train.images, device, room)
             if cold and not _forget(Path(folder) / FILE):
@@ -97,12 +99,23 @@ def reading(options: argparse.Namespace, device: torch.device, batch: int) -> di
 
 
 def _forget(path: Path) -> bool:
-    """Let the system keep nothing of a file in memory; False where it cannot be asked to. No page may be mapped."""
-    if not hasattr(os, "posix_fadvise"):
+    """Let the system keep nothing of a file in memory; False where it cannot be asked to, or keeps it all the same.
+
+    No page of it may be mapped.
+    """
+    if not (hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")):
         return False
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for place in range(0, path.stat().st_size, path.stat().st_size // PROBES):
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue  # it would have to be read
+            except OSError:  # a file system that cannot tell
+                return False
+            return False
     return True
 
 
@@ -111,6 +124,7 @@ def corrupting(options: argparse.Namespace) -> dict[str, float]:
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         images = random_data(COPIED, options.side, Path(folder)).train.images.clone()
+    robustness.corrupt(images[:1], "jpeg", SEVERITY)  # imports
     for kind in robustness.CORRUPTIONS:
         seconds = seconds_of(lambda kind=kind: robustness.corrupt(images, kind, SEVERITY), torch.device("cpu"))
         rates[kind] = len(images) / seconds
@@ -160,8 +174,8 @@ def network_alone(recipe: Recipe, bench: Bench, steps: int) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All rates of all networks on a device."""
-    device = torch.device(options.device)
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else -1.0
+    device = torch.device(options.device if options.models else "cpu")
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     environment = {**protocol.environment(device), "processor": processor(), "load": load}
     settings = {"on the device": None, **SETTINGS}
     rows: dict[str, Any] = {}
@@ -200,16 +214,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     if len(options.models) != len(options.batches):
-        parser.error(f"argument --batches: {len(options.batches)} for {len(options.models)} models")
+        parser.error(f"argument --batches: {len(options.batches)} for {len(options.models)} models: give one for each")
     if options.images < max(options.batches or [BATCH]):
         parser.error(f"argument --images: {options.images} do not fill a batch of {max(options.batches or [BATCH])}")
+    require("PIL", "Pillow")  # of the last thing that is measured
+    options.out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # of random weights nothing is alike
         found = measure(options)
     device = found["environment"]["device"]
     where = re.sub(r"[^A-Za-z0-9]+", "-", found["environment"]["processor"] if device == "cpu" else device).strip("-")
     path: Path = options.out / f"rate.{where}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {path}")
     return path

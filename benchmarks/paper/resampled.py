@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from .compare import has_diverged, two_level_bootstrap
-from .config import BASELINE, Run
-from .forward_only import DEFAULT, MERGING, METRIC, confirmed_results, read_plan
+from .compare import two_level_bootstrap
+from .config import BASELINE, Arm, Run
+from .forward_only import DEFAULT, MERGING, METRIC, check_done, confirmed_results, differences, read_plan, value_of
 from .grid import Where, execute, scores_path
 from .metrics import auc
 from .storage import load_result
 
 STAGE = "images"
-REPEATS = 500
+REPEATS = 1000
 OTHER = "non-noise AUC"
 
 
@@ -41,24 +41,18 @@ def resample(path: Path, where: Where) -> Path:
     Raises:
         ValueError: there is no plan, it is not done, or a run came out otherwise than it is stored.
     """
+    check_done(path)
     recipe, arms, seeds, digest = read_plan(path)
-    _, found = confirmed_results(path)
-    if len(found[""]) < len(seeds):
-        raise ValueError(f"{path}: {len(found[''])} of {len(seeds)} seeds are done; run confirm first")
-    arm = arms[DEFAULT if DEFAULT in arms else MERGING]
+    arm = arms[_family(arms)]
     again = dataclasses.replace(where, out=where.out / "checkpoints" / "scores")
     runs = [(Run(recipe, BASELINE, seed, "test", True, digest), Run(recipe, arm, seed, "test", True, digest))
             for seed in seeds]  # fmt: skip
-    execute([run for pair in runs for run in pair], again)
-    for run in (run for pair in runs for run in pair):
-        new, old = (load_result(out, run.key()) for out in (again.out, where.out))
-        other = [key for key in ("digests", "metrics", "recomputed") if new[key] != old[key]]
-        if other:
-            raise ValueError(
-                f"{again.out}: {run.key()} has other {', '.join(other)} than in {where.out}: made with other versions? "
-                "(delete the folder to start over)"
-            )
-    sound = [pair for pair in runs if not any(has_diverged(load_result(where.out, run.key())) for run in pair)]
+    for some in (runs[:1], runs):  # with other versions the first seed says so
+        execute([run for pair in some for run in pair], again)
+        for run in (run for pair in some for run in pair):
+            _check_same(run, again.out, where.out)
+    results = {run: load_result(where.out, run.key()) for pair in runs for run in pair}
+    sound = [pair for pair in runs if not any(np.isnan(value_of(results[run], METRIC)) for run in pair)]
     scores = [[dict(np.load(scores_path(again.out, run))) for run in pair] for pair in sound]
     kinds = [key for key in scores[0][0] if key not in ("labels", "clean") and not key.startswith("noise-")]
     content: dict[str, Any] = {"plan": digest, "arm": arm.label(), "seeds": len(sound), "repeats": REPEATS}
@@ -67,9 +61,36 @@ def resample(path: Path, where: Where) -> Path:
         mean, low, high = two_level_bootstrap(scores[0][0]["labels"], pairs, auc, repeats=REPEATS)
         content[metric] = {"d_mean": 100 * mean, "d_low": 100 * low, "d_high": 100 * high}
     target = resampled_path(path)
-    target.write_text(json.dumps(content, indent=1) + "\n")
+    target.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"{target}: {content}")
     return target
+
+
+def _family(arms: dict[str, Arm]) -> str:
+    """Whose runs are made again: those of the library's default."""
+    return DEFAULT if DEFAULT in arms else MERGING
+
+
+def _check_same(run: Run, again: Path, stored: Path) -> None:
+    """Look whether a run came out as it is stored, and its scores are those that its result was made of.
+
+    Raises:
+        ValueError: it did not, or they are not.
+    """
+    new, old = (load_result(out, run.key()) for out in (again, stored))
+    other = [key for key in ("digests", "metrics", "recomputed") if new[key] != old[key]]
+    scores = np.load(scores_path(again, run))
+    other += [
+        f"scores of {kind}"
+        for kind, levels in (new["recomputed"] or new["metrics"])["by_corruption"].items()
+        for level, values in levels.items()
+        if values["auc"] is not None and auc(scores["labels"], scores[f"{kind}-{level}"]) != values["auc"]
+    ]
+    if other:
+        raise ValueError(
+            f"{again}: {run.key()} has other {', '.join(other)} than in {stored}: made with other versions? "
+            "(delete the folder to start over)"
+        )
 
 
 def said(plan: Path) -> str:
@@ -79,17 +100,19 @@ def said(plan: Path) -> str:
         plan: path of the plan.
 
     Raises:
-        ValueError: it is of another plan.
+        ValueError: it is not of the runs that are stored.
     """
     target = resampled_path(plan)
     if not target.exists():
         return ""
     content = json.loads(target.read_text())
-    if content["plan"] != read_plan(plan)[3]:
-        raise ValueError(f"{target}: is of plan {content['plan']}, not of {plan}; delete it and run {STAGE} again")
-    each = (
-        f"{metric} {content[metric]['d_mean']:+.2f} [{content[metric]['d_low']:+.2f}, {content[metric]['d_high']:+.2f}]"
-        for metric in (METRIC, OTHER)
-    )
-    label = content["arm"]
+    arms, found = confirmed_results(plan)
+    family, each = _family(arms), []
+    for metric in (METRIC, OTHER):
+        values, one = differences(found[family], found[""], metric), content[metric]
+        made_of = {"plan": read_plan(plan)[3], "arm": arms[family].label(), "seeds": len(values), "repeats": REPEATS}
+        if not made_of.items() <= content.items() or abs(np.mean(values) - one["d_mean"]) > 1e-6:
+            raise ValueError(f"{target}: is not of the runs of {plan}; delete it and run {STAGE} again")
+        each.append(f"d {metric} {one['d_mean']:+.2f} [{one['d_low']:+.2f}, {one['d_high']:+.2f}]")
+    label = arms[family].label()
     return f"{label[0].upper()}{label[1:]}, over seeds and images: {', '.join(each)}."
