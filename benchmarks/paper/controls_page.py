@@ -138,22 +138,22 @@ def forward_only_answer(out: Path) -> list[str]:
     if not each:
         return []
 
-    def counted(other: str, metric: str) -> str:
+    def counted(name: str, other: str, metric: str) -> list[str]:
         both = [found for found in each if found.get(MERGING) and found.get(other, other == "")]
         values = [paired(forward_only.differences(found[MERGING], found[other], metric)) for found in both]
         above, below = (sum(test) for test in ([one.low > 0 for one in values], [one.high < 0 for one in values]))
         few = f" of {len(both)}" if len(both) < len(each) else ""
-        return f"in {above}{few}" + (f" (below in {below})" if below else "")
+        return [f"{name} in {above}{few}" + (f" (below in {below})" if below else "")] if both else []
 
-    rivals = (
-        ("no merging", ""),
-        ("noise as large", NOISE),
-        ("noise at its angle", ANGLE),
-        ("DropConnect", DROPCONNECT),
-        ("Dropout2d", DROPOUT),
-    )
+    rivals = {
+        "no merging": "",
+        "noise as large": NOISE,
+        "noise at its angle": ANGLE,
+        "DropConnect": DROPCONNECT,
+        "Dropout2d": DROPOUT,
+    }
     counts = [
-        f"{metric} above that of " + ", ".join(f"{name} {counted(family, metric)}" for name, family in rivals)
+        f"{metric} above that of " + ", ".join(text for rival in rivals.items() for text in counted(*rival, metric))
         for metric in (ALL_KINDS, OTHER_KINDS)
     ]
     return [

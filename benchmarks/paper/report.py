@@ -63,9 +63,10 @@ LIMITS = """## Limits
   nothing about them. In the transformer and the Mamba, rows of the classifier may merge, too; in none of the runs did
   one.
 - **The control.** Runs of lasting merging were first made before batch-norm statistics were recomputed, and their
-  networks were not kept. Most were made again and measured both ways: all ended with the weights that they had before,
-  bit for bit, but six (digits, the nearest partner, seeds 0 to 2), whose first form is older than a change of its
-  search. Where a table says *as trained only*, that is still to be done. The sequence models have no batch norm.
+  networks were not kept. All of those with batch norm were made again and measured both ways: they ended with the
+  weights that they had before, bit for bit, but six (digits, the nearest partner, seeds 0 to 2), whose first form is
+  older than a change of its search. The sequence models have no batch norm, and were not made again for the calibration
+  error.
 - **Seeds.** As the tables say: 20 in confirmations, else 2 to 8, so that intervals are wide and only large effects
   show. What any number of seeds shows is what merges and what collapses. The sweeps are looks around, on
   the test images and without a plan: a gain in one of them is where to look next, not a finding. The one that was

@@ -31,7 +31,7 @@ NOTE = (
     "with its 95 % interval (Student's t; none for fewer than three seeds). *recomputed*: with batch-norm "
     "statistics computed anew for the final weights by one pass over the training images; what merging in training "
     "does to running variances imitates robustness, so a gain counts only if it is there, too. *as trained only*: "
-    "from before this was measured, and the networks were not kept. *no batch norm*: nothing to recompute. ECE: "
+    "from before this was measured. *no batch norm*: nothing to recompute. ECE: "
     "expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599), lower is "
     "better; – where it was not measured. *non-noise AUC*: corrupted AUC without the kinds of pixel noise. "
     "\\* p < 0.05; \\*\\* p < 0.05 after Holm's correction over the settings of this table. "
