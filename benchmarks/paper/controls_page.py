@@ -111,10 +111,12 @@ def fine_tuned(manifests: Sequence[Path]) -> list[str]:
             f"**Fine-tuning** ({where}), {arms} arms against no merging, in accuracy and AUC after Holm's correction: "
             f"gains {gains}; losses {losses}."
         )
-        advised = [row for row in rows if row.label == FINE_TUNE_ARMS["recommended"].label()]
-        if advised:
-            each = (f"{key} {difference_text(advised[0].judged(key))}" for key in (ALL_KINDS, "noise AUC", "AUC"))
-            text += f" The library's recommendation for lasting merging, `{advised[0].label}`: d {', '.join(each)}."
+        for name, what in (("recommended", "The library's recommendation for lasting merging"), ("forward-only", "Its "
+                           "default of forward-only merging")):  # fmt: skip
+            label = FINE_TUNE_ARMS[name].label()
+            for row in (row for row in rows if row.label == label):
+                each = (f"{key} {difference_text(row.judged(key))}" for key in (ALL_KINDS, "noise AUC", "AUC"))
+                text += f" {what}, `{label}`: d {', '.join(each)}."
         said.append(text)
     return said
 
