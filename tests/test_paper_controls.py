@@ -47,7 +47,8 @@ def test_what_counts_in_fine_tuning_is_with_recomputed_statistics(tmp_path):
     [said] = controls_page.fine_tuned([manifest])
     assert said.startswith("**Fine-tuning** (own, efficientnet_lite0 with ImageNet weights, 4 seeds), 3 arms")
     assert "gains Dropout2d 0.2: AUC +2.02, Dropout2d 0.2: corrupted AUC +2.02" in said, said
-    assert said.endswith("; losses none."), said
+    assert "; losses none. The library's default of forward-only merging, `forward-only merging, alpha" in said, said
+    assert said.endswith("corrupted AUC 0, noise AUC 0, AUC 0, corrupted ECE 0."), said
     text = controls_page.answer_table([manifest], tmp_path)
     [row] = [line for line in text.splitlines() if line.startswith("| own,")]
     assert row.endswith(r"| all | – | 0 | – | – | – | – | – | +2.02 [+1.99, +2.04] \* | – |"), row

@@ -105,7 +105,8 @@ def test_the_page_shows_what_the_files_say(planned):
             aucs = [[each[seed][evaluation]["corrupted"]["auc"] for seed in results] for each in (results, base)]
             gains = [100 * (one - other) for one, other in zip(*aucs, strict=True)]
             assert cells[0] == "3"
-            shown = cells[3 + list(forward_only.COLUMNS).index("corrupted AUC")]
+            assert cells[2] == f"{np.mean([one['loss'][-1] for one in results.values()]):.3f}"
+            shown = cells[4 + list(forward_only.COLUMNS).index("corrupted AUC")]
             assert shown == "0" if not any(gains) else shown.startswith(f"{sum(gains) / 3:+.2f}")
     assert "3 of 3 planned seeds" in text
     assert forward_page.write(where.out).read_text() == text

@@ -81,12 +81,12 @@ def test_what_the_host_can_do_stands_beside_what_the_network_takes(tmp_path):
     kinds = dict.fromkeys(robustness.CORRUPTIONS, 100.0)
     host = {
         "training": {}, "reading": {"on the device": 9e4, "read ahead": 3e4, "read ahead, disk": 4321.0}, "side": 224,
-        "corrupting": {**kinds, "noise": 50.0}, "copied": 64,
+        "corrupting": {**kinds, "noise": 50.0}, "copied": 64, "images": 8192,
         "environment": {"device": "cpu", "processor": "Some CPU", "threads": 2, "load": 0.1},
     }  # fmt: skip
     (out / "rate.Some-CPU.json").write_text(json.dumps(host))
     text = plan_page.write(out).read_text()
-    assert "| Some CPU | 2 | 0.1 | 30,000 | 4,321 |" in text
+    assert "| Some CPU | 2 | 0.1 | 8,192 | 30,000 | 4,321 |" in text
     plan = next(one for one in plan_page.PLANS if one.channels == 1)
     seconds = plan.images[2] * (2 * len(kinds) / 100 + len(robustness.NOISE_SIGMAS) / 50) / 3  # one channel of three
     assert f"{plan.title} {seconds / 60:.0f}." in text

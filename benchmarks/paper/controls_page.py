@@ -42,7 +42,7 @@ recomputed in both; \\* the interval excludes 0; 0: nothing merged. *All*: mean 
 noise*: over the nine that are no pixel noise. *Default*: alpha 0.5, p 0.5, random partner; *as chosen*: on validation
 images, with one or two seeds of this set-up or, in three, of another. Noise *as large* moves the filters as far as
 what was chosen, noise *at the angle* of a merging turns them as far, too, all in random directions. In fine-tuning
-nothing was chosen: 2 epochs and 2 in every arm on 200 images, 200 test images.
+nothing was chosen: 2 epochs and 2 in every arm on 200 images, 200 test images. –: not run, or what the default has.
 
 """
 HEAD = """## Merging beside standard regularisers
@@ -111,12 +111,13 @@ def fine_tuned(manifests: Sequence[Path]) -> list[str]:
             f"**Fine-tuning** ({where}), {arms} arms against no merging, in accuracy and AUC after Holm's correction: "
             f"gains {gains}; losses {losses}."
         )
-        for name, what in (("recommended", "The library's recommendation for lasting merging"), ("forward-only", "Its "
-                           "default of forward-only merging")):  # fmt: skip
+        advised = {"recommended": "recommendation for lasting", "forward-only": "default of forward-only"}
+        for name, what in advised.items():
             label = FINE_TUNE_ARMS[name].label()
             for row in (row for row in rows if row.label == label):
-                each = (f"{key} {difference_text(row.judged(key))}" for key in (ALL_KINDS, "noise AUC", "AUC"))
-                text += f" {what}, `{label}`: d {', '.join(each)}."
+                keys = (ALL_KINDS, "noise AUC", "AUC", "corrupted ECE")
+                each = (f"{key} {difference_text(row.judged(key))}" for key in keys)
+                text += f" The library's {what} merging, `{label}`: d {', '.join(each)}."
         said.append(text)
     return said
 

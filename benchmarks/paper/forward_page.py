@@ -73,8 +73,9 @@ Noise of the same norm moves a filter as far as merging, but turns it less: merg
 degrees where its partner has nothing to do with it, noise of that length by 35. It also leaves it longer, and before a
 batch norm, where the length changes no output, a longer filter has a smaller gradient. So a control was *added* when
 the other results were known: *noise at the angle* gives a filter the norm, the angle and the distance that merging
-would, and only takes a random direction for that of the partner. Nothing was chosen for it; its plan was committed
-before its runs, which have the seeds of the others.
+would, in a random direction, the same in all of its weights, where a partner has the spectrum of a filter. It was not
+tuned, merging was; its plan was committed before its runs, which have the seeds of the others. The last epoch's
+training loss, at the changed weights, is beside it: what raises it more disturbs more.
 """
 WITH_IMAGES = """
 Intervals *over seeds and images* draw both with replacement (a bootstrap, {repeats} times), as if the test images were
@@ -85,8 +86,9 @@ d: paired difference to no merging, *recomputed* to *recomputed* and *as trained
 with its 95 % interval (Student's t over seeds; none for fewer than three). \\* p < 0.05; \\*\\* p < 0.05 after Holm's
 correction over the planned arms of the table, of an added one over all. Corrupted: mean over the kinds of
 [robustness.py](robustness.py) at severity {severity}, *non-noise* over the nine that are no pixel noise; noise: mean
-over three levels. ECE: expected calibration error over 15 bins, lower is better. *merges* are filters per step.
-*failed*: seeds that diverged, which enter no comparison, and seeds whose filters collapsed.
+over three levels. ECE: expected calibration error over 15 bins, lower is better. *merges* are filters per step,
+*loss* is the mean training loss of the last epoch, at the changed weights where an arm changes them. *failed*: seeds
+that diverged, which enter no comparison, and seeds whose filters collapsed.
 """
 
 
@@ -239,7 +241,7 @@ def _table(arms: Mapping[str, Arm], found: Mapping[str, Mapping[int, Any]]) -> s
         for column in COLUMNS
     ]
     body.append(["no merging", "as trained − recomputed", *_counts(found[""]), *map(difference_text, shift)])
-    return table(["arm", "statistics", "n", "merges", "failed", *(f"d {column}" for column in COLUMNS)], body)
+    return table(["arm", "statistics", "n", "merges", "loss", "failed", *(f"d {column}" for column in COLUMNS)], body)
 
 
 def _counts(results: Mapping[int, Any]) -> list[str]:
@@ -247,7 +249,8 @@ def _counts(results: Mapping[int, Any]) -> list[str]:
     diverged = sum(map(has_diverged, results.values()))
     collapsed = sum(one["filters"]["collapsed"] for one in results.values())
     failed = ", ".join(f"{count} {word}" for count, word in ((diverged, "diverged"), (collapsed, "collapsed")) if count)
-    return [str(len(results)), f"{np.mean(merges):.2f}" if merges else "–", failed or "0"]
+    loss = np.mean([one["loss"][-1] for one in results.values() if one["loss"]])
+    return [str(len(results)), f"{np.mean(merges):.2f}" if merges else "–", f"{loss:.3f}", failed or "0"]
 
 
 def _pairs(arms: Mapping[str, Arm], found: Mapping[str, Mapping[int, Any]]) -> str:

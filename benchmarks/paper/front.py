@@ -15,7 +15,7 @@ from . import controls_page, forward_only, trained, trained_page
 from .compare import FEWEST, Paired, Row, paired
 from .config import PAPER, Arm
 from .figures import COLOURS, STYLE
-from .tables import SHOWN, rows_of
+from .tables import CALIBRATION, SHOWN, rows_of
 
 FIGURE = "all.svg"
 METRIC = "corrupted AUC"
@@ -59,25 +59,43 @@ def answer(settings: Sequence[Setting], manifests: Sequence[Path], out: Path) ->
     return (f"{short}\n" if short else "") + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def _lasting(settings: Sequence[Setting]) -> str:
-    each = [(one, metric, one.row.judged(metric)) for one in settings for metric in SHOWN]
+Compared = tuple[Setting, str, Paired]
+
+
+def _sorted(settings: Sequence[Setting], metrics: Sequence[str]) -> tuple[list[Compared], list[Compared], int]:
+    """Gains and losses after Holm's correction, and the number of comparisons; a smaller error is a gain."""
+    each = [(one, metric, one.row.judged(metric)) for one in settings for metric in metrics]
     each = [item for item in each if not math.isnan(item[2].mean)]
-    gains = [(one, metric, value) for one, metric, value in each if value.p_holm < 0.05 and value.mean > 0]
-    losses = [one for one, _, value in each if value.p_holm < 0.05 and value.mean < 0]
-    counts = {
-        state: (sum(bool(one.row.collapsed) == state for one, _, _ in gains),
-                sum(bool(one.row.collapsed) == state for one in losses))
+    sure = [item for item in each if item[2].p_holm < 0.05]
+    better = [item for item in sure if (item[2].mean > 0) != (item[1] in CALIBRATION)]
+    return better, [item for item in sure if item not in better], len(each)
+
+
+def _by_collapse(gains: Sequence[Compared], losses: Sequence[Compared]) -> tuple[str, str]:
+    """Counts where no filters collapsed, and where some did."""
+    none, some = (
+        _counted(*(sum(bool(one.row.collapsed) == state for one, _, _ in those) for those in (gains, losses)))
         for state in (False, True)
-    }  # fmt: skip
+    )
+    return none, some
+
+
+def _lasting(settings: Sequence[Setting]) -> str:
+    gains, losses, compared = _sorted(settings, SHOWN)
+    better, worse, _ = _sorted(settings, CALIBRATION)
+    none, some = _by_collapse(gains, losses)
     recipes = len({one.recipe for one in settings})
-    named = ", ".join(f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})" for one, metric, value in gains)
+    named = ", ".join(
+        f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})" for one, metric, value in (*gains, *better)
+    )
     text = (
         f"**Lasting merging in {len(settings)} cases** ({len({one.row.label for one in settings})} settings on "
-        f"{recipes} pairs of data and recipe), {len(each)} comparisons with no merging on test images in "
+        f"{recipes} pairs of data and recipe), {compared} comparisons with no merging on test images in "
         f"{', '.join(SHOWN)}, after Holm's correction within each table. Where no filters "
-        f"collapsed: **{_counted(*counts[False])}**; where some did: {_counted(*counts[True])}."
+        f"collapsed: **{none}**; where some did: {some}. In {' and '.join(CALIBRATION)}, counted apart: "
+        "{} where none did, {} where some did.".format(*_by_collapse(better, worse))
     )
-    text += f" The gains: {named}." if gains else ""
+    text += f" The gains: {named}." if named else ""
     unchecked = sum(one.row.recomputed.n < one.row.n for one in settings)
     gone = [
         f"{metric} {value.mean:+.2f} ({one.recipe}: {one.row.label})"

@@ -328,18 +328,19 @@ def _path(measured: Sequence[dict[str, Any]], takes: Sequence[Speed]) -> str:
         "`python -m benchmarks.paper.rate` measures all of it, images per second.\n\n"
     )
     hosts = [
-        [one["environment"]["processor"], str(one["environment"]["threads"]), _load(one),
+        [one["environment"]["processor"], str(one["environment"]["threads"]), _load(one), f"{one['images']:,}",
          *(f"{one['reading'][kind]:,.0f}" if kind in one["reading"] else "–" for kind in READ)]
         for one in measured
         if "processor" in one["environment"] and one["side"] == SIDE
     ]  # fmt: skip
     if hosts:
         text += (
-            f"What a host reads ahead, {SIDE} px in colour, in the random order of an epoch, with no network behind "
-            "it; *disk*: of a file of which the system holds nothing in memory"
+            f"What a host without a GPU reads ahead (nothing is pinned or copied to a device), images of {SIDE} px in "
+            "colour in the random order of one epoch, one run; *disk*: of a file of which its system holds nothing in "
+            "memory"
             + "".join(f". Training takes {one.rate:,.0f} on an {one.title.removeprefix('hours, ')}" for one in takes)
             + ":\n\n"
-            + table(["host", "threads", "load before", "in memory", "disk"], hosts)
+            + table(["host", "threads", "load before", "images", "in memory", "disk"], hosts)
             + "\n"
         )
     body = [

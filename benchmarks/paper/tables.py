@@ -23,7 +23,7 @@ from .published import CHESTXRAY14, CHESTXRAY14_COLUMNS, MEDMNIST
 from .storage import is_stored, load_result
 
 SHOWN = ("acc", "AUC", "corrupted acc", "corrupted AUC", "noise AUC", "PGD 2/255 acc")
-CALIBRATION = ("ECE", "corrupted ECE")  # lower is better, so not counted as gains or losses
+CALIBRATION = ("ECE", "corrupted ECE")  # lower is better, so counted apart
 COLUMNS = (*SHOWN, "non-noise AUC", *CALIBRATION)
 NOTE = (
     "In percent, mean ± sd over the seeds; d is the paired difference to the baseline of the same seed, backbone "
