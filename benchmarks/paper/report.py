@@ -33,8 +33,10 @@ the same number of epochs, and keep the weights of their last epoch.
 filter keeps the share *alpha* of itself and takes the rest of a *partner*, another filter of its layer, at random
 unless said otherwise; it looks at one with probability *p*, and merges if their cosine similarity is above a
 threshold: *tau 0.3* is a fixed one, *z 2* is 2/sqrt(D) for filters of D weights, *RankBudget* finds its own and is
-what the library recommends for lasting merging. *Linear*: rows of Linear layers merge, too. Filters *collapse* where
-a layer lost half of its effective rank or they became alike. *vgg8* is the VGG-like net below, *resnet18_small* the
+what the library recommends for lasting merging. *similar*: a partner among those above the threshold, *nearest*: the
+most alike; *skip 10*: without the first ten convolutions. *Linear*: rows of Linear layers merge, too. Filters
+*collapse* where a layer lost half of its effective rank or they became alike. *ECE* is the expected calibration error,
+less is better; *PGD* an attack by projected gradients; *acc* accuracy. *vgg8* is the VGG-like net below, *resnet18_small* the
 ResNet-18 of a quarter of the width; *strong-decay* stands for ten times the weight decay and twice the learning rate.
 An *arm* is one of the trainings that are compared, a *seed* one start of all of them; *Holm's correction* keeps many
 comparisons from finding something by chance. Other words: [Words](../../docs/index.md#words).
