@@ -36,10 +36,10 @@ threshold: *tau 0.3* is a fixed one, *z 2* is 2/sqrt(D) for filters of D weights
 what the library recommends for lasting merging. *similar*: a partner among those above the threshold, *nearest*: the
 most alike; *skip 10*: without the first ten convolutions. *Linear*: rows of Linear layers merge, too. Filters
 *collapse* where a layer lost half of its effective rank or they became alike. *ECE* is the expected calibration error,
-less is better; *PGD* an attack by projected gradients; *acc* accuracy. *vgg8* is the VGG-like net below, *resnet18_small* the
-ResNet-18 of a quarter of the width; *strong-decay* stands for ten times the weight decay and twice the learning rate.
-An *arm* is one of the trainings that are compared, a *seed* one start of all of them; *Holm's correction* keeps many
-comparisons from finding something by chance. Other words: [Words](../../docs/index.md#words).
+less is better; *PGD* an attack by projected gradients; *acc* accuracy. *vgg8* is the VGG-like net below,
+*resnet18_small* the ResNet-18 of a quarter of the width; *strong-decay* stands for ten times the weight decay and
+twice the learning rate. An *arm* is one of the trainings that are compared, a *seed* one start of all of them; *Holm's
+correction* keeps many comparisons from finding something by chance. Other words: [Words](../../docs/index.md#words).
 
 ## The answer
 
