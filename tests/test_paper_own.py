@@ -200,6 +200,7 @@ def test_fine_tuning_has_the_settings_that_one_would_ask_for():
     assert lasting == [0.3, RankBudget(0.04), QuantileThreshold(0.02), NoiseThreshold(4.0)]
     assert [arm.label() for arm in arms[6:]] == [  # forward-only merging and what a standard regulariser does instead
         "forward-only merging, alpha 0.5, p 0.5", "noise like forward-only merging, alpha 0.5, p 0.5",
+        "noise at the angle of forward-only merging, alpha 0.5, p 0.5",
         "DropConnect 0.2", "Dropout2d 0.2", "forward-only merging, alpha 0.5, p 0.5 + Dropout2d 0.1",
     ]  # fmt: skip
     [(_, fewer)] = EXPERIMENTS["fine-tune"](Options(data="own.npz", arms=("dropout", "paper"))).groups
