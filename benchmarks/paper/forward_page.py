@@ -73,9 +73,9 @@ Noise of the same norm moves a filter as far as merging, but turns it less: merg
 degrees where its partner has nothing to do with it, noise of that length by 35. It also leaves it longer, and before a
 batch norm, where the length changes no output, a longer filter has a smaller gradient. So a control was *added* when
 the other results were known: *noise at the angle* gives a filter the norm, the angle and the distance that merging
-would, in a random direction, the same in all of its weights, where a partner has the spectrum of a filter. It was not
-tuned, merging was; its plan was committed before its runs, which have the seeds of the others. The last epoch's
-training loss, at the changed weights, is beside it: what raises it more disturbs more.
+would, in a random direction instead of that of another filter. It was not tuned, merging was; its plan was committed
+before its runs, which have the seeds of the others. The last epoch's training loss, at the changed weights, stands in
+the tables: what raises it more disturbs more.
 """
 WITH_IMAGES = """
 Intervals *over seeds and images* draw both with replacement (a bootstrap, {repeats} times), as if the test images were
