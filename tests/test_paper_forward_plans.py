@@ -203,7 +203,7 @@ def test_intervals_over_images_are_of_the_same_runs(planned, tmp_path, monkeypat
         resampled.resample(path, here)
     results.write_text("".join(lines))
     for changed in ({"seeds": 2}, {"repeats": 7}, {"corrupted AUC": content["corrupted AUC"] | {"d_mean": 9.0}}):
-        resampled.resampled_path(path).write_text(json.dumps(content | changed))
+        forward_only.beside(path, resampled.STAGE).write_text(json.dumps(content | changed))
         with pytest.raises(ValueError, match="is not of the runs of"):
             forward_page.write(out)
     scores = next((out / "checkpoints" / "scores" / FAST.name).rglob("*.npz"))

@@ -181,6 +181,11 @@ def is_controlled(result: Mapping[str, Any]) -> bool:
     return result.get(RECOMPUTED) is not None or not has_norm(result)
 
 
+def is_noise(kind: str) -> bool:
+    """Whether a kind of corruption is pixel noise."""
+    return "noise" in kind
+
+
 def group_of(metrics: Mapping[str, Any], group: str) -> Mapping[str, float | None]:
     """One group of a run's metrics; "not noise" is the mean over the kinds of corruption that are no pixel noise.
 
@@ -189,7 +194,7 @@ def group_of(metrics: Mapping[str, Any], group: str) -> Mapping[str, float | Non
     if group != "not noise":
         found: Mapping[str, float | None] = metrics[group]
         return found
-    kinds = [each for kind, each in metrics.get("by_corruption", {}).items() if "noise" not in kind]
+    kinds = [each for kind, each in metrics.get("by_corruption", {}).items() if not is_noise(kind)]
     values = [level.get("auc") for each in kinds for level in each.values()]
     known = [value for value in values if value is not None]
     return {"auc": float(np.mean(known)) if known and len(known) == len(values) else None}

@@ -36,7 +36,7 @@ IN_ANSWER = {LASTING: "lasting, as published", DEFAULT: "forward-only, default",
 FINE_TUNED = {LASTING: "paper", DEFAULT: "forward-only", ANGLE_DEFAULT: "equal-angle-noise",
               NOISE: "equal-norm-noise", DROPCONNECT: "dropconnect", DROPOUT: "dropout",
               BOTH: "forward-only+dropout"}  # fmt: skip
-ALL_KINDS, OTHER_KINDS = forward_only.METRIC, "non-noise AUC"
+ALL_KINDS, OTHER_KINDS = forward_only.METRIC, forward_only.OTHER_METRIC
 IN_SHORT = """Differences in AUC to no merging, in percentage points with 95 % intervals, batch-norm statistics
 recomputed in both; \\* the interval excludes 0; 0: nothing merged. *All*: mean over 13 kinds of corruption; *not
 noise*: over the nine that are no pixel noise. *Default*: alpha 0.5, p 0.5, random partner; *as chosen*: on validation

@@ -21,7 +21,7 @@ from .compare import FEWEST, RECOMPUTED, TRAINED, group_of, has_diverged, paired
 from .config import BASELINE, FORWARD, PAPER, Arm, Merging, Recipe, Run
 from .experiments import Options, recipes
 from .grid import Where, execute, is_leader
-from .storage import load_result, path_of, runs_of, without_nan
+from .storage import is_stored, load_result, path_of, runs_of, without_nan
 
 NAME = "forward-only"
 
@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[Arm, ...]] = {
 }
 MERGING, DROPOUT, DROPCONNECT, BOTH = FAMILIES
 NOISE, LASTING, DEFAULT = "noise", "lasting merging", "default"
-ANGLE, ANGLE_DEFAULT = "noise at the angle", "noise at the angle of the default"
+ANGLE, ANGLE_DEFAULT = ADDED = "noise at the angle", "noise at the angle of the default"
 # Column title and place in a result; shown in percent or points.
 COLUMNS: dict[str, tuple[str, str]] = {
     "acc": ("clean", "acc"),
@@ -57,7 +57,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "corrupted ECE": ("corrupted", "ece"),
     "noise AUC": ("noise", "auc"),
 }
-METRIC = "corrupted AUC"
+METRIC, OTHER_METRIC = "corrupted AUC", "non-noise AUC"
 SEARCH_SEEDS, CONFIRM_SEEDS, FIRST_FRESH_SEED = 3, 20, 600
 RULE = (
     f"of every family the setting with the largest mean {METRIC} on validation images, statistics recomputed, among "
@@ -105,9 +105,9 @@ def plan_path(recipe: Recipe, out: Path) -> Path:
     return out / f"{recipe.name}.plan.json"
 
 
-def supplement_path(plan: Path) -> Path:
-    """Where the supplement of a plan is."""
-    return plan.with_name(plan.name.replace(".plan.", ".supplement."))
+def beside(plan: Path, what: str) -> Path:
+    """Where something that belongs to a plan is: its "supplement", or its "images"."""
+    return plan.with_name(plan.name.replace(".plan.", f".{what}."))
 
 
 def value_of(result: dict[str, Any], column: str, evaluation: str = RECOMPUTED) -> float:
@@ -217,7 +217,7 @@ def supplement(path: Path) -> Path:
         ValueError: there is no plan, it is not done, there is a supplement already, or one of its arms has been run.
     """
     _, arms, _, digest = read_plan(path)
-    target = supplement_path(path)
+    target = beside(path, "supplement")
     if target.exists():
         raise ValueError(f"{target}: there is a supplement already")
     check_done(path)
@@ -229,11 +229,6 @@ def supplement(path: Path) -> Path:
     target.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{target}: {'; '.join(arm.label() for arm in added.values())}\nCommit it before confirm.")
     return target
-
-
-def _name(recipe: Recipe, arm: Arm, seed: int) -> str:
-    """Of a run on test images, in its result file."""
-    return Run(recipe, arm, seed).key().partition("/")[2]
 
 
 def arm_of(values: dict[str, Any]) -> Arm:
@@ -265,7 +260,7 @@ def read_supplement(path: Path) -> tuple[dict[str, Arm], str]:
     Raises:
         ValueError: it is the supplement of another plan.
     """
-    target = supplement_path(path)
+    target = beside(path, "supplement")
     if not target.exists():
         return {}, ""
     content = json.loads(target.read_text())
@@ -278,23 +273,26 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _checked_runs(path: Path) -> dict[str, dict[str, Any]]:
-    """The results of a plan's recipe by name, if all that looked at the test images are of the plan or its supplement.
+def planned_runs(path: Path) -> dict[str, list[Run]]:
+    """The runs of a plan and of its supplement by family, a run for each seed; "" is no merging.
 
     Raises:
-        ValueError: one is not, or was made when they were others.
+        ValueError: there is no plan, or results that looked at test images are not of it, or not of its supplement.
     """
     recipe, arms, seeds, digest = read_plan(path)
     extra, extra_digest = read_supplement(path)
-    wanted = {_name(recipe, arm, seed): digest for arm in (BASELINE, *arms.values()) for seed in seeds}
-    wanted |= {_name(recipe, arm, seed): extra_digest for arm in extra.values() for seed in seeds}
-    runs = runs_of(path_of(path.parent, recipe.name))
-    for name, result in runs.items():
+    runs = {
+        family: [Run(recipe, arm, seed, plan=source) for seed in seeds]
+        for every, source in (({"": BASELINE} | arms, digest), (extra, extra_digest))
+        for family, arm in every.items()
+    }
+    wanted = {run.key().partition("/")[2]: run.plan for each in runs.values() for run in each}
+    for name, result in runs_of(path_of(path.parent, recipe.name)).items():
         if "/test-" in name and result.get("plan") != wanted.get(name):
             later = (result["arm"]["merging"] or {}).get("same_angle")
             raise ValueError(
-                f"{supplement_path(path) if later else path}: was changed after its runs had begun: {name} was made by "
-                f"plan {result.get('plan')}, and this is {wanted.get(name, 'without that run')}; restore it"
+                f"{beside(path, 'supplement') if later else path}: was changed after its runs had begun: {name} was "
+                f"made by plan {result.get('plan')}, and this is {wanted.get(name, 'without that run')}; restore it"
             )
     return runs
 
@@ -305,11 +303,7 @@ def confirm(path: Path, where: Where) -> None:
     Raises:
         ValueError: there is none, or it is not the one that runs were made by.
     """
-    recipe, arms, seeds, digest = read_plan(path)
-    extra, extra_digest = read_supplement(path)
-    _checked_runs(path)
-    runs = [Run(recipe, arm, seed, plan=digest) for seed in seeds for arm in (BASELINE, *arms.values())]
-    execute(runs + [Run(recipe, arm, seed, plan=extra_digest) for seed in seeds for arm in extra.values()], where)
+    execute([run for of_seed in zip(*planned_runs(path).values(), strict=True) for run in of_seed], where)
 
 
 def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, dict[str, Any]]]]:
@@ -321,17 +315,16 @@ def confirmed_results(path: Path) -> tuple[dict[str, Arm], dict[str, dict[int, d
     Raises:
         ValueError: there is no plan, or it is not the one that runs were made by.
     """
-    recipe, arms, seeds, _ = read_plan(path)
-    every = {"": BASELINE} | arms
-    runs = _checked_runs(path)
-
-    def is_done(arm: Arm, seed: int) -> bool:
-        return _name(recipe, arm, seed) in runs
-
-    done = [seed for seed in seeds if all(is_done(arm, seed) for arm in every.values())]
-    extra = read_supplement(path)[0] if done else {}
-    every |= {family: arm for family, arm in extra.items() if all(is_done(arm, seed) for seed in done)}
-    return every, {family: {seed: runs[_name(recipe, arm, seed)] for seed in done} for family, arm in every.items()}
+    runs, out = planned_runs(path), path.parent
+    found = {
+        family: {run.seed: load_result(out, run.key()) for run in each if is_stored(out, run.key())}
+        for family, each in runs.items()
+    }
+    own = [results for family, results in found.items() if family not in ADDED]
+    done = [run.seed for run in runs[""] if all(run.seed in results for results in own)]
+    shown = [family for family in runs if family not in ADDED or (done and set(done) <= set(found[family]))]
+    arms = {family: runs[family][0].arm for family in shown}
+    return arms, {family: {seed: found[family][seed] for seed in done} for family in shown}
 
 
 def check_done(path: Path) -> None:

@@ -17,6 +17,7 @@ from . import resampled
 from .compare import FEWEST, RECOMPUTED, TRAINED, has_diverged, holm, paired
 from .config import Arm
 from .forward_only import (
+    ADDED,
     ANGLE,
     ANGLE_DEFAULT,
     BOTH,
@@ -29,6 +30,7 @@ from .forward_only import (
     METRIC,
     NAME,
     NOISE,
+    OTHER_METRIC,
     RULE,
     confirmed_results,
     differences,
@@ -38,7 +40,7 @@ from .forward_only import (
 from .tables import difference_text, table
 
 PAGE = "FORWARD_ONLY.md"
-SAID = (METRIC, "non-noise AUC", "corrupted acc", "noise AUC", "AUC", "acc")  # in the sentences at the top
+SAID = (METRIC, OTHER_METRIC, "corrupted acc", "noise AUC", "AUC", "acc")  # in the sentences at the top
 PAIRS = (
     (MERGING, NOISE),
     (MERGING, ANGLE),
@@ -48,7 +50,6 @@ PAIRS = (
     (BOTH, MERGING),
     (BOTH, DROPOUT),
 )
-ADDED = {ANGLE, ANGLE_DEFAULT}
 README_ARMS = (MERGING, ANGLE, DEFAULT, ANGLE_DEFAULT, NOISE, DROPCONNECT, DROPOUT, BOTH)
 BEGIN, END = "<!-- forward-only: begin (python -m benchmarks.paper report) -->", "<!-- forward-only: end -->"
 HEAD = """# Forward-only merging: does it help?

@@ -331,7 +331,7 @@ def _path(measured: Sequence[dict[str, Any]], takes: Sequence[Speed]) -> str:
         [one["environment"]["processor"], str(one["environment"]["threads"]), _load(one), f"{one['images']:,}",
          *(f"{one['reading'][kind]:,.0f}" if kind in one["reading"] else "–" for kind in READ)]
         for one in measured
-        if "processor" in one["environment"] and one["side"] == SIDE
+        if one["environment"]["device"] == "cpu" and one["side"] == SIDE  # a GPU's are in the table below
     ]  # fmt: skip
     if hosts:
         text += (

@@ -85,15 +85,14 @@ def reading(options: argparse.Namespace, device: torch.device, batch: int) -> di
             feed(indices)
         feed.close()
 
-    for name, room, cold in (("on the device", None, False), ("read ahead", 0, False), ("read ahead, disk", 0, True)):
-        with tempfile.TemporaryDirectory(dir=options.out) as folder:  # the usual place may be in memory
-            data = random_data(options.images, options.side, Path(folder))
-            feed = feeds.Feed(data.train.images, device, room)
-            if cold and not _forget(Path(folder) / FILE):
-                continue
-            if not cold:
-                epoch(feed, 0)
-            count = schedule.batches(options.images) * batch
+    count = schedule.batches(options.images) * batch
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:  # the usual place may be in memory
+        images = random_data(options.images, options.side, Path(folder)).train.images
+        if _forget(Path(folder) / FILE):  # first, as long as no page is mapped
+            rates["read ahead, disk"] = count / seconds_of(lambda: epoch(feeds.Feed(images, device, 0), 1), device)
+        for name, room in (("on the device", None), ("read ahead", 0)):
+            feed = feeds.Feed(images, device, room)
+            epoch(feed, 0)
             rates[name] = count / seconds_of(lambda feed=feed: epoch(feed, 1), device)
     return rates
 

@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .compare import two_level_bootstrap
-from .config import BASELINE, Arm, Run
-from .forward_only import DEFAULT, MERGING, METRIC, check_done, confirmed_results, differences, read_plan, value_of
+from .compare import is_noise, two_level_bootstrap
+from .config import Run
+from .forward_only import (
+    DEFAULT,
+    MERGING,
+    METRIC,
+    OTHER_METRIC,
+    beside,
+    check_done,
+    confirmed_results,
+    differences,
+    planned_runs,
+    read_plan,
+    value_of,
+)
 from .grid import Where, execute, scores_path
 from .metrics import auc
 from .storage import load_result
 
 STAGE = "images"
 REPEATS = 1000
-OTHER = "non-noise AUC"
-
-
-def resampled_path(plan: Path) -> Path:
-    """Where the intervals of a plan are."""
-    return plan.with_name(plan.name.replace(".plan.", ".images."))
 
 
 def resample(path: Path, where: Where) -> Path:
@@ -42,11 +49,10 @@ def resample(path: Path, where: Where) -> Path:
         ValueError: there is no plan, it is not done, or a run came out otherwise than it is stored.
     """
     check_done(path)
-    recipe, arms, seeds, digest = read_plan(path)
-    arm = arms[_family(arms)]
+    planned = planned_runs(path)
+    each = (planned[""], planned[_family(planned)])
     again = dataclasses.replace(where, out=where.out / "checkpoints" / "scores")
-    runs = [(Run(recipe, BASELINE, seed, "test", True, digest), Run(recipe, arm, seed, "test", True, digest))
-            for seed in seeds]  # fmt: skip
+    runs = [[dataclasses.replace(run, keep_scores=True) for run in pair] for pair in zip(*each, strict=True)]
     for some in (runs[:1], runs):  # with other versions the first seed says so
         execute([run for pair in some for run in pair], again)
         for run in (run for pair in some for run in pair):
@@ -55,18 +61,23 @@ def resample(path: Path, where: Where) -> Path:
     sound = [pair for pair in runs if not any(np.isnan(value_of(results[run], METRIC)) for run in pair)]
     scores = [[dict(np.load(scores_path(again.out, run))) for run in pair] for pair in sound]
     kinds = [key for key in scores[0][0] if key not in ("labels", "clean") and not key.startswith("noise-")]
-    content: dict[str, Any] = {"plan": digest, "arm": arm.label(), "seeds": len(sound), "repeats": REPEATS}
-    for metric, names in ((METRIC, kinds), (OTHER, [kind for kind in kinds if "noise" not in kind])):
+    content: dict[str, Any] = {
+        "plan": runs[0][0].plan,
+        "arm": runs[0][1].arm.label(),
+        "seeds": len(sound),
+        "repeats": REPEATS,
+    }
+    for metric, names in ((METRIC, kinds), (OTHER_METRIC, [kind for kind in kinds if not is_noise(kind)])):
         pairs = [([a[name] for name in names], [b[name] for name in names]) for a, b in scores]
         mean, low, high = two_level_bootstrap(scores[0][0]["labels"], pairs, auc, repeats=REPEATS)
         content[metric] = {"d_mean": 100 * mean, "d_low": 100 * low, "d_high": 100 * high}
-    target = resampled_path(path)
+    target = beside(path, STAGE)
     target.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"{target}: {content}")
     return target
 
 
-def _family(arms: dict[str, Arm]) -> str:
+def _family(arms: Collection[str]) -> str:
     """Whose runs are made again: those of the library's default."""
     return DEFAULT if DEFAULT in arms else MERGING
 
@@ -102,13 +113,13 @@ def said(plan: Path) -> str:
     Raises:
         ValueError: it is not of the runs that are stored.
     """
-    target = resampled_path(plan)
+    target = beside(plan, STAGE)
     if not target.exists():
         return ""
     content = json.loads(target.read_text())
     arms, found = confirmed_results(plan)
     family, each = _family(arms), []
-    for metric in (METRIC, OTHER):
+    for metric in (METRIC, OTHER_METRIC):
         values, one = differences(found[family], found[""], metric), content[metric]
         made_of = {"plan": read_plan(plan)[3], "arm": arms[family].label(), "seeds": len(values), "repeats": REPEATS}
         if not made_of.items() <= content.items() or abs(np.mean(values) - one["d_mean"]) > 1e-6:
